@@ -1,0 +1,80 @@
+"""The project as a whole: its floors, what importing it costs, and its public names."""
+
+import inspect
+import re
+import statistics
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+
+import varprox
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run_python(code):
+    """Run code in a fresh interpreter at the project's root and return what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_modules_import_only_from_the_floors_below():
+    run_python(
+        "from importlinter.cli import lint_imports_command as main; main(['--no-cache'])",
+    )
+
+
+def test_import_leaves_optional_and_heavy_packages_alone():
+    loaded = run_python("import sys, varprox; print(*sys.modules, sep='\\n')").split()
+    unwanted = {"matplotlib", "pandas", "tensorly", "pooch", "sklearn", "flax"}
+    assert "varprox" in loaded
+    assert unwanted.isdisjoint(loaded)
+
+
+def test_import_costs_little_more_than_jax():
+    # Processor time of the second import alone: neither JAX's own import nor other
+    # processes on the machine blur it as they would a difference of two wall-clock times.
+    code = (
+        "import time, jax; start = time.process_time(); import varprox;"
+        "print(time.process_time() - start)"
+    )
+    seconds = statistics.median(float(run_python(code)) for _ in range(5))
+    assert seconds < 0.3
+
+
+@pytest.mark.parametrize("name", varprox.__all__)
+def test_public_name_exists_and_is_documented(name):
+    value = getattr(varprox, name)
+    if name == "__version__":
+        assert isinstance(value, str)
+        return
+    doc = inspect.getdoc(value)
+    assert doc and doc.strip()
+    # A NamedTuple without a docstring of its own is given 'Name(field, ...)'.
+    assert not re.match(rf"{re.escape(name)}\([\w, ]*\)$", doc)
+
+
+def test_public_names_are_listed_once():
+    assert len(varprox.__all__) == len(set(varprox.__all__))
+
+
+def test_oldest_versions_are_the_lower_bounds():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    bounds = {
+        requirement.name: next(s.version for s in requirement.specifier if s.operator == ">=")
+        for requirement in map(Requirement, project["dependencies"])
+    }
+    pins = [
+        line.split("==")
+        for line in (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8").splitlines()
+        if line and not line.startswith("#")
+    ]
+    # NumPy is left to the resolver: which release is oldest depends on the Python in use.
+    assert {**bounds, "numpy": None} == {**dict(pins), "numpy": None}

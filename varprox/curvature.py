@@ -1,0 +1,121 @@
+"""Products with the curvature of the reduced objective, linearised once at θ.
+
+Write Z for the design rows, dZ for their derivative along v, G for the derivative of the loss in the
+predictions, Q for its second derivative, H = ZᵀQZ + α₂I for the Hessian in W, and
+
+    a = dZᵀ G,      b = Zᵀ Q dZ W,      dW = J_W v = −H⁻¹ (a + b),      J v = dZ W + Z dW.
+
+The Gauss–Newton matrix Jᵀ Q J + α₂ J_Wᵀ J_W then needs no more than one product with the linearised features
+and one with their transpose: inserting dW and using ZᵀQZ + α₂I = H, all terms collapse into
+
+    v ↦ dZ ↦ [Q (dZ W − Z H⁻¹ b)] Wᵀ + G (H⁻¹ a)ᵀ ↦ its pullback to θ,
+
+the first term being Kaufman's approximation and the second what Golub and Pereyra's full derivative adds. The
+Hessian replaces the cotangent by Q (dZ W + Z dW) Wᵀ + G dWᵀ and adds the curvature of the features under G Wᵀ.
+
+Imports model and reduced. Source: arXiv:2007.13171, section 3; Golub and Pereyra, Inverse Problems 19 (2003) R1.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from varprox.model import Problem, check_data
+from varprox.reduced import hessian_solver, w_of_rows
+
+
+class Curvature(NamedTuple):
+    """The reduced problem at θ: its value, gradient and linear maps; vectors v are pytrees like θ.
+
+    `jvp(v)` is J v, (batch, outputs), the derivative of the predictions rows(θ) W(θ); `vjp(u)` is Jᵀ u;
+    `w_jvp(v)` is J_W v, shaped like W. `matvec(v)` is the product with the Gauss–Newton matrix or the Hessian.
+    """
+
+    value: jax.Array
+    w: jax.Array
+    gradient: Any
+    matvec: Callable
+    jvp: Callable
+    vjp: Callable
+    w_jvp: Callable
+
+
+def gauss_newton(problem: Problem, theta: Any, data: tuple, w: jax.Array | None = None) -> Curvature:
+    """Linearises the reduced objective at θ; `matvec` is H v with H = Jᵀ∇²L J + α₂ J_WᵀJ_W + ∇²R.
+
+    `w` is W(θ) where the caller has it; it is solved for otherwise. Raises as `check_data` does.
+    """
+    check_data(problem, theta, data)
+    return _curvature(problem, theta, data, w, full=False)
+
+
+def newton(problem: Problem, theta: Any, data: tuple, w: jax.Array | None = None) -> Curvature:
+    """As `gauss_newton`, with `matvec` the product with the full Hessian of the reduced objective.
+
+    It may be indefinite. A product costs about twice a Gauss–Newton product.
+    """
+    check_data(problem, theta, data)
+    return _curvature(problem, theta, data, w, full=True)
+
+
+def _curvature(problem, theta, data, w, full):
+    inputs, targets = data
+    rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
+    rows, forward = jax.linearize(rows_at, theta)
+    transposed = jax.linear_transpose(forward, theta)
+    pullback = lambda cotangent: transposed(cotangent)[0]  # noqa: E731
+    if w is None:
+        w = w_of_rows(problem, rows, targets)
+    predictions = rows @ w
+    loss = problem.loss
+    residual = loss.gradient(predictions, targets)
+    solve = hessian_solver(problem, rows, w, targets)
+    penalty_gradient, penalty_product = jax.linearize(jax.grad(problem.penalty), theta)
+
+    def curved(direction):
+        return loss.hessian_product(predictions, targets, direction)
+
+    def w_change(d_rows):
+        return -solve(d_rows.T @ residual + rows.T @ curved(d_rows @ w))
+
+    def jvp(v):
+        d_rows = forward(v)
+        return d_rows @ w + rows @ w_change(d_rows)
+
+    def vjp(u):
+        y = solve(rows.T @ u)
+        return pullback((u - curved(rows @ y)) @ w.T - residual @ y.T)
+
+    def gauss_newton_product(v):
+        d_rows = forward(v)
+        d_predictions = d_rows @ w
+        a = d_rows.T @ residual
+        b = rows.T @ curved(d_predictions)
+        cotangent = curved(d_predictions - rows @ solve(b)) @ w.T + residual @ solve(a).T
+        return _add(pullback(cotangent), penalty_product(v))
+
+    def newton_product(v):
+        d_rows = forward(v)
+        dw = w_change(d_rows)
+        cotangent = curved(d_rows @ w + rows @ dw) @ w.T + residual @ dw.T
+        return _add(pullback(cotangent), feature_curvature(v), penalty_product(v))
+
+    if full:
+        pulled = lambda theta: jax.vjp(rows_at, theta)[1](residual @ w.T)[0]  # noqa: E731
+        _, feature_curvature = jax.linearize(pulled, theta)
+
+    return Curvature(
+        value=problem.w_objective(w, rows, targets) + problem.penalty(theta),
+        w=w,
+        gradient=_add(pullback(residual @ w.T), penalty_gradient),
+        matvec=newton_product if full else gauss_newton_product,
+        jvp=jvp,
+        vjp=vjp,
+        w_jvp=lambda v: w_change(forward(v)),
+    )
+
+
+def _add(*trees):
+    return jax.tree.map(lambda *leaves: sum(leaves), *trees)

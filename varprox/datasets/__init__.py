@@ -1,0 +1,12 @@
+"""Data sets of the papers' experiments, as NumPy arrays, batch first, in jax's default float dtype.
+
+Nothing but NumPy and jax is needed until a file has to be fetched; what is then missing is named in
+the error.
+"""
+
+from varprox.datasets._cache import Dataset
+from varprox.datasets.ellipse import ellipse
+from varprox.datasets.indian_pines import IndianPines, Pixels, indian_pines
+from varprox.datasets.peaks import peaks, peaks_function
+
+__all__ = ["Dataset", "IndianPines", "Pixels", "ellipse", "indian_pines", "peaks", "peaks_function"]

@@ -1,0 +1,80 @@
+"""What the data sets share: their shape, their dtype, the checks at the door, and where files are found."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+
+class Dataset(NamedTuple):
+    """Pairs (inputs (n, …), targets (n, …)) to train on and to validate on."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    validation: tuple[np.ndarray, np.ndarray]
+
+
+def float_dtype() -> np.dtype:
+    """jax's default float dtype: float32, or float64 where x64 is enabled."""
+    return jax.dtypes.canonicalize_dtype(float)
+
+
+def one_hot(classes: np.ndarray, count: int) -> np.ndarray:
+    """Class numbers 0 … count − 1, (n,), as rows of the identity, (n, count)."""
+    return np.eye(count, dtype=float_dtype())[classes]
+
+
+def check_integer(name: str, value, *, least: int) -> int:
+    """`value` as an int; TypeError where it is no integer, ValueError where it is below `least`."""
+    if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer of at least {least}, got {value}")
+    return int(value)
+
+
+def find_file(name: str, url: str, known_hash: str | None, *, installed: Path | None = None) -> Path:
+    """Where the file `name` lies on this machine, after downloading it if need be.
+
+    Looks in the folder that the environment variable VARPROX_DATA names, in the user's cache, at
+    `installed` (a copy that some package brings), and then downloads `url` into the cache. A download
+    whose hash is not `known_hash` ("sha256:…" or "md5:…") is discarded; with None nothing is compared,
+    and the caller checks what it reads. Files that are found are taken as they are.
+
+    Raises NotADirectoryError where VARPROX_DATA names no folder, ImportError where pooch, which
+    downloads, is missing, OSError where the download fails, ValueError where its hash is wrong.
+    """
+    folder = os.environ.get("VARPROX_DATA")
+    if folder and not Path(folder).is_dir():
+        raise NotADirectoryError(f"VARPROX_DATA: expected a folder, got {folder!r}")
+    cache = _user_cache()
+    for path in (Path(folder, name) if folder else None, cache / name if cache else None, installed):
+        if path is not None and path.is_file():
+            return path
+
+    pooch = _require("pooch", purpose=f"downloading {name}")
+    try:
+        return Path(pooch.retrieve(url, known_hash, fname=name, path=cache))
+    except OSError as error:
+        raise OSError(
+            f"{name}: could not be downloaded from {url} ({error}); "
+            f"put it by hand into a folder and name that folder in VARPROX_DATA"
+        ) from error
+
+
+def _user_cache() -> Path | None:
+    """The folder that downloads are kept in; None where pooch, which knows it, is missing."""
+    try:
+        return Path(importlib.import_module("pooch").os_cache("varprox"))
+    except ImportError:
+        return None
+
+
+def _require(package: str, *, purpose: str):
+    """The optional `package`; where it is missing, an ImportError that says how to get it."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{purpose} needs {package}: pip install 'varprox-jax[bench]'") from error

@@ -1,0 +1,43 @@
+"""Ridge regression on design rows by orthogonal factors, never by normal equations.
+
+Rows enter through the triangular factor of a QR decomposition, which can be accumulated over chunks of
+samples or over devices; singular values of that small factor give the solution. Imports nothing of
+the package.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Ridge(NamedTuple):
+    """The minimiser of ½‖rows w − targets‖² + ½ α ‖w‖², and a root of its inverse Hessian."""
+
+    w: jax.Array  # (columns, outputs)
+    inverse_root: jax.Array  # (columns, columns), S with S Sᵀ = (rowsᵀ rows + α I)⁻¹
+
+
+def triangular_factor(rows: jax.Array, targets: jax.Array) -> jax.Array:
+    """The triangular factor of [rows, targets], zero-padded to (columns + outputs) square.
+
+    Factors of two chunks combine into that of their union: `triangular_factor` of the two stacked.
+    """
+    stacked = jnp.concatenate([rows, targets], axis=1)
+    factor = jnp.linalg.qr(stacked, mode="r")
+    return jnp.pad(factor, ((0, stacked.shape[1] - factor.shape[0]), (0, 0)))
+
+
+def ridge(factor: jax.Array, columns: int, alpha) -> Ridge:
+    """Solves the ridge problem from the triangular factor of [rows, targets].
+
+    Directions that the rows do not determine to working precision get zero weight, so that α = 0 gives
+    the minimum-norm solution, and `inverse_root` the pseudo-inverse.
+    """
+    u, s, vt = jnp.linalg.svd(factor[:columns, :columns])
+    curvature = s**2 + alpha
+    cutoff = (columns * jnp.finfo(s.dtype).eps * s[0]) ** 2
+    keep = curvature > cutoff
+    inverse = jnp.where(keep, 1 / jnp.where(keep, curvature, 1), 0)
+    w = vt.T @ ((inverse * s)[:, None] * (u.T @ factor[:columns, columns:]))
+    return Ridge(w, vt.T * jnp.sqrt(inverse))

@@ -1,0 +1,194 @@
+"""The separable model, the problem (model + loss + penalties) and its objective Φ(W, θ).
+
+Both are pytrees whose leaves are the numbers in them (penalty weights, constants bound to the
+features), so a compiled function takes a problem as an argument and serves for all values of these.
+Imports heads, losses and penalties.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import Partial, register_pytree_node
+
+from varprox.heads import DenseHead, dense
+from varprox.losses import ConvexLoss
+from varprox.penalties import _nonnegative, as_penalty
+
+
+@dataclass(frozen=True, init=False)
+class Separable:
+    """Features followed by a linear last layer: `prediction = head.rows(features(theta, inputs)) @ w`.
+
+    `features(theta, inputs)` maps any pytree θ of floating arrays and inputs (batch, …) to (batch, m).
+    """
+
+    features: Callable[[Any, Any], jax.Array]
+    head: DenseHead
+
+    def __init__(self, features, head: DenseHead | None = None):
+        if not callable(features):
+            raise TypeError(f"features: expected a function of (theta, inputs), got {features!r}")
+        head = dense() if head is None else head
+        if not hasattr(head, "rows"):
+            raise TypeError(f"head: expected a head such as varprox.dense(), got {head!r}")
+        object.__setattr__(self, "features", _partial(features))
+        object.__setattr__(self, "head", head)
+
+    def rows(self, theta, inputs) -> jax.Array:
+        """The design rows (batch, columns) at θ."""
+        return self.head.rows(self.features(theta, inputs))
+
+
+@dataclass(frozen=True, init=False)
+class Problem:
+    """What is minimised: Φ(W, θ) = loss(rows(θ) W, targets) + R(θ) + ½ w_penalty ‖W‖².
+
+    `theta_penalty` is R: a number α (for ½ α ‖θ‖²), a penalty such as `tikhonov(alpha)`, any smooth
+    function of θ, a sequence of these, or None. `w_penalty` is a number ≥ 0, the bias being penalised
+    like the rest. Under least squares it may be zero (W is then the minimum-norm solution); other losses
+    need a positive one, because they may have no minimiser otherwise.
+    """
+
+    model: Separable
+    loss: ConvexLoss
+    theta_penalty: tuple
+    w_penalty: float
+
+    def __init__(self, model, loss, theta_penalty=None, w_penalty=0.0):
+        if not isinstance(model, Separable):
+            raise TypeError(f"model: expected a varprox.Separable, got {model!r}")
+        if not isinstance(loss, ConvexLoss):
+            raise TypeError(
+                f"loss: expected a loss such as varprox.least_squares() or varprox.convex_loss(fn), "
+                f"got {loss!r}"
+            )
+        w_penalty = _nonnegative("w_penalty", w_penalty)
+        concrete = not isinstance(w_penalty, jax.core.Tracer)
+        if concrete and w_penalty == 0 and not loss.quadratic:
+            raise ValueError(
+                f"w_penalty: expected a positive number, got {w_penalty!r}; under "
+                f"{type(loss).__name__} the last layer may have no minimiser without one"
+            )
+        object.__setattr__(self, "model", model)
+        object.__setattr__(self, "loss", loss)
+        object.__setattr__(self, "theta_penalty", as_penalty("theta_penalty", theta_penalty))
+        object.__setattr__(self, "w_penalty", w_penalty)
+
+    def penalty(self, theta) -> jax.Array:
+        """R(θ), a scalar of θ's dtype."""
+        dtype = jnp.result_type(*jax.tree.leaves(theta))
+        return sum((p(theta) for p in self.theta_penalty), start=jnp.zeros((), dtype))
+
+    def w_objective(self, w, rows, targets) -> jax.Array:
+        """The part of Φ that sees W: loss(rows W, targets) + ½ w_penalty ‖W‖²."""
+        return self.loss.value(rows @ w, targets) + 0.5 * self.w_penalty * jnp.sum(w**2)
+
+
+def _register(cls, children, static):
+    """Makes a frozen dataclass a pytree; rebuilding skips the checks of its constructor."""
+
+    def flatten(self):
+        return [getattr(self, n) for n in children], tuple(getattr(self, n) for n in static)
+
+    def unflatten(aux, values):
+        self = object.__new__(cls)
+        for name, value in [*zip(children, values, strict=True), *zip(static, aux, strict=True)]:
+            object.__setattr__(self, name, value)
+        return self
+
+    register_pytree_node(cls, flatten, unflatten)
+
+
+_register(Separable, ["features"], ["head"])
+_register(Problem, ["model", "theta_penalty", "w_penalty"], ["loss"])
+
+
+def _partial(fn):
+    return fn if isinstance(fn, Partial) else Partial(fn)
+
+
+class Method(NamedTuple):
+    """A training method: a pair of pure functions, and the problem they were made for.
+
+    `state = init(theta, data, key)` and `state, info = step(state, data)` may be used inside the
+    caller's own `jit`, `vmap` or `scan`; `state.theta` and `state.w` are the current weights.
+    """
+
+    init: Callable
+    step: Callable
+    problem: Problem
+
+
+def objective(problem: Problem, theta, w, data) -> jax.Array:
+    """Φ(W, θ), a scalar; `data` is (inputs, targets)."""
+    inputs, targets = data
+    rows = problem.model.rows(theta, inputs)
+    return problem.w_objective(w, rows, targets) + problem.penalty(theta)
+
+
+def predict(problem: Problem, theta, w, inputs) -> jax.Array:
+    """The model's predictions (batch, outputs); under cross entropy these are logits."""
+    return problem.model.rows(theta, inputs) @ w
+
+
+def check_data(problem: Problem, theta, data) -> None:
+    """Refuses data that the problem cannot be solved for; passes in silence under trace.
+
+    Raises TypeError or ValueError naming the argument, what was expected and what came.
+    """
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        raise TypeError(f"data: expected a pair (inputs, targets), got {type(data).__name__}")
+    inputs, targets = data
+    leaves = {"theta": jax.tree.leaves(theta), "inputs": jax.tree.leaves(inputs), "targets": [targets]}
+    if not leaves["theta"]:
+        raise ValueError("theta: expected a pytree with at least one array, got an empty one")
+    for name, arrays in leaves.items():
+        for leaf in arrays:
+            _check_array(name, leaf)
+    dtypes = {str(jnp.asarray(leaf).dtype) for leaf in [*leaves["theta"], targets]}
+    if len(dtypes) > 1:
+        raise TypeError(
+            f"theta, targets: expected one floating dtype throughout, got {sorted(dtypes)}; "
+            "cast the data to the dtype of theta"
+        )
+    if jnp.ndim(targets) != 2:
+        raise ValueError(
+            f"targets: expected shape (batch, outputs), got {jnp.shape(targets)}; "
+            "a single output wants targets[:, None]"
+        )
+    batch = len(targets)
+    if batch == 0:
+        raise ValueError("targets: expected at least one sample, got none")
+    for leaf in leaves["inputs"]:
+        if jnp.ndim(leaf) == 0 or len(leaf) != batch:
+            raise ValueError(
+                f"inputs: expected {batch} samples along the first axis, as targets have, "
+                f"got shape {jnp.shape(leaf)}"
+            )
+    z = jax.eval_shape(problem.model.features, theta, inputs)
+    if not hasattr(z, "shape") or len(z.shape) != 2 or z.shape[0] != batch:
+        raise ValueError(
+            f"features: expected an array of shape ({batch}, m), got {getattr(z, 'shape', z)}"
+        )
+    if str(z.dtype) not in dtypes:
+        raise TypeError(
+            f"features: expected dtype {dtypes.pop()}, that of theta and targets, got {z.dtype}"
+        )
+    if not isinstance(targets, jax.core.Tracer):
+        problem.loss.check(np.asarray(targets))
+
+
+def _check_array(name, leaf):
+    if isinstance(leaf, jax.core.Tracer):
+        return
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+        raise TypeError(f"{name}: expected arrays, got {type(leaf).__name__}")
+    if name != "inputs" and not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise TypeError(f"{name}: expected floating numbers, got dtype {leaf.dtype}")
+    if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
+        count = int((~np.isfinite(np.asarray(leaf))).sum())
+        raise ValueError(f"{name}: expected finite numbers, got {count} NaN or Inf")

@@ -1,0 +1,69 @@
+"""Penalties on the nonlinear weights θ, as functions of θ that carry their weight as a traced number.
+
+Each factory returns a `jax.tree_util.Partial`: a callable that is a pytree, so that changing the weight
+of a penalty does not recompile what uses it. Imports nothing of the package.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+Penalty = Callable[[Any], jax.Array]
+
+
+def tikhonov(alpha: float) -> Partial:
+    """½ α ‖θ‖², over all leaves of the pytree θ."""
+    return Partial(_tikhonov, _nonnegative("alpha", alpha))
+
+
+def smoothness_in_time(
+    alpha: float, step: float, where: Callable[[Any], Any] = lambda theta: theta
+) -> Partial:
+    """½ α Σ_j ‖(θ_{j+1} − θ_j) / step‖² for weights that are values on a grid of layers in time.
+
+    `where(theta)` picks the leaves that have time as their leading axis; `step` is the distance in time
+    between two of their entries. Weights of the other layers want a penalty of their own, such as
+    `tikhonov`: `Problem` takes a tuple of penalties. Source: arXiv:2007.13171, section 4.
+    """
+    if not step > 0:
+        raise ValueError(f"step: expected a positive number, got {step!r}")
+    return Partial(functools.partial(_smoothness, where), _nonnegative("alpha", alpha), step)
+
+
+def as_penalty(name: str, penalty: Any) -> tuple[Penalty, ...]:
+    """A number, a function or a sequence of both as a tuple of pytree callables."""
+    if penalty is None:
+        return ()
+    if isinstance(penalty, tuple | list):
+        return tuple(p for item in penalty for p in as_penalty(name, item))
+    if isinstance(penalty, Partial):
+        return (penalty,)
+    if callable(penalty):
+        return (Partial(penalty),)
+    return (Partial(_tikhonov, _nonnegative(name, penalty)),)
+
+
+def _nonnegative(name: str, value: Any) -> Any:
+    """Refuses a negative number; numbers under trace pass."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    try:
+        fits = value >= 0 and value < float("inf")
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number ≥ 0, got {value!r}") from None
+    if not fits:
+        raise ValueError(f"{name}: expected a finite number ≥ 0, got {value!r}")
+    return value
+
+
+def _tikhonov(alpha, theta):
+    return 0.5 * alpha * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(theta))
+
+
+def _smoothness(where, alpha, step, theta):
+    slopes = [jnp.diff(leaf, axis=0) / step for leaf in jax.tree.leaves(where(theta))]
+    return 0.5 * alpha * sum(jnp.sum(slope**2) for slope in slopes)

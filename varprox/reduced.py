@@ -1,0 +1,301 @@
+"""W(θ) and the reduced objective Φ_red(θ) = min_W Φ(W, θ), with their derivatives.
+
+`project` is the solver used inside the methods: warm-started, as accurate as asked. `solve_w` and
+`reduced_objective` are its differentiable faces. Imports model, least_squares and trust_region.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from varprox import trust_region
+from varprox.least_squares import ridge, triangular_factor
+from varprox.model import Problem, check_data
+
+DENSE_LIMIT = 2048  # entries of W up to which its whole Hessian is factorised, not a block per output
+PATIENCE = 12  # Krylov products in one Newton iteration beyond which the factor is made anew
+INNER_RANK, INNER_ITERATIONS = 40, 50
+
+
+class Projection(NamedTuple):
+    """W(θ) and what is kept to find the next one faster.
+
+    `inverse_root` holds blocks S with S Sᵀ ≈ (∇²_W Φ)⁻¹: see `apply_root`. Under least squares it is exact and of
+    shape (1, columns, columns), one block for all outputs; under other losses it is the factor made at some
+    earlier W, (1, columns·outputs, columns·outputs) or, past `DENSE_LIMIT`, (outputs, columns, columns).
+    """
+
+    w: jax.Array  # (columns, outputs)
+    inverse_root: jax.Array
+    value: jax.Array  # of Φ without R
+    products: jax.Array  # spent in the last solve, each one product with rows and one with rowsᵀ
+    stale: jax.Array  # should the next solve begin with a new factor?
+
+
+def apply_root(inverse_root: jax.Array, x: jax.Array, transpose: bool = False) -> jax.Array:
+    """S x or Sᵀ x for a vector x that lists the entries of W output by output."""
+    blocks = inverse_root.mT if transpose else inverse_root
+    return (blocks @ x.reshape(-1, blocks.shape[-1], 1)).reshape(x.shape)
+
+
+def inverse_hessian(inverse_root: jax.Array, y: jax.Array) -> jax.Array:
+    """S Sᵀ y for y shaped like W."""
+    columns, outputs = y.shape
+    flat = apply_root(inverse_root, apply_root(inverse_root, y.T.reshape(-1), transpose=True))
+    return flat.reshape(outputs, columns).T
+
+
+def factorise(problem: Problem, rows, w, targets) -> jax.Array:
+    """The inverse root of ∇²_W Φ at `w` under a general loss, as `Projection` describes it."""
+    columns, outputs = w.shape
+    predictions = rows @ w
+    dense = w.size <= DENSE_LIMIT
+
+    def block_row(output):
+        unit = jnp.zeros_like(predictions).at[:, output].set(1)
+        curvature = problem.loss.hessian_product(predictions, targets, unit)
+        if dense:
+            weighted = (curvature[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)
+        else:
+            weighted = curvature[:, output, None] * rows
+        return rows.T @ weighted
+
+    blocks = jax.lax.map(block_row, jnp.arange(outputs))
+    if dense:
+        blocks = blocks.reshape(1, w.size, w.size)
+    size = blocks.shape[-1]
+    scale = jnp.max(jnp.diagonal(blocks, axis1=1, axis2=2), axis=1)[:, None, None]
+    floor = problem.w_penalty + size * jnp.finfo(w.dtype).eps * scale
+    identity = jnp.eye(size, dtype=w.dtype)
+    lower = jnp.linalg.cholesky(blocks + floor * identity)
+    identity = jnp.broadcast_to(identity, lower.shape)
+    return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).mT
+
+
+def start_projection(problem: Problem, rows, targets) -> Projection:
+    """W = 0 and no factor yet; only shapes and dtype of rows (batch, columns) and targets are used."""
+    columns, outputs = rows.shape[1], targets.shape[1]
+    if problem.loss.quadratic:
+        shape = (1, columns, columns)
+    elif columns * outputs <= DENSE_LIMIT:
+        shape = (1, columns * outputs, columns * outputs)
+    else:
+        shape = (outputs, columns, columns)
+    return Projection(
+        jnp.zeros((columns, outputs), rows.dtype),
+        jnp.zeros(shape, rows.dtype),
+        jnp.array(jnp.inf, rows.dtype),
+        jnp.zeros((), jnp.int32),
+        jnp.array(True),
+    )
+
+
+def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -> Projection:
+    """Minimises Φ over W for given rows.
+
+    Least squares is solved directly. Under other losses Newton–Krylov iterations start from `start.w`, preconditioned
+    with the factor in `start`. They end when ‖∇_W Φ‖ ≤ eps^0.64 max(1, ‖∇_W Φ(0)‖) (1e-10 in float64), when rounding
+    leaves nothing to gain, or earlier, when the estimated excess δ = Φ(W, θ) − Φ_red(θ) is below `tolerance`.
+
+    An excess δ is harmless to the outer iteration, and this is why. Hold the inexact W fixed and let
+    Ψ(ϑ) = Φ(W, ϑ) − Φ_red(ϑ). Then Ψ ≥ 0 everywhere, Ψ(θ) = δ and ∇Ψ(θ) is the error of the gradient
+    ∇_θ Φ(W, θ) used for ∇Φ_red(θ). Where Ψ has an L-Lipschitz gradient, 0 ≤ Ψ(θ − ∇Ψ(θ)/L) ≤ δ − ‖∇Ψ(θ)‖²/(2L), so
+
+        ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
+
+    A step that gains Δ has ‖∇Φ_red‖² of the order 2 L Δ, hence δ ≤ η² Δ keeps the gradient to a relative error
+    of about η. The methods pass η² times the decrease of their last step.
+    """
+    if problem.loss.quadratic:
+        scale = len(rows) ** 0.5
+        factor = triangular_factor(rows / scale, targets / scale)
+        w, root = ridge(factor, rows.shape[1], problem.w_penalty)
+        value = problem.w_objective(w, rows, targets)
+        return Projection(w, root[None], value, jnp.zeros((), jnp.int32), jnp.array(False))
+    return _newton(problem, rows, targets, start, tolerance)
+
+
+def _newton(problem, rows, targets, start, tolerance):
+    loss, alpha = problem.loss, problem.w_penalty
+    columns, outputs = start.w.shape
+    eps = jnp.finfo(rows.dtype).eps
+
+    def to_flat(w):
+        return w.T.reshape(-1)
+
+    def to_w(x):
+        return x.reshape(outputs, columns).T
+
+    def value_and_gradient(x):
+        w = to_w(x)
+        predictions = rows @ w
+        gradient = rows.T @ loss.gradient(predictions, targets) + alpha * w
+        value = loss.value(predictions, targets) + 0.5 * alpha * jnp.sum(w**2)
+        return value, to_flat(gradient)
+
+    def iteration(carry):
+        x, value, gradient, root, stale, products, _, i = carry
+        w = to_w(x)
+        predictions = rows @ w
+        root = jax.lax.cond(
+            stale, lambda: factorise(problem, rows, w, targets), lambda: root
+        )
+
+        def matvec(y):
+            v = to_w(apply_root(root, y))
+            curved = rows.T @ loss.hessian_product(predictions, targets, rows @ v)
+            return apply_root(root, to_flat(curved + alpha * v), transpose=True)
+
+        def evaluate(y, predicted):
+            trial = x + apply_root(root, y)
+            trial_value, trial_gradient = value_and_gradient(trial)
+            # Below rounding of the value the trapezoidal rule still measures the decrease.
+            by_gradient = -0.5 * (gradient + trial_gradient) @ (trial - x)
+            noisy = predicted < 1e3 * eps * jnp.abs(value)
+            decrease = jnp.where(noisy, by_gradient, value - trial_value)
+            return decrease, (trial_value, trial_gradient)
+
+        result = trust_region.iterate(
+            matvec,
+            apply_root(root, gradient, transpose=True),
+            evaluate,
+            jnp.zeros_like(x),
+            (value, gradient),
+            jnp.array(jnp.inf, x.dtype),
+            rank=min(INNER_RANK, x.size),
+            flat=1e-3,
+            max_trials=20,
+        )
+        value, gradient = result.aux
+        x = x + apply_root(root, result.x)
+        stale = result.products > PATIENCE
+        # A stuck iteration with a fresh factor has met rounding; with an old one it deserves a new factor.
+        done = ~result.accepted & (i > 0)
+        return x, value, gradient, root, stale | ~result.accepted, products + result.products, done, i + 1
+
+    limit = jnp.linalg.norm(value_and_gradient(jnp.zeros_like(to_flat(start.w)))[1])
+    limit = eps**0.64 * jnp.maximum(limit, 1)
+
+    def unfinished(carry):
+        x, value, gradient, root, stale, _, done, i = carry
+        excess = 0.5 * jnp.sum(apply_root(root, gradient, transpose=True) ** 2)
+        close = (jnp.linalg.norm(gradient) <= limit) | (~stale & (excess <= tolerance))
+        return ~close & ~done & jnp.isfinite(value) & (i < INNER_ITERATIONS)
+
+    x = to_flat(start.w)
+    value, gradient = value_and_gradient(x)
+    zero = jnp.zeros((), jnp.int32)
+    x, value, _, root, stale, products, _, _ = jax.lax.while_loop(
+        unfinished,
+        iteration,
+        (x, value, gradient, start.inverse_root, start.stale, zero, jnp.array(False), zero),
+    )
+    return Projection(to_w(x), root, value, products, stale)
+
+
+def hessian_solver(problem: Problem, rows, w, targets) -> Callable[[jax.Array], jax.Array]:
+    """y ↦ (∇²_W Φ)⁻¹ y at `w`, for y shaped like W, to working precision; W-space work only."""
+    if problem.loss.quadratic:
+        root = project(problem, rows, targets, None).inverse_root
+        return lambda y: inverse_hessian(root, y)
+    root = factorise(problem, rows, w, targets)
+    if w.size <= DENSE_LIMIT:
+        return lambda y: inverse_hessian(root, y)
+    return lambda y: _conjugate_gradients(problem, rows, w, targets, root, y)
+
+
+def hessian_product(problem: Problem, rows, w, targets, v) -> jax.Array:
+    """∇²_W Φ times v, for v shaped like W."""
+    curved = problem.loss.hessian_product(rows @ w, targets, rows @ v)
+    return rows.T @ curved + problem.w_penalty * v
+
+
+def _conjugate_gradients(problem, rows, w, targets, root, y):
+    return jax.scipy.sparse.linalg.cg(
+        lambda v: hessian_product(problem, rows, w, targets, v),
+        y,
+        tol=float(jnp.finfo(y.dtype).eps) ** 0.8,
+        maxiter=200,
+        M=lambda v: inverse_hessian(root, v),
+    )[0]
+
+
+@jax.custom_jvp
+def w_of_rows(problem: Problem, rows: jax.Array, targets: jax.Array) -> jax.Array:
+    """argmin_W Φ to full accuracy, as a differentiable function of rows, targets and penalty.
+
+    Forward and reverse derivatives of any order come from the implicit function theorem: along a
+    direction, ∇²_W Φ · dW = −d(∇_W Φ) with W held fixed on the right.
+    """
+    return project(problem, rows, targets, start_projection(problem, rows, targets)).w
+
+
+@w_of_rows.defjvp
+def _w_of_rows_jvp(primals, tangents):
+    problem, rows, targets = primals
+    w = w_of_rows(*primals)
+
+    def stationarity(problem, rows, targets):
+        gradient = problem.loss.gradient(rows @ w, targets)
+        return rows.T @ gradient + problem.w_penalty * w
+
+    _, change = jax.jvp(stationarity, primals, tangents)
+    dw = jax.lax.custom_linear_solve(
+        lambda v: hessian_product(problem, rows, w, targets, v),
+        change,
+        lambda _, y: hessian_solver(problem, rows, w, targets)(y),
+        symmetric=True,
+    )
+    return w, -dw
+
+
+@jax.custom_jvp
+def envelope(problem: Problem, rows: jax.Array, w: jax.Array, targets: jax.Array) -> jax.Array:
+    """Φ without R at W = W(θ), where ∇_W Φ = 0: its derivative leaves out that along W."""
+    return problem.w_objective(w, rows, targets)
+
+
+@envelope.defjvp
+def _envelope_jvp(primals, tangents):
+    problem, rows, w, targets = primals
+    d_problem, d_rows, _, d_targets = tangents
+    return jax.jvp(
+        lambda problem, rows, targets: problem.w_objective(w, rows, targets),
+        (problem, rows, targets),
+        (d_problem, d_rows, d_targets),
+    )
+
+
+@jax.jit
+def _reduced(problem, theta, data):
+    inputs, targets = data
+    rows = problem.model.rows(theta, inputs)
+    w = w_of_rows(problem, rows, targets)
+    return envelope(problem, rows, w, targets) + problem.penalty(theta), w
+
+
+def solve_w(problem: Problem, theta: Any, data: tuple) -> jax.Array:
+    """W(θ) = argmin_W Φ(W, θ), of shape (columns, outputs), for data = (inputs, targets).
+
+    Differentiable in θ, the data and the penalties, in forward and reverse mode, to any order. Under
+    least squares without penalty W is the minimum-norm solution; its derivative then takes the rank of
+    the rows as constant. Raises as `varprox.model.check_data` does.
+    """
+    check_data(problem, theta, data)
+    return _reduced(problem, theta, data)[1]
+
+
+def reduced_objective(problem: Problem) -> Callable:
+    """The function (theta, data) ↦ (Φ_red(θ), W(θ)), for `jax.value_and_grad(…, has_aux=True)`.
+
+    By the envelope theorem its gradient costs one reverse pass of the features and no solve; second
+    derivatives use the implicit derivative of W. Source: arXiv:2007.13171, section 2.
+    """
+
+    def reduced(theta, data):
+        check_data(problem, theta, data)
+        return _reduced(problem, theta, data)
+
+    return reduced
