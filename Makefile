@@ -47,8 +47,8 @@ clean:
 distclean: clean
 	rm -rf $(VENV)
 
-# Both stamps are older than the tools they stand for when .venv itself is gone or
-# broken, and then they must be made again whatever their dates say.
+# A stamp left in a .venv whose Python is gone says nothing: then install again,
+# whatever the dates are.
 NO_VENV := $(shell test -x $(PY) || echo FORCE)
 
 $(RUN_STAMP): pyproject.toml $(NO_VENV)

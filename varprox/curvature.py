@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from varprox.model import Problem, check_data
-from varprox.reduced import hessian_solver, w_of_rows
+from varprox.reduced import hessian_root, hessian_solver, w_of_rows
 
 
 class Curvature(NamedTuple):
@@ -40,27 +40,32 @@ class Curvature(NamedTuple):
     jvp: Callable
     vjp: Callable
     w_jvp: Callable
+    root: jax.Array  # the `hessian_root` at W(θ)
 
 
-def gauss_newton(problem: Problem, theta: Any, data: tuple, w: jax.Array | None = None) -> Curvature:
+def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
     """Linearises the reduced objective at θ; `matvec` is H v with H = Jᵀ∇²L J + α₂ J_WᵀJ_W + ∇²R.
 
-    `w` is W(θ) where the caller has it; it is solved for otherwise. Raises as `check_data` does.
+    Raises as `varprox.model.check_data` does.
     """
     check_data(problem, theta, data)
-    return _curvature(problem, theta, data, w, full=False)
+    return linearise(problem, theta, data)
 
 
-def newton(problem: Problem, theta: Any, data: tuple, w: jax.Array | None = None) -> Curvature:
+def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
     """As `gauss_newton`, with `matvec` the product with the full Hessian of the reduced objective.
 
     It may be indefinite. A product costs about twice a Gauss–Newton product.
     """
     check_data(problem, theta, data)
-    return _curvature(problem, theta, data, w, full=True)
+    return linearise(problem, theta, data, full=True)
 
 
-def _curvature(problem, theta, data, w, full):
+def linearise(problem, theta, data, w=None, root=None, full=False) -> Curvature:
+    """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked, for callers that know W(θ).
+
+    `w` and `root` (its `hessian_root`) are computed where they are not given.
+    """
     inputs, targets = data
     rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
     rows, forward = jax.linearize(rows_at, theta)
@@ -71,7 +76,9 @@ def _curvature(problem, theta, data, w, full):
     predictions = rows @ w
     loss = problem.loss
     residual = loss.gradient(predictions, targets)
-    solve = hessian_solver(problem, rows, w, targets)
+    if root is None:
+        root = hessian_root(problem, rows, w, targets)
+    solve = hessian_solver(problem, rows, w, targets, root)
     penalty_gradient, penalty_product = jax.linearize(jax.grad(problem.penalty), theta)
 
     def curved(direction):
@@ -114,6 +121,7 @@ def _curvature(problem, theta, data, w, full):
         jvp=jvp,
         vjp=vjp,
         w_jvp=lambda v: w_change(forward(v)),
+        root=root,
     )
 
 

@@ -4,20 +4,22 @@ Source: Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, algorith
 mathematics (reduced, curvature) and the trust region below it.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jax.tree_util import Partial
 
 from varprox import trust_region
 from varprox.curvature import linearise
-from varprox.model import Method, Problem, Status, check_data
+from varprox.method import Method, Status
+from varprox.model import Problem, check_data
 from varprox.reduced import Projection, project, start_projection
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
 LOW_RATIO = 0.25
+MAX_TRIALS = 10
 ACCURACY = 1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
 
 
@@ -50,11 +52,33 @@ class Info(NamedTuple):
     work_units: jax.Array
 
 
-def gnvpro(problem: Problem, *, rank: int = 20, flat: float = 0.05, tolerance: float = 0.0) -> Method:
-    return Method(
-        Partial(_init, problem),
-        Partial(jax.jit(_step, static_argnums=1), problem)
-        , problem)
+class Options(NamedTuple):
+    """Numbers that may change without recompiling."""
+
+    flat: float
+    tolerance: float
+
+
+def gnvpro(
+    problem: Problem, *, rank: int = 20, flat: float = 0.05, tolerance: float = 0.0
+) -> Method:
+    """The full-batch method of choice for small and medium problems.
+
+    Each step builds a Krylov space of at most `rank` dimensions for the Gauss–Newton matrix of the reduced
+    objective, ending earlier when a further product adds less than the fraction `flat` of the model's
+    decrease, and takes the trust-region step in it. When gain ratios stay low, products with the full Hessian take
+    over. The run has converged when the gradient's norm is at most `tolerance`.
+
+    Work units: 2 a step, 2 a product (4 with the full Hessian), 1 a trial point. `data` is all of it at every step.
+    """
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"rank: expected an integer ≥ 1, got {rank!r}")
+    if not 0 <= flat < 1:
+        raise ValueError(f"flat: expected a number in [0, 1), got {flat!r}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance!r}")
+    step = partial(_step, problem, Options(flat, tolerance), rank=rank)
+    return Method(partial(_init, problem), step, problem)
 
 
 def _init(problem, theta, data, key=None):
@@ -69,39 +93,88 @@ def _start(problem, theta, data):
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
     value = projection.value + problem.penalty(theta)
     return State(
-        theta,
-        projection.w,
-        projection,
-        value,
-        value,
-        jnp.full_like(value, jnp.inf),
-        jnp.zeros((), jnp.int32),
-        jnp.array(False),
-        jnp.zeros((), jnp.int32),
+        theta=theta,
+        w=projection.w,
+        projection=projection,
+        objective=value,
+        decrease=value,
+        radius=jnp.full_like(value, jnp.inf),
+        low=jnp.zeros((), jnp.int32),
+        newton=jnp.array(False),
+        status=_status(value, jnp.inf, True, 0.0),
     )
 
 
-@jax.jit(static_argnames="rank")
+@partial(jax.jit, static_argnames="rank")
 def _step(problem, options, state, data, *, rank):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
 
-    def evaluate(trial, predicted):
-        rows = problem.model.rows(unravel(trial), inputs)
-        tolerance = ACCURACY * jnp.minimum(predicted, state.decrease)
-        projection = project(problem, rows, targets, state.projection, tolerance)
-        value = projection.value + problem.penalty(unravel(trial))
-        return state.objective - value, (value, projection)
+    def flat(tree):
+        return ravel_pytree(tree)[0]
 
     def iteration(full):
-        curvature = linearise(problem, state.theta, data, state.w, full)
-        gradient = ravel_pytree(curvature.gradient)[0]
+        root = state.projection.inverse_root if problem.loss.quadratic else None
+        curvature = linearise(problem, state.theta, data, state.w, root, full)
+        projection = state.projection._replace(inverse_root=curvature.root, stale=jnp.array(False))
+
+        def evaluate(trial, predicted):
+            rows = problem.model.rows(unravel(trial), inputs)
+            tolerance = ACCURACY * jnp.minimum(predicted, state.decrease)
+            solved = project(problem, rows, targets, projection, tolerance)
+            value = solved.value + problem.penalty(unravel(trial))
+            return curvature.value - value, (value, solved)
+
+        gradient = flat(curvature.gradient)
         result = trust_region.iterate(
-            lambda v: ravel_pytree(curvature.matvec(unravel(v)))[0],
-            gradient, evaluate, theta, (state.objective, state.projection), state.radius,
-            rank=rank, flat=options.flat, max_trials=10)
+            lambda v: flat(curvature.matvec(unravel(v))),
+            gradient,
+            evaluate,
+            theta,
+            (curvature.value, projection),
+            state.radius,
+            rank=rank,
+            flat=options.flat,
+            max_trials=MAX_TRIALS,
+        )
         return jnp.linalg.norm(gradient), result
 
     gradient_norm, result = jax.lax.cond(
-        state.newton, lambda: iteration(True), lambda: iteration(False))
+        state.newton, lambda: iteration(True), lambda: iteration(False)
+    )
     value, projection = result.aux
+    low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
+    per_product = jnp.where(state.newton, 4, 2)
+    info = Info(
+        objective=value,
+        gradient_norm=gradient_norm,
+        radius=state.radius,
+        ratio=result.ratio,
+        accepted=result.accepted,
+        products=result.products,
+        trials=result.trials,
+        w_products=projection.products,
+        newton=state.newton,
+        work_units=2 + per_product * result.products + result.trials,
+    )
+    state = State(
+        theta=unravel(result.x),
+        w=projection.w,
+        projection=projection,
+        objective=value,
+        decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
+        radius=result.radius,
+        low=low,
+        newton=state.newton | (low >= PATIENCE),
+        status=_status(value, gradient_norm, result.accepted, options.tolerance),
+    )
+    return state, info
+
+
+def _status(value, gradient_norm, accepted, tolerance):
+    finite = jnp.isfinite(value) & ~jnp.isnan(gradient_norm)
+    return jnp.select(
+        [~finite, gradient_norm <= tolerance, jnp.logical_not(accepted)],
+        [jnp.int32(Status.NON_FINITE), jnp.int32(Status.CONVERGED), jnp.int32(Status.STALLED)],
+        jnp.int32(Status.RUNNING),
+    )

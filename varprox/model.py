@@ -7,7 +7,7 @@ Imports heads, losses and penalties.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -109,18 +109,6 @@ _register(Problem, ["model", "theta_penalty", "w_penalty"], ["loss"])
 
 def _partial(fn):
     return fn if isinstance(fn, Partial) else Partial(fn)
-
-
-class Method(NamedTuple):
-    """A training method: a pair of pure functions, and the problem they were made for.
-
-    `state = init(theta, data, key)` and `state, info = step(state, data)` may be used inside the
-    caller's own `jit`, `vmap` or `scan`; `state.theta` and `state.w` are the current weights.
-    """
-
-    init: Callable
-    step: Callable
-    problem: Problem
 
 
 def objective(problem: Problem, theta, w, data) -> jax.Array:

@@ -195,13 +195,16 @@ def _newton(problem, rows, targets, start, tolerance):
     return Projection(to_w(x), root, value, products, stale)
 
 
-def hessian_solver(problem: Problem, rows, w, targets) -> Callable[[jax.Array], jax.Array]:
-    """y ↦ (∇²_W Φ)⁻¹ y at `w`, for y shaped like W, to working precision; W-space work only."""
+def hessian_root(problem: Problem, rows, w, targets) -> jax.Array:
+    """The blocks S with S Sᵀ ≈ (∇²_W Φ)⁻¹ at `w`, as `Projection` describes them."""
     if problem.loss.quadratic:
-        root = project(problem, rows, targets, None).inverse_root
-        return lambda y: inverse_hessian(root, y)
-    root = factorise(problem, rows, w, targets)
-    if w.size <= DENSE_LIMIT:
+        return project(problem, rows, targets, None).inverse_root
+    return factorise(problem, rows, w, targets)
+
+
+def hessian_solver(problem: Problem, rows, w, targets, root) -> Callable[[jax.Array], jax.Array]:
+    """y ↦ (∇²_W Φ)⁻¹ y at `w`, for y shaped like W, given its `hessian_root`; W-space work only."""
+    if problem.loss.quadratic or w.size <= DENSE_LIMIT:
         return lambda y: inverse_hessian(root, y)
     return lambda y: _conjugate_gradients(problem, rows, w, targets, root, y)
 
@@ -236,6 +239,7 @@ def w_of_rows(problem: Problem, rows: jax.Array, targets: jax.Array) -> jax.Arra
 def _w_of_rows_jvp(primals, tangents):
     problem, rows, targets = primals
     w = w_of_rows(*primals)
+    root = hessian_root(problem, rows, w, targets)
 
     def stationarity(problem, rows, targets):
         gradient = problem.loss.gradient(rows @ w, targets)
@@ -245,7 +249,7 @@ def _w_of_rows_jvp(primals, tangents):
     dw = jax.lax.custom_linear_solve(
         lambda v: hessian_product(problem, rows, w, targets, v),
         change,
-        lambda _, y: hessian_solver(problem, rows, w, targets)(y),
+        lambda _, y: hessian_solver(problem, rows, w, targets, root)(y),
         symmetric=True,
     )
     return w, -dw

@@ -1,4 +1,4 @@
-"""What the data sets share: their shape, their dtype, the checks at the door, and where files are found."""
+"""What the data sets share: their form, their dtype, their checks, and where files are found."""
 
 import importlib
 import os
@@ -35,13 +35,15 @@ def check_integer(name: str, value, *, least: int) -> int:
     return int(value)
 
 
-def find_file(name: str, url: str, known_hash: str | None, *, installed: Path | None = None) -> Path:
+def find_file(
+    name: str, url: str, known_hash: str | None, *, installed: Path | None = None
+) -> Path:
     """Where the file `name` lies on this machine, after downloading it if need be.
 
     Looks in the folder that the environment variable VARPROX_DATA names, in the user's cache, at
-    `installed` (a copy that some package brings), and then downloads `url` into the cache. A download
-    whose hash is not `known_hash` ("sha256:…" or "md5:…") is discarded; with None nothing is compared,
-    and the caller checks what it reads. Files that are found are taken as they are.
+    `installed` (a copy that some package brings), and then downloads `url` into the cache. A
+    download whose hash is not `known_hash` ("sha256:…" or "md5:…") is discarded; with None nothing
+    is compared, and the caller checks what it reads. Files that are found are taken as they are.
 
     Raises NotADirectoryError where VARPROX_DATA names no folder, ImportError where pooch, which
     downloads, is missing, OSError where the download fails, ValueError where its hash is wrong.
@@ -50,7 +52,9 @@ def find_file(name: str, url: str, known_hash: str | None, *, installed: Path | 
     if folder and not Path(folder).is_dir():
         raise NotADirectoryError(f"VARPROX_DATA: expected a folder, got {folder!r}")
     cache = _user_cache()
-    for path in (Path(folder, name) if folder else None, cache / name if cache else None, installed):
+    in_folder = Path(folder, name) if folder else None
+    in_cache = cache / name if cache else None
+    for path in (in_folder, in_cache, installed):
         if path is not None and path.is_file():
             return path
 

@@ -1,8 +1,8 @@
-"""Indian Pines: a hyperspectral image of farmland in Indiana, every pixel to be classified by its spectrum.
+"""Indian Pines: a hyperspectral image of farmland, each pixel to be classified by its spectrum.
 
-Image: M. F. Baumgardner, L. L. Biehl, D. A. Landgrebe, 220 Band AVIRIS Hyperspectral Image Data Set: June 12,
-1992 Indian Pine Test Site 3, Purdue University Research Repository, doi:10.4231/R7RX991C (CC BY 3.0), without
-its 20 bands of water absorption.
+The image: M. F. Baumgardner, L. L. Biehl, D. A. Landgrebe, 220 Band AVIRIS Hyperspectral Image Data
+Set: June 12, 1992 Indian Pine Test Site 3, Purdue University Research Repository,
+doi:10.4231/R7RX991C (CC BY 3.0), without its 20 bands of water absorption.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ class IndianPines(NamedTuple):
     train: tuple[np.ndarray, np.ndarray]  # inputs (4000, 200), one-hot targets (4000, 16)
     validation: tuple[np.ndarray, np.ndarray]  # (5249, 200), (5249, 16)
     test: tuple[np.ndarray, np.ndarray]  # (1000, 200), (1000, 16)
-    foreground: tuple[np.ndarray, np.ndarray]  # all three, in image order: (10249, 200), (10249, 16)
+    foreground: tuple[np.ndarray, np.ndarray]  # all three in image order: (10249, 200), (10249, 16)
     labels: np.ndarray  # (145, 145) int32, 0 for background, 1 … 16 for the classes
     pixels: Pixels  # where the samples of each set lie
     class_names: tuple[str, ...]  # 16; class_names[k] is column k of the targets and label k + 1
@@ -61,33 +61,34 @@ class IndianPines(NamedTuple):
 def indian_pines(*, normalise: str = "band", seed: int = 0) -> IndianPines:
     """The 10,249 labelled pixels of Indian Pines, 200 bands and 16 classes, with the papers' split.
 
-    5000 pixels drawn at random are candidates for training: the same number from every class, but always
-    leaving 10 of a class behind; what small classes cannot give, the others share evenly. Of the
-    candidates every fifth, class by class, is for testing (1000), the others for training (4000); the rest
-    of the labelled image is for validation (5249). Each set is in random order.
+    5000 pixels drawn at random are candidates for training: the same number from every class, but
+    always leaving 10 of a class behind; what small classes cannot give, the others share evenly. Of
+    the candidates every fifth, class by class, is for testing (1000), the others for training
+    (4000); the rest of the labelled image is for validation (5249). Each set is in random order.
 
-    `normalise="band"` shifts and scales each band to mean 0 and variance 1 over the training pixels;
-    "spectrum" shifts each pixel's spectrum by its mean over the bands and divides it by its standard
-    deviation over the bands, as the papers do. Variances are sums divided by the number of values, not by one
-    less. `seed`, an integer ≥ 0, fixes the split.
+    `normalise="band"` shifts and scales each band to mean 0 and variance 1 over the training
+    pixels; "spectrum" shifts each pixel's spectrum by its mean over the bands and divides it by its
+    standard deviation over the bands, as the papers do. Variances are sums divided by the number of
+    values, not by one less. `seed`, an integer ≥ 0, fixes the split.
 
-    Returns an `IndianPines`, its inputs and targets in jax's default float dtype. A map of predictions (one row
-    a labelled pixel, made from the inputs `data.foreground[0]`) is
+    Returns an `IndianPines`, its inputs and targets in jax's default float dtype. A map of
+    predictions (one row a labelled pixel, made from the inputs `data.foreground[0]`) is
 
         image = np.zeros_like(data.labels)
         image.flat[data.pixels.foreground] = 1 + predictions.argmax(axis=1)
 
-    The files Indian_pines_corrected.mat and Indian_pines_gt.mat are looked for in the folder that the
-    environment variable VARPROX_DATA names and in the user's cache, then the copy that the package
-    tensorly brings is used, and where it is not installed the files are downloaded.
+    The files Indian_pines_corrected.mat and Indian_pines_gt.mat are looked for in the folder that
+    the environment variable VARPROX_DATA names and in the user's cache; then the copy that the
+    package tensorly brings is used, and where it is not installed the files are downloaded.
 
-    Raises ValueError or TypeError for another `normalise` or `seed`, ValueError where a file does not hold
-    the image, and what the look-up raises: NotADirectoryError for a VARPROX_DATA that is no folder,
-    ImportError where a package is missing, OSError where a download fails.
+    Raises ValueError or TypeError for another `normalise` or `seed`, ValueError where a file does
+    not hold the image, and what the search for the files raises: NotADirectoryError for a
+    VARPROX_DATA that is no folder, ImportError where a package is missing, OSError where a download
+    fails.
 
-    Newman, Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171. Their published script differs in two
-    ways: it takes at most ⌊5000 / 16⌋ = 312 candidates from a class, hence 3689 in all where here they are
-    5000, and it reads the image with all 220 bands.
+    Newman, Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171. Their published script
+    differs in two ways: it takes at most ⌊5000 / 16⌋ = 312 candidates from a class, hence 3689 in
+    all where here they are 5000, and it reads the image with all 220 bands.
     """
     if normalise not in ("band", "spectrum"):
         raise ValueError(f'normalise: expected "band" or "spectrum", got {normalise!r}')
@@ -101,25 +102,36 @@ def indian_pines(*, normalise: str = "band", seed: int = 0) -> IndianPines:
         seen = spectra[pixels.train]
         inputs = (spectra - seen.mean(axis=0)) / seen.std(axis=0)
     else:
-        inputs = (spectra - spectra.mean(axis=1, keepdims=True)) / spectra.std(axis=1, keepdims=True)
+        centred = spectra - spectra.mean(axis=1, keepdims=True)
+        inputs = centred / spectra.std(axis=1, keepdims=True)
     inputs = inputs.astype(float_dtype())
 
-    targets = one_hot(classes - 1, len(CLASS_NAMES))
-    samples = {name: (inputs[at], targets[at]) for name, at in pixels._asdict().items()}
-    return IndianPines(**samples, labels=labels.astype(np.int32), pixels=pixels, class_names=CLASS_NAMES)
+    def samples(at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return inputs[at], one_hot(classes[at] - 1, len(CLASS_NAMES))
+
+    return IndianPines(
+        train=samples(pixels.train),
+        validation=samples(pixels.validation),
+        test=samples(pixels.test),
+        foreground=samples(pixels.foreground),
+        labels=labels.astype(np.int32),
+        pixels=pixels,
+        class_names=CLASS_NAMES,
+    )
 
 
 def _split(classes: np.ndarray, rng: np.random.Generator) -> Pixels:
     """Draws the sets from the classes (pixels,), where 0 is background."""
     members = [rng.permutation(np.flatnonzero(classes == k)) for k in range(1, classes.max() + 1)]
     counts = _shares([len(m) - HELD_BACK for m in members], CANDIDATES)
-    candidates = np.concatenate([m[:count] for m, count in zip(members, counts, strict=True)])
-    # The candidates lie class by class, so that every fifth of them is a fifth of each class.
+    drawn = np.concatenate([m[:count] for m, count in zip(members, counts, strict=True)])
+    others = np.concatenate([m[count:] for m, count in zip(members, counts, strict=True)])
+    # The pixels drawn lie class by class, so that every fifth of them is a fifth of each class.
     testing = np.arange(CANDIDATES) % TEST_EVERY == TEST_EVERY - 1
     return Pixels(
-        train=rng.permutation(candidates[~testing]),
-        validation=rng.permutation(np.concatenate([m[c:] for m, c in zip(members, counts, strict=True)])),
-        test=rng.permutation(candidates[testing]),
+        train=rng.permutation(drawn[~testing]),
+        validation=rng.permutation(others),
+        test=rng.permutation(drawn[testing]),
         foreground=np.flatnonzero(classes),
     )
 
@@ -127,7 +139,7 @@ def _split(classes: np.ndarray, rng: np.random.Generator) -> Pixels:
 def _shares(limits: list[int], total: int) -> np.ndarray:
     """Parts of `total`, as equal as their limits allow; an odd one goes to the largest limits."""
     shares = np.zeros(len(limits), int)
-    # From the smallest limit up: whoever cannot take an even share of what is left takes all they can.
+    # From the smallest limit up, so that whatever one cannot take is shared among those to come.
     for rank, k in enumerate(np.argsort(limits, kind="stable")):
         shares[k] = min(limits[k], (total - shares.sum()) // (len(limits) - rank))
     return shares
@@ -136,8 +148,8 @@ def _shares(limits: list[int], total: int) -> np.ndarray:
 class _File(NamedTuple):
     """One of the two files, and how to tell that it holds what it should.
 
-    The published .mat files come without checksums, so what is compared is the array they hold, which is
-    the same whatever file it was read from.
+    The published .mat files come without checksums, so what is compared is the array they hold,
+    which is the same whatever file it was read from.
     """
 
     name: str
@@ -185,19 +197,21 @@ def _read(file: _File) -> np.ndarray:
 
 
 def _load_mat(path: Path) -> dict[str, np.ndarray]:
-    from scipy.io import loadmat  # type: ignore[import-untyped]  # imported late: slow, and few need it
+    from scipy.io import loadmat  # here, because it is slow to import and few need it
 
     return loadmat(path)
 
 
 def _in_tensorly(name: str) -> Path | None:
-    """Where the package tensorly keeps its copy; None where it is not installed. Imports nothing."""
+    """Where the package tensorly keeps its copy; None where it is not installed."""
     spec = importlib.util.find_spec("tensorly")
-    return Path(spec.origin).parent / "datasets" / "data" / name if spec and spec.origin else None
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "datasets" / "data" / name
 
 
 def _wrong(path: Path, file: _File, found: str) -> ValueError:
     return ValueError(
-        f"{path}: expected the array {file.name.lower()} of shape {file.shape} as published, got {found}; "
-        f"delete the file to have it fetched again"
+        f"{path}: expected the array {file.name.lower()} of shape {file.shape} as published, "
+        f"got {found}; delete the file to have it fetched again"
     )

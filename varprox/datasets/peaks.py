@@ -8,10 +8,12 @@ from varprox.datasets._cache import Dataset, check_integer, float_dtype
 def peaks(n: int = 2000, n_validation: int = 500, seed: int = 0) -> Dataset:
     """Regression of the peaks function from points drawn uniformly at random from [−3, 3]².
 
-    Inputs are (n, 2), targets (n, 1), both in jax's default float dtype; a target is `peaks_function` of
-    its input, rounded once. The training points do not depend on `n_validation`.
+    Inputs are (n, 2), targets (n, 1), both in jax's default float dtype; a target is
+    `peaks_function` of its input, rounded once. The training points do not depend on
+    `n_validation`.
 
-    Raises TypeError or ValueError unless `n` and `n_validation` are integers ≥ 1 and `seed` one ≥ 0.
+    Raises TypeError or ValueError unless `n` and `n_validation` are integers ≥ 1 and `seed` is
+    one ≥ 0.
     """
     n = check_integer("n", n, least=1)
     n_validation = check_integer("n_validation", n_validation, least=1)
@@ -22,7 +24,9 @@ def peaks(n: int = 2000, n_validation: int = 500, seed: int = 0) -> Dataset:
 def peaks_function(points: np.ndarray) -> np.ndarray:
     """MATLAB's peaks at points (…, 2), as (…, 1), in the dtype of `points`.
 
-    f(x, y) = 3 (1 − x)² exp(−x² − (y + 1)²) − 10 (x/5 − x³ − y⁵) exp(−x² − y²) − ⅓ exp(−(x + 1)² − y²)
+    f(x, y) = 3 (1 − x)² exp(−x² − (y + 1)²)
+              − 10 (x/5 − x³ − y⁵) exp(−x² − y²)
+              − ⅓ exp(−(x + 1)² − y²)
     """
     x, y = points[..., :1], points[..., 1:]
     return (

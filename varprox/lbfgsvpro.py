@@ -1,0 +1,147 @@
+"""LBFGSvpro: L-BFGS on the reduced objective, with optax's L-BFGS direction and line search.
+
+Source: arXiv:2007.13171, section 3. Imports reduced and model below it.
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from varprox.method import Method, Status
+from varprox.model import Problem, check_data
+from varprox.reduced import Projection, project, start_projection
+
+ACCURACY = 1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
+
+
+class State(NamedTuple):
+    """The weights and what the next iteration starts from; `gradient` is ∇Φ_red(θ)."""
+
+    theta: Any
+    w: jax.Array
+    projection: Projection
+    objective: jax.Array
+    gradient: Any
+    decrease: jax.Array
+    lbfgs: optax.OptState
+    status: jax.Array
+
+
+class Info(NamedTuple):
+    """What one iteration did; all of it belongs to the weights after it."""
+
+    objective: jax.Array
+    gradient_norm: jax.Array
+    trials: jax.Array
+    w_products: jax.Array
+    work_units: jax.Array
+
+
+def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> Method:
+    """L-BFGS with `memory` pairs on the reduced objective; the cheapest full-batch iteration.
+
+    The run has converged when the gradient's norm is at most `tolerance`. Work units: 2 a trial point of the line
+    search, most steps needing one. `data` is all of it at every step.
+    """
+    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
+        raise ValueError(f"memory: expected an integer ≥ 1, got {memory!r}")
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance!r}")
+    step = partial(_step, problem, tolerance, memory=memory)
+    return Method(partial(_init, problem, memory), step, problem)
+
+
+def _init(problem, memory, theta, data, key=None):
+    check_data(problem, theta, data)
+    return _start(problem, theta, data, memory=memory)
+
+
+@partial(jax.jit, static_argnames="memory")
+def _start(problem, theta, data, *, memory):
+    rows = jax.eval_shape(problem.model.rows, theta, data[0])
+    projection = start_projection(problem, jnp.zeros(rows.shape, rows.dtype), data[1])
+    value, (gradient, projection) = _value_and_gradient(problem, theta, projection, data, 0.0)
+    return State(
+        theta=theta,
+        w=projection.w,
+        projection=projection,
+        objective=value,
+        gradient=gradient,
+        decrease=value,
+        lbfgs=optax.scale_by_lbfgs(memory).init(theta),
+        status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
+    )
+
+
+def _value_and_gradient(problem, theta, projection, data, tolerance):
+    """Φ_red(θ), its gradient and W(θ) by one forward and one reverse pass of the features."""
+    inputs, targets = data
+    rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
+    projection = project(problem, rows, targets, projection, tolerance)
+    w = projection.w
+    (gradient,) = pullback(problem.loss.gradient(rows @ w, targets) @ w.T)
+    penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)
+    gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
+    return projection.value + penalty, (gradient, projection)
+
+
+@partial(jax.jit, static_argnames="memory")
+def _step(problem, tolerance, state, data, *, memory):
+    # optax's line search takes a function of one argument and keeps its gradient at the point it chooses, and
+    # nothing else of that point. So the objective gets a second argument, the projection to start from, and
+    # its derivative along this argument is declared to be the new projection. The search direction is zero there.
+    @jax.custom_vjp
+    def reduced(point):
+        return reduced_forward(point)[0]
+
+    def reduced_forward(point):
+        theta, start = point
+        start = jax.tree.map(lambda x, like: x.astype(like.dtype), start, state.projection)
+        value, (gradient, projection) = _value_and_gradient(
+            problem, theta, start, data, ACCURACY * state.decrease
+        )
+        return value, (gradient, as_floats(projection))
+
+    def as_floats(projection):
+        return jax.tree.map(lambda x: x.astype(state.objective.dtype), projection)
+
+    reduced.defvjp(
+        reduced_forward, lambda derivative, scale: (jax.tree.map(lambda d: scale * d, derivative),)
+    )
+
+    start = as_floats(state.projection)
+    point = (state.theta, start)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and int64 under x64
+        direction, lbfgs = optax.scale_by_lbfgs(memory).update(
+            state.gradient, state.lbfgs, state.theta
+        )
+        search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
+        updates, found = search.update(
+            (jax.tree.map(jnp.negative, direction), jax.tree.map(jnp.zeros_like, start)),
+            search.init(point),
+            point,
+            value=state.objective,
+            grad=(state.gradient, start),
+            value_fn=reduced,
+        )
+    gradient, projection = found.grad
+    projection = jax.tree.map(lambda x, like: x.astype(like.dtype), projection, state.projection)
+    better = found.value < state.objective
+    theta = optax.apply_updates(state.theta, updates[0])
+    new = (theta, projection, found.value, gradient, state.objective - found.value)
+    old = (state.theta, state.projection, state.objective, state.gradient, state.decrease)
+    theta, projection, value, gradient, decrease = jax.tree.map(
+        lambda n, o: jnp.where(better, n, o), new, old
+    )
+    gradient_norm = optax.tree.norm(gradient)
+    status = jnp.select(
+        [gradient_norm <= tolerance, ~better], [Status.CONVERGED, Status.STALLED], Status.RUNNING
+    )
+    trials = found.info.num_linesearch_steps
+    state = State(
+        theta, projection.w, projection, value, gradient, decrease, lbfgs, status.astype(jnp.int32)
+    )
+    return state, Info(value, gradient_norm, trials, projection.products, 2 * trials)
