@@ -1,10 +1,28 @@
-"""Variable projection for separable networks in JAX."""
+"""Variable projection for separable networks in JAX: see README.md and the docstrings below."""
 
-from varprox.curvature import gauss_newton, newton
+import importlib
+
+from varprox.curvature import Curvature, gauss_newton, newton
+from varprox.fit import Solution, fit
 from varprox.gnvpro import gnvpro
 from varprox.heads import dense
 from varprox.lbfgsvpro import lbfgsvpro
 from varprox.losses import convex_loss, least_squares, logistic, softmax_cross_entropy
+from varprox.method import Method, Status
 from varprox.model import Problem, Separable, predict
 from varprox.penalties import smoothness_in_time, tikhonov
 from varprox.reduced import reduced_objective, solve_w
+
+__version__ = "0.1.0"
+__all__ = [
+    "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "convex_loss", "dense", "fit",
+    "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "logistic", "newton", "predict",
+    "reduced_objective", "smoothness_in_time", "softmax_cross_entropy", "solve_w", "tikhonov",
+]  # fmt: skip
+
+
+def __getattr__(name: str):
+    """Loads the edges, which import flax, when they are first used."""
+    if name in ("datasets", "networks", "nnx"):
+        return importlib.import_module(f"varprox.{name}")
+    raise AttributeError(f"module 'varprox' has no attribute {name!r}")

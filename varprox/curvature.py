@@ -76,13 +76,11 @@ def linearise(problem, theta, data, w=None, root=None, full=False) -> Curvature:
     predictions = rows @ w
     loss = problem.loss
     residual = loss.gradient(predictions, targets)
+    curved = loss.curvature(predictions, targets)
     if root is None:
         root = hessian_root(problem, rows, w, targets)
     solve = hessian_solver(problem, rows, w, targets, root)
     penalty_gradient, penalty_product = jax.linearize(jax.grad(problem.penalty), theta)
-
-    def curved(direction):
-        return loss.hessian_product(predictions, targets, direction)
 
     def w_change(d_rows):
         return -solve(d_rows.T @ residual + rows.T @ curved(d_rows @ w))

@@ -20,7 +20,9 @@ from varprox.reduced import Projection, project, start_projection
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
 LOW_RATIO = 0.25
 MAX_TRIALS = 10
-ACCURACY = 1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
+ACCURACY = (
+    1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
+)
 
 
 class State(NamedTuple):
@@ -34,6 +36,7 @@ class State(NamedTuple):
     radius: jax.Array
     low: jax.Array  # iterations in a row whose gain ratio was low
     newton: jax.Array  # have Newton products taken over?
+    work_units: jax.Array  # so far
     status: jax.Array
 
 
@@ -49,7 +52,6 @@ class Info(NamedTuple):
     trials: jax.Array
     w_products: jax.Array
     newton: jax.Array
-    work_units: jax.Array
 
 
 class Options(NamedTuple):
@@ -101,6 +103,7 @@ def _start(problem, theta, data):
         radius=jnp.full_like(value, jnp.inf),
         low=jnp.zeros((), jnp.int32),
         newton=jnp.array(False),
+        work_units=jnp.ones((), jnp.int32),
         status=_status(value, jnp.inf, True, 0.0),
     )
 
@@ -155,7 +158,6 @@ def _step(problem, options, state, data, *, rank):
         trials=result.trials,
         w_products=projection.products,
         newton=state.newton,
-        work_units=2 + per_product * result.products + result.trials,
     )
     state = State(
         theta=unravel(result.x),
@@ -166,6 +168,7 @@ def _step(problem, options, state, data, *, rank):
         radius=result.radius,
         low=low,
         newton=state.newton | (low >= PATIENCE),
+        work_units=state.work_units + 2 + per_product * result.products + result.trials,
         status=_status(value, gradient_norm, result.accepted, options.tolerance),
     )
     return state, info

@@ -14,7 +14,9 @@ from varprox.method import Method, Status
 from varprox.model import Problem, check_data
 from varprox.reduced import Projection, project, start_projection
 
-ACCURACY = 1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
+ACCURACY = (
+    1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
+)
 
 
 class State(NamedTuple):
@@ -27,6 +29,7 @@ class State(NamedTuple):
     gradient: Any
     decrease: jax.Array
     lbfgs: optax.OptState
+    work_units: jax.Array  # so far
     status: jax.Array
 
 
@@ -37,7 +40,6 @@ class Info(NamedTuple):
     gradient_norm: jax.Array
     trials: jax.Array
     w_products: jax.Array
-    work_units: jax.Array
 
 
 def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> Method:
@@ -72,6 +74,7 @@ def _start(problem, theta, data, *, memory):
         gradient=gradient,
         decrease=value,
         lbfgs=optax.scale_by_lbfgs(memory).init(theta),
+        work_units=jnp.full((), 2, jnp.int32),
         status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
     )
 
@@ -142,6 +145,14 @@ def _step(problem, tolerance, state, data, *, memory):
     )
     trials = found.info.num_linesearch_steps
     state = State(
-        theta, projection.w, projection, value, gradient, decrease, lbfgs, status.astype(jnp.int32)
+        theta=theta,
+        w=projection.w,
+        projection=projection,
+        objective=value,
+        gradient=gradient,
+        decrease=decrease,
+        lbfgs=lbfgs,
+        work_units=state.work_units + 2 * trials.astype(jnp.int32),
+        status=status.astype(jnp.int32),
     )
-    return state, Info(value, gradient_norm, trials, projection.products, 2 * trials)
+    return state, Info(value, gradient_norm, trials, projection.products)

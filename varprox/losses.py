@@ -1,4 +1,4 @@
-"""Convex losses: value, gradient and Hessian product in the predictions.
+"""Convex losses: value, gradient and curvature in the predictions.
 
 Predictions and targets are (batch, outputs); every loss is a mean over the batch, so its gradient and
 its Hessian carry the factor 1 / batch. Losses are hashable, and equal when built alike, which lets
@@ -13,36 +13,44 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@dataclass(frozen=True)
-class ConvexLoss:
-    """The mean of a convex function of one prediction and one target: see `convex_loss`."""
-
-    fn: Callable[[jax.Array, jax.Array], jax.Array]
+class Loss:
+    """What every loss has; the curvature of all of them comes from their gradient."""
 
     quadratic = False  # is the Hessian the identity / batch?
 
     def value(self, predictions, targets):
         """The loss, a scalar."""
-        return jnp.mean(jax.vmap(self.fn)(predictions, targets))
+        raise NotImplementedError
 
     def gradient(self, predictions, targets):
         """The derivative of `value` in the predictions, (batch, outputs)."""
-        return jax.vmap(jax.grad(self.fn))(predictions, targets) / len(predictions)
+        raise NotImplementedError
 
-    def hessian_product(self, predictions, targets, direction):
-        """The second derivative of `value` in the predictions, times `direction`, (batch, outputs)."""
-        gradient = lambda p: self.gradient(p, targets)  # noqa: E731
-        return jax.jvp(gradient, (predictions,), (direction,))[1]
+    def curvature(self, predictions, targets):
+        """The second derivative of `value` in the predictions, as a linear map of (batch, outputs)."""
+        return jax.linearize(lambda p: self.gradient(p, targets), predictions)[1]
 
     def check(self, targets: np.ndarray) -> None:
         """Raises ValueError where targets lie outside what the loss is defined for."""
 
 
 @dataclass(frozen=True)
-class LeastSquares(ConvexLoss):
+class ConvexLoss(Loss):
+    """The mean of a convex function of one prediction and one target: see `convex_loss`."""
+
+    fn: Callable[[jax.Array, jax.Array], jax.Array]
+
+    def value(self, predictions, targets):
+        return jnp.mean(jax.vmap(self.fn)(predictions, targets))
+
+    def gradient(self, predictions, targets):
+        return jax.vmap(jax.grad(self.fn))(predictions, targets) / len(predictions)
+
+
+@dataclass(frozen=True)
+class LeastSquares(Loss):
     """½ mean ‖prediction − target‖²: see `least_squares`."""
 
-    fn: None = None
     quadratic = True
 
     def value(self, predictions, targets):
@@ -51,26 +59,16 @@ class LeastSquares(ConvexLoss):
     def gradient(self, predictions, targets):
         return (predictions - targets) / len(predictions)
 
-    def hessian_product(self, predictions, targets, direction):
-        return direction / len(predictions)
-
 
 @dataclass(frozen=True)
-class SoftmaxCrossEntropy(ConvexLoss):
+class SoftmaxCrossEntropy(Loss):
     """−mean Σ target · log softmax(prediction): see `softmax_cross_entropy`."""
-
-    fn: None = None
 
     def value(self, predictions, targets):
         return -jnp.sum(targets * jax.nn.log_softmax(predictions)) / len(predictions)
 
     def gradient(self, predictions, targets):
         return (jax.nn.softmax(predictions) - targets) / len(predictions)
-
-    def hessian_product(self, predictions, targets, direction):
-        p = jax.nn.softmax(predictions)
-        scaled = p * direction
-        return (scaled - p * jnp.sum(scaled, axis=1, keepdims=True)) / len(predictions)
 
     def check(self, targets):
         total = targets.sum(axis=1)
@@ -83,20 +81,14 @@ class SoftmaxCrossEntropy(ConvexLoss):
 
 
 @dataclass(frozen=True)
-class Logistic(ConvexLoss):
+class Logistic(Loss):
     """mean Σ log(1 + exp(prediction)) − target · prediction: see `logistic`."""
-
-    fn: None = None
 
     def value(self, predictions, targets):
         return jnp.sum(jax.nn.softplus(predictions) - targets * predictions) / len(predictions)
 
     def gradient(self, predictions, targets):
         return (jax.nn.sigmoid(predictions) - targets) / len(predictions)
-
-    def hessian_product(self, predictions, targets, direction):
-        p = jax.nn.sigmoid(predictions)
-        return p * (1 - p) * direction / len(predictions)
 
     def check(self, targets):
         if targets.min() < 0 or targets.max() > 1:

@@ -14,7 +14,9 @@ class Status(IntEnum):
     RUNNING = 0
     CONVERGED = 1  # the gradient's norm is at most the method's tolerance
     STALLED = 2  # no step lowers the objective
-    NON_FINITE = 3  # the objective or its gradient is NaN or Inf; the weights are the last good ones
+    NON_FINITE = (
+        3  # the objective or its gradient is NaN or Inf; the weights are the last good ones
+    )
     BUDGET = 4  # the work, the epochs or the steps allowed are used up
 
 
@@ -22,8 +24,8 @@ class Method(NamedTuple):
     """A training method for a problem.
 
     `state = init(theta, data, key)` and `state, info = step(state, data)` are pure and may be used inside the
-    caller's own `jit`, `vmap` or `scan`. `state.theta`, `state.w` and `state.status` are the weights and how the
-    run stands; `info` holds at least `objective`, that of the new weights, and `work_units`.
+    caller's own `jit`, `vmap` or `scan`. A state has at least the fields `theta`, `w`, `objective` (Φ at these
+    weights), `work_units` (spent so far) and `status`; `info` is a NamedTuple of scalars.
     """
 
     init: Callable

@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial, register_pytree_node
 
 from varprox.heads import DenseHead, dense
-from varprox.losses import ConvexLoss
+from varprox.losses import Loss
 from varprox.penalties import _nonnegative, as_penalty
 
 
@@ -54,14 +54,14 @@ class Problem:
     """
 
     model: Separable
-    loss: ConvexLoss
+    loss: Loss
     theta_penalty: tuple
     w_penalty: float
 
     def __init__(self, model, loss, theta_penalty=None, w_penalty=0.0):
         if not isinstance(model, Separable):
             raise TypeError(f"model: expected a varprox.Separable, got {model!r}")
-        if not isinstance(loss, ConvexLoss):
+        if not isinstance(loss, Loss):
             raise TypeError(
                 f"loss: expected a loss such as varprox.least_squares() or varprox.convex_loss(fn), "
                 f"got {loss!r}"
@@ -131,7 +131,11 @@ def check_data(problem: Problem, theta, data) -> None:
     if not (isinstance(data, tuple | list) and len(data) == 2):
         raise TypeError(f"data: expected a pair (inputs, targets), got {type(data).__name__}")
     inputs, targets = data
-    leaves = {"theta": jax.tree.leaves(theta), "inputs": jax.tree.leaves(inputs), "targets": [targets]}
+    leaves = {
+        "theta": jax.tree.leaves(theta),
+        "inputs": jax.tree.leaves(inputs),
+        "targets": [targets],
+    }
     if not leaves["theta"]:
         raise ValueError("theta: expected a pytree with at least one array, got an empty one")
     for name, arrays in leaves.items():

@@ -12,16 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+def _everything(theta):
+    return theta
+
+
 Penalty = Callable[[Any], jax.Array]
 
 
-def tikhonov(alpha: float) -> Partial:
-    """½ α ‖θ‖², over all leaves of the pytree θ."""
-    return Partial(_tikhonov, _nonnegative("alpha", alpha))
+def tikhonov(alpha: float, where: Callable[[Any], Any] = _everything) -> Partial:
+    """½ α ‖θ‖², over all leaves of the pytree θ, or over those of `where(theta)`."""
+    return Partial(functools.partial(_tikhonov, where), _nonnegative("alpha", alpha))
 
 
 def smoothness_in_time(
-    alpha: float, step: float, where: Callable[[Any], Any] = lambda theta: theta
+    alpha: float, step: float, where: Callable[[Any], Any] = _everything
 ) -> Partial:
     """½ α Σ_j ‖(θ_{j+1} − θ_j) / step‖² for weights that are values on a grid of layers in time.
 
@@ -44,7 +48,7 @@ def as_penalty(name: str, penalty: Any) -> tuple[Penalty, ...]:
         return (penalty,)
     if callable(penalty):
         return (Partial(penalty),)
-    return (Partial(_tikhonov, _nonnegative(name, penalty)),)
+    return (Partial(functools.partial(_tikhonov, _everything), _nonnegative(name, penalty)),)
 
 
 def _nonnegative(name: str, value: Any) -> Any:
@@ -60,8 +64,8 @@ def _nonnegative(name: str, value: Any) -> Any:
     return value
 
 
-def _tikhonov(alpha, theta):
-    return 0.5 * alpha * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(theta))
+def _tikhonov(where, alpha, theta):
+    return 0.5 * alpha * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(where(theta)))
 
 
 def _smoothness(where, alpha, step, theta):

@@ -14,8 +14,11 @@ from varprox import trust_region
 from varprox.least_squares import ridge, triangular_factor
 from varprox.model import Problem, check_data
 
-DENSE_LIMIT = 2048  # entries of W up to which its whole Hessian is factorised, not a block per output
-PATIENCE = 12  # Krylov products in one Newton iteration beyond which the factor is made anew
+DENSE_LIMIT = (
+    2048  # entries of W up to which its whole Hessian is factorised, not a block per output
+)
+PATIENCE = 6  # Krylov products in one Newton iteration beyond which the factor is made anew
+FLAT = 1e-2
 INNER_RANK, INNER_ITERATIONS = 40, 50
 
 
@@ -53,9 +56,11 @@ def factorise(problem: Problem, rows, w, targets) -> jax.Array:
     predictions = rows @ w
     dense = w.size <= DENSE_LIMIT
 
+    curved = problem.loss.curvature(predictions, targets)
+
     def block_row(output):
         unit = jnp.zeros_like(predictions).at[:, output].set(1)
-        curvature = problem.loss.hessian_product(predictions, targets, unit)
+        curvature = curved(unit)
         if dense:
             weighted = (curvature[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)
         else:
@@ -138,15 +143,13 @@ def _newton(problem, rows, targets, start, tolerance):
     def iteration(carry):
         x, value, gradient, root, stale, products, _, i = carry
         w = to_w(x)
-        predictions = rows @ w
-        root = jax.lax.cond(
-            stale, lambda: factorise(problem, rows, w, targets), lambda: root
-        )
+        root = jax.lax.cond(stale, lambda: factorise(problem, rows, w, targets), lambda: root)
+
+        hessian = hessian_map(problem, rows, w, targets)
 
         def matvec(y):
-            v = to_w(apply_root(root, y))
-            curved = rows.T @ loss.hessian_product(predictions, targets, rows @ v)
-            return apply_root(root, to_flat(curved + alpha * v), transpose=True)
+            product = hessian(to_w(apply_root(root, y)))
+            return apply_root(root, to_flat(product), transpose=True)
 
         def evaluate(y, predicted):
             trial = x + apply_root(root, y)
@@ -165,7 +168,7 @@ def _newton(problem, rows, targets, start, tolerance):
             (value, gradient),
             jnp.array(jnp.inf, x.dtype),
             rank=min(INNER_RANK, x.size),
-            flat=1e-3,
+            flat=FLAT,
             max_trials=20,
         )
         value, gradient = result.aux
@@ -173,7 +176,16 @@ def _newton(problem, rows, targets, start, tolerance):
         stale = result.products > PATIENCE
         # A stuck iteration with a fresh factor has met rounding; with an old one it deserves a new factor.
         done = ~result.accepted & (i > 0)
-        return x, value, gradient, root, stale | ~result.accepted, products + result.products, done, i + 1
+        return (
+            x,
+            value,
+            gradient,
+            root,
+            stale | ~result.accepted,
+            products + result.products,
+            done,
+            i + 1,
+        )
 
     limit = jnp.linalg.norm(value_and_gradient(jnp.zeros_like(to_flat(start.w)))[1])
     limit = eps**0.64 * jnp.maximum(limit, 1)
@@ -209,15 +221,15 @@ def hessian_solver(problem: Problem, rows, w, targets, root) -> Callable[[jax.Ar
     return lambda y: _conjugate_gradients(problem, rows, w, targets, root, y)
 
 
-def hessian_product(problem: Problem, rows, w, targets, v) -> jax.Array:
-    """∇²_W Φ times v, for v shaped like W."""
-    curved = problem.loss.hessian_product(rows @ w, targets, rows @ v)
-    return rows.T @ curved + problem.w_penalty * v
+def hessian_map(problem: Problem, rows, w, targets) -> Callable[[jax.Array], jax.Array]:
+    """v ↦ ∇²_W Φ v at `w`, for v shaped like W."""
+    curved = problem.loss.curvature(rows @ w, targets)
+    return lambda v: rows.T @ curved(rows @ v) + problem.w_penalty * v
 
 
 def _conjugate_gradients(problem, rows, w, targets, root, y):
     return jax.scipy.sparse.linalg.cg(
-        lambda v: hessian_product(problem, rows, w, targets, v),
+        hessian_map(problem, rows, w, targets),
         y,
         tol=float(jnp.finfo(y.dtype).eps) ** 0.8,
         maxiter=200,
@@ -247,7 +259,7 @@ def _w_of_rows_jvp(primals, tangents):
 
     _, change = jax.jvp(stationarity, primals, tangents)
     dw = jax.lax.custom_linear_solve(
-        lambda v: hessian_product(problem, rows, w, targets, v),
+        hessian_map(problem, rows, w, targets),
         change,
         lambda _, y: hessian_solver(problem, rows, w, targets, root)(y),
         symmetric=True,

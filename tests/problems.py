@@ -1,0 +1,325 @@
+"""The small problems of the tests, and the mathematics of the library written out a second time.
+
+Everything after `PLAIN` is the oracle: formulas in NumPy or plain autodiff that share no code with the
+package. The only thing taken from JAX there is the derivative of the features.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import varprox as vp
+
+SAMPLES, WIDTH, LAYERS, TIME_STEP = 16, 3, 2, 0.5
+
+
+def features(theta, inputs):
+    """A residual network: an opening layer and `LAYERS` steps in time."""
+    z = jnp.tanh(inputs @ theta["opening"])
+    for kernel in theta["layers"]:
+        z = z + TIME_STEP * jnp.tanh(z @ kernel)
+    return z
+
+
+def initial_theta(seed=0, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    theta = {
+        "opening": rng.normal(size=(2, WIDTH)),
+        "layers": 0.7 * rng.normal(size=(LAYERS, WIDTH, WIDTH)),
+    }
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), theta)
+
+
+def direction(seed=1, dtype=np.float64):
+    """A pytree like θ with norm one."""
+    theta = initial_theta(seed, dtype)
+    norm = np.sqrt(sum(np.sum(leaf**2) for leaf in theta.values()))
+    return jax.tree.map(lambda leaf: (leaf / norm).astype(dtype), theta)
+
+
+def make_data(kind, outputs, samples=SAMPLES, seed=2, dtype=np.float64):
+    """Inputs and targets of the kind a loss takes; the targets are noisy, so residuals are not small."""
+    rng = np.random.default_rng(seed)
+    inputs = rng.normal(size=(samples, 2))
+    score = np.sin(2 * inputs @ rng.normal(size=(2, outputs))) + 0.3 * rng.normal(
+        size=(samples, outputs)
+    )
+    if kind == "softmax_cross_entropy":
+        targets = np.eye(outputs)[score.argmax(axis=1)]
+        targets[0] = 1 / outputs  # a row of probabilities that is not one-hot
+    elif kind == "logistic":
+        targets = (score > 0).astype(float)
+        targets[0] = 0.3
+    else:
+        targets = score
+    return inputs.astype(dtype), targets.astype(dtype)
+
+
+def pseudo_huber(prediction, target):
+    return jnp.sum(jnp.sqrt(1 + (prediction - target) ** 2) - 1)
+
+
+def quartic(theta):
+    """A penalty that is an arbitrary smooth function of θ, its Hessian dense and not constant."""
+    return 1e-2 * jnp.sum(theta["layers"]) ** 4 + 0.1 * jnp.sum(jnp.cos(theta["opening"]))
+
+
+def layers(theta):
+    return theta["layers"]
+
+
+LOSSES = {
+    "least_squares": vp.least_squares(),
+    "softmax_cross_entropy": vp.softmax_cross_entropy(),
+    "logistic": vp.logistic(),
+    "pseudo_huber": vp.convex_loss(pseudo_huber),
+}
+PENALTIES = {
+    "none": None,
+    "tikhonov": vp.tikhonov(1e-2),
+    "smoothness": vp.smoothness_in_time(3e-2, TIME_STEP, layers),
+    "function": quartic,
+    "tuple": (vp.tikhonov(1e-2), vp.smoothness_in_time(3e-2, TIME_STEP, layers), quartic),
+}
+
+
+class Case(NamedTuple):
+    """One combination that every derivative is tested on."""
+
+    loss: str
+    outputs: int = 3
+    bias: bool = True
+    penalty: str = "tikhonov"
+    w_penalty: float = 3e-2
+
+    def __str__(self):
+        bias = "bias" if self.bias else "nobias"
+        return f"{self.loss}-{self.outputs}-{bias}-{self.penalty}"
+
+    @property
+    def problem(self):
+        return vp.Problem(
+            vp.Separable(features, vp.dense(self.bias)),
+            LOSSES[self.loss],
+            PENALTIES[self.penalty],
+            self.w_penalty,
+        )
+
+    @property
+    def data(self):
+        return make_data(self.loss, self.outputs)
+
+
+CASES = [
+    *(Case(loss, bias=bias) for loss in LOSSES for bias in (True, False)),
+    *(Case(loss, outputs=1) for loss in ("least_squares", "logistic", "pseudo_huber")),
+    *(Case("least_squares", 2, penalty=p) for p in PENALTIES if p != "tikhonov"),
+    *(Case("softmax_cross_entropy", 2, penalty=p) for p in ("none", "tuple")),
+]
+
+
+# PLAIN
+
+
+def plain_rows(theta, inputs, bias):
+    z = np.asarray(features(theta, inputs))
+    return np.hstack([z, np.ones((len(z), 1))]) if bias else z
+
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return e / e.sum(axis=1, keepdims=True)
+
+
+def loss_value(kind, predictions, targets):
+    """The mean loss, in operations that NumPy and JAX share."""
+    xp = np if isinstance(predictions, np.ndarray) else jnp
+    residual = predictions - targets
+    if kind == "least_squares":
+        total = 0.5 * xp.sum(residual**2)
+    elif kind == "pseudo_huber":
+        total = xp.sum(xp.sqrt(1 + residual**2) - 1)
+    elif kind == "logistic":
+        total = xp.sum(xp.logaddexp(predictions, 0.0) - targets * predictions)
+    else:
+        top = predictions.max(axis=1, keepdims=True)
+        log_sum = top + xp.log(xp.sum(xp.exp(predictions - top), axis=1, keepdims=True))
+        total = xp.sum(targets * (log_sum - predictions))
+    return total / len(predictions)
+
+
+def loss_gradient(kind, predictions, targets):
+    residual = predictions - targets
+    if kind == "least_squares":
+        slope = residual
+    elif kind == "pseudo_huber":
+        slope = residual / np.sqrt(1 + residual**2)
+    elif kind == "logistic":
+        slope = 1 / (1 + np.exp(-predictions)) - targets
+    else:
+        slope = softmax(predictions) - targets
+    return slope / len(predictions)
+
+
+def loss_hessian(kind, predictions, targets):
+    """The blocks ∂²loss / ∂prediction², (batch, outputs, outputs); the mean's 1 / batch included."""
+    n, outputs = predictions.shape
+    if kind == "softmax_cross_entropy":
+        p = softmax(predictions)
+        blocks = np.einsum("no,op->nop", p, np.eye(outputs)) - np.einsum("no,np->nop", p, p)
+    else:
+        if kind == "least_squares":
+            curvature = np.ones_like(predictions)
+        elif kind == "pseudo_huber":
+            curvature = (1 + (predictions - targets) ** 2) ** -1.5
+        else:
+            s = 1 / (1 + np.exp(-predictions))
+            curvature = s * (1 - s)
+        blocks = np.einsum("no,op->nop", curvature, np.eye(outputs))
+    return blocks / n
+
+
+def w_hessian(kind, rows, w, targets, alpha):
+    """∇²_W Φ as a square matrix over the entries of W in C order."""
+    blocks = loss_hessian(kind, rows @ w, targets)
+    size = w.size
+    dense = np.einsum("ni,nop,nj->iojp", rows, blocks, rows).reshape(size, size)
+    return dense + alpha * np.eye(size)
+
+
+def w_gradient(kind, rows, w, targets, alpha):
+    return rows.T @ loss_gradient(kind, rows @ w, targets) + alpha * w
+
+
+def w_value(kind, rows, w, targets, alpha):
+    return loss_value(kind, rows @ w, targets) + 0.5 * alpha * np.sum(w**2)
+
+
+def plain_w(kind, rows, targets, alpha):
+    """argmin_W Φ: a stacked least-squares problem, or damped Newton with dense solves."""
+    columns, outputs = rows.shape[1], targets.shape[1]
+    if kind == "least_squares":
+        a = np.vstack([rows / len(rows) ** 0.5, alpha**0.5 * np.eye(columns)])
+        b = np.vstack([targets / len(rows) ** 0.5, np.zeros((columns, outputs))])
+        return np.linalg.lstsq(a, b)[0]
+    w = np.zeros((columns, outputs))
+    for _ in range(200):
+        gradient = w_gradient(kind, rows, w, targets, alpha)
+        step = np.linalg.solve(w_hessian(kind, rows, w, targets, alpha), gradient.ravel())
+        step, length = step.reshape(w.shape), 1.0
+        here = w_value(kind, rows, w, targets, alpha)
+        while length > 1e-8 and w_value(kind, rows, w - length * step, targets, alpha) > here:
+            length /= 2
+        w = w - (length if length > 1e-8 else 1.0) * step
+        if np.linalg.norm(step) < 1e-13 * (1 + np.linalg.norm(w)):
+            break
+    return w
+
+
+class Dense(NamedTuple):
+    """The reduced problem at θ, as dense NumPy arrays over the flattened θ."""
+
+    value: float
+    w: np.ndarray
+    gradient: np.ndarray  # (p,)
+    jacobian: np.ndarray  # (batch · outputs, p)
+    w_jacobian: np.ndarray  # (columns · outputs, p)
+    gauss_newton: np.ndarray  # (p, p)
+
+
+def dense_reference(case: Case, theta, data) -> Dense:
+    """H = Jᵀ∇²L J + α₂ J_WᵀJ_W + ∇²R with J_W from the implicit function theorem, entry by entry."""
+    inputs, targets = data
+    flat, unravel = ravel_pytree(theta)
+    derivative = np.asarray(jax.jacfwd(lambda t: features(unravel(t), inputs))(flat))
+    n, m, p = derivative.shape
+    if case.bias:
+        derivative = np.concatenate([derivative, np.zeros((n, 1, p))], axis=1)
+    rows = plain_rows(theta, inputs, case.bias)
+    w = plain_w(case.loss, rows, targets, case.w_penalty)
+    predictions = rows @ w
+    slope = loss_gradient(case.loss, predictions, targets)
+    blocks = loss_hessian(case.loss, predictions, targets)
+
+    outputs = targets.shape[1]
+    jacobian_w = np.zeros((w.size, p))
+    jacobian = np.zeros((n * outputs, p))
+    gradient = np.zeros(p)
+    hessian_w = w_hessian(case.loss, rows, w, targets, case.w_penalty)
+    for k in range(p):
+        d_rows = derivative[:, :, k]
+        held = d_rows @ w  # the change of the predictions with W held fixed
+        change = d_rows.T @ slope + rows.T @ np.einsum("nop,np->no", blocks, held)
+        jacobian_w[:, k] = -np.linalg.solve(hessian_w, change.ravel())
+        d_w = jacobian_w[:, k].reshape(w.shape)
+        jacobian[:, k] = (held + rows @ d_w).ravel()
+        gradient[k] = np.sum(slope * held)
+
+    size = n * outputs
+    loss_curvature = np.zeros((size, size))
+    for i in range(n):
+        block = slice(i * outputs, (i + 1) * outputs)
+        loss_curvature[block, block] = blocks[i]
+    gauss_newton = jacobian.T @ loss_curvature @ jacobian
+    gauss_newton += case.w_penalty * jacobian_w.T @ jacobian_w
+
+    value = w_value(case.loss, rows, w, targets, case.w_penalty)
+    terms = PENALTY_TERMS[case.penalty]
+    for term in terms:
+        penalty = functools.partial(term, unravel)
+        value += float(penalty(flat))
+        gradient += np.asarray(jax.grad(penalty)(flat))
+        gauss_newton += np.asarray(jax.hessian(penalty)(flat))
+    return Dense(float(value), w, gradient, jacobian, jacobian_w, gauss_newton)
+
+
+def _square(unravel, flat):
+    return 0.5 * 1e-2 * flat @ flat
+
+
+def _slopes(unravel, flat):
+    kernels = unravel(flat)["layers"]
+    terms = [jnp.sum((kernels[j + 1] - kernels[j]) ** 2) for j in range(LAYERS - 1)]
+    return 0.5 * 3e-2 * sum(terms) / TIME_STEP**2
+
+
+def _quartic(unravel, flat):
+    return quartic(unravel(flat))
+
+
+PENALTY_TERMS: dict[str, list[Any]] = {
+    "none": [],
+    "tikhonov": [_square],
+    "smoothness": [_slopes],
+    "function": [_quartic],
+    "tuple": [_square, _slopes, _quartic],
+}
+
+
+def plain_reduced(case: Case, w_star, flat, unravel, data):
+    """Φ_red by two exact Newton iterations on W from a constant, for `jax.hessian` to differentiate.
+
+    At the constant W(θ) one iteration has the right first derivative and two have the right second.
+    """
+    inputs, targets = data
+    z = features(unravel(flat), inputs)
+    rows = jnp.concatenate([z, jnp.ones_like(z[:, :1])], axis=1) if case.bias else z
+
+    def phi(w):
+        w = w.reshape(w_star.shape)
+        return loss_value(case.loss, rows @ w, targets) + 0.5 * case.w_penalty * jnp.sum(w**2)
+
+    w = jnp.asarray(w_star).ravel()
+    for _ in range(2):
+        w = w - jnp.linalg.solve(jax.hessian(phi)(w), jax.grad(phi)(w))
+    return phi(w) + sum(term(unravel, flat) for term in PENALTY_TERMS[case.penalty])
+
+
+def slopes(remainders):
+    """Observed orders from remainders at successive halvings of the step."""
+    remainders = np.asarray(remainders)
+    return np.log2(remainders[:-1] / remainders[1:])

@@ -1,0 +1,222 @@
+"""A network taken apart computes what it did whole, and so does one put back together."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from varprox import networks
+from varprox.nnx import initial_w, merge, split
+
+
+class Nested(nnx.Module):
+    """A head without bias inside another module, and state that is no weight."""
+
+    def __init__(self, rngs):
+        linear = {"param_dtype": jnp.result_type(float), "rngs": rngs}
+        self.mean = nnx.BatchStat(jnp.array([0.5, -0.5]))
+        self.decoder = nnx.Dict(
+            hidden=nnx.Linear(2, 4, **linear), out=nnx.Linear(4, 3, use_bias=False, **linear)
+        )
+
+    def __call__(self, y):
+        return self.decoder.out(jnp.tanh(self.decoder.hidden(y - self.mean[...])))
+
+
+class Tied(nnx.Module):
+    """A network whose head's weights are used before the head too."""
+
+    def __init__(self, rngs):
+        self.head = nnx.Linear(2, 2, rngs=rngs)
+        self.first = nnx.Linear(2, 2, rngs=rngs)
+        self.first.kernel = self.head.kernel
+
+    def __call__(self, y):
+        return self.head(jnp.tanh(self.first(y)))
+
+
+def dense(rngs):
+    return networks.Dense((2, 4, 4, 3), rngs=rngs)
+
+
+def flow(rngs):
+    return networks.AntisymmetricResNet(2, 4, 3, steps=2, final_time=1.0, rngs=rngs)
+
+
+def sequential(rngs):
+    linear = {"param_dtype": jnp.result_type(float), "rngs": rngs}
+    return nnx.Sequential(nnx.Linear(2, 4, **linear), jnp.tanh, nnx.Linear(4, 3, **linear))
+
+
+NETWORKS = [
+    pytest.param(dense, "head", id="dense"),
+    pytest.param(flow, "head", id="flow"),
+    pytest.param(sequential, "head", id="sequential"),
+    pytest.param(sequential, "layers.2", id="path in a list"),
+    pytest.param(Nested, "decoder.out", id="nested"),
+]
+
+
+def inputs():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(6, 2)), jnp.result_type(float))
+
+
+def drawn_like(tree, seed=1):
+    """A tree of the same shapes and dtypes with new numbers."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), tree)
+
+
+@jax.jit
+def predict(model, theta, w, y):
+    return model.rows(theta, y) @ w
+
+
+# Taking apart and putting back
+
+
+@pytest.mark.parametrize("build, head", NETWORKS)
+def test_parts_compute_what_the_network_does(x64, build, head):
+    net = build(nnx.Rngs(0))
+    theta, model = split(net, head)
+    w = initial_w(net, head)
+    np.testing.assert_allclose(predict(model, theta, w, inputs()), net(inputs()), rtol=1e-13)
+
+
+@pytest.mark.parametrize("build, head", NETWORKS)
+def test_merged_network_computes_what_the_parts_do(x64, build, head):
+    net = build(nnx.Rngs(0))
+    before = nnx.to_pure_dict(nnx.state(net))
+    theta, model = split(net, head)
+    theta, w = drawn_like(theta), drawn_like(initial_w(net, head))
+    merged = merge(net, theta, w, head)
+    assert type(merged) is type(net)
+    np.testing.assert_allclose(merged(inputs()), predict(model, theta, w, inputs()), rtol=1e-13)
+    chex.assert_trees_all_equal(split(merged, head)[0], theta)
+    chex.assert_trees_all_equal(initial_w(merged, head), w)
+    chex.assert_trees_all_equal(nnx.to_pure_dict(nnx.state(net)), before)
+
+
+@pytest.mark.parametrize("build, head", NETWORKS)
+def test_theta_is_all_weights_but_the_head_as_plain_arrays(build, head):
+    net = build(nnx.Rngs(0))
+    theta, _ = split(net, head)
+    sizes = [
+        sum(leaf.size for leaf in jax.tree.leaves(tree))
+        for tree in (theta, initial_w(net, head), nnx.state(net, nnx.Param))
+    ]
+    assert sizes[0] + sizes[1] == sizes[2]
+    containers = [theta]
+    while containers:
+        node = containers.pop()
+        assert type(node) is dict or isinstance(node, jax.Array)
+        containers.extend(node.values() if type(node) is dict else ())
+
+
+def test_state_that_is_no_weight_is_used_and_stays(x64):
+    net = Nested(nnx.Rngs(0))
+    theta, model = split(net, "decoder.out")
+    z = model.features(theta, inputs())
+    expected = np.tanh(np.asarray(net.decoder.hidden(inputs() - jnp.array([0.5, -0.5]))))
+    np.testing.assert_allclose(z, expected, rtol=1e-13)
+    merged = merge(net, theta, initial_w(net, "decoder.out"), "decoder.out")
+    np.testing.assert_array_equal(merged.mean[...], [0.5, -0.5])
+
+
+@pytest.mark.parametrize("build, head", NETWORKS)
+def test_everything_follows_the_dtype_of_the_weights(build, head):
+    def dtypes():
+        net = build(nnx.Rngs(0))
+        theta, model = split(net, head)
+        w = initial_w(net, head)
+        z = jax.eval_shape(model.features, theta, inputs())
+        leaves = jax.tree.leaves((theta, w, z, nnx.state(merge(net, theta, w, head))))
+        return {str(leaf.dtype) for leaf in leaves}
+
+    assert dtypes() == {"float32"}
+    with jax.enable_x64(True):
+        assert dtypes() == {"float64"}
+
+
+# The model as an argument
+
+
+def test_equal_networks_share_one_compilation():
+    chex.clear_trace_counter()
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def features(model, theta, y):
+        return model.features(theta, y)
+
+    for seed in range(2):
+        theta, model = split(flow(nnx.Rngs(seed)))
+        features(model, theta, inputs())
+
+
+def test_features_are_differentiable_in_theta(x64):
+    """The Taylor remainder of order two falls fourfold when the step is halved."""
+    theta, model = split(flow(nnx.Rngs(0)))
+    theta = drawn_like(theta)
+    direction = drawn_like(theta, seed=2)
+
+    @jax.jit
+    def value(h, theta, direction):
+        moved = jax.tree.map(lambda t, v: t + h * v, theta, direction)
+        return jnp.sum(model.features(moved, inputs()) ** 2)
+
+    gradient = jax.grad(value, argnums=1)(0.0, theta, direction)
+    slope = sum(jax.tree.leaves(jax.tree.map(jnp.vdot, gradient, direction)))
+    here = value(0.0, theta, direction)
+    remainders = [value(h, theta, direction) - here - h * slope for h in (1e-2, 5e-3, 2.5e-3)]
+    orders = np.log2(np.divide(remainders[:-1], remainders[1:]))
+    np.testing.assert_allclose(orders, 2, atol=0.1)
+
+
+def test_features_can_be_mapped_over_thetas(x64):
+    theta, model = split(flow(nnx.Rngs(0)))
+    thetas = [drawn_like(theta, seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *thetas)
+    mapped = jax.jit(jax.vmap(model.features, in_axes=(0, None)))(stacked, inputs())
+    one_by_one = [model.features(theta, inputs()) for theta in thetas]
+    np.testing.assert_allclose(mapped, one_by_one, rtol=1e-12, atol=1e-14)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    "net, head, error, message",
+    [
+        (3, "head", TypeError, "net: expected a flax nnx.Module, got int"),
+        (Nested, 2, TypeError, "head: expected an attribute path, got 2"),
+        (Nested, "head", ValueError, "head: expected .* attribute of Nested, got 'head'"),
+        (Nested, "decoder.in", ValueError, "head: expected .*, got 'decoder.in'"),
+        (sequential, "layers.3", ValueError, "head: expected .* of Sequential, got 'layers.3'"),
+        (Nested, "mean", TypeError, "head: expected an nnx.Linear at 'mean', got BatchStat"),
+        (Tied, "head", ValueError, "head: expected a layer with weights of its own"),
+    ],
+)
+def test_split_refuses(net, head, error, message):
+    if callable(net):
+        net = net(nnx.Rngs(0))
+    with pytest.raises(error, match=message):
+        split(net, head)
+
+
+def test_merge_refuses_weights_that_do_not_fit():
+    net = dense(nnx.Rngs(0))
+    theta, _ = split(net)
+    w = initial_w(net)
+    with pytest.raises(ValueError, match=r"w: expected shape \(5, 3\), got \(4, 3\)"):
+        merge(net, theta, w[1:])
+    with pytest.raises(ValueError, match=r"theta\['layers'\]\[0\]\['bias'\], got \(3,\)"):
+        theta["layers"][0]["bias"] = jnp.zeros(3)
+        merge(net, theta, w)
+    with pytest.raises(ValueError, match=r"theta\['layers'\]\[0\]\['bias'\], got nothing"):
+        del theta["layers"][0]["bias"]
+        merge(net, theta, w)
+    with pytest.raises(ValueError, match=r"nothing as the shape of theta\['head'\]\['kernel'\]"):
+        merge(net, split(net)[0] | {"head": {"kernel": w}}, w)

@@ -1,0 +1,170 @@
+"""The loop a person runs: budgets, history, validation and progress around a method's `init` and `step`.
+
+Imports model and method.
+"""
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from varprox.method import Method, Status
+from varprox.model import check_data, predict
+
+BAR = "{desc} [{elapsed}, {rate_fmt}]"
+
+
+class Solution(NamedTuple):
+    """What a run ends with.
+
+    `history` maps column names to float arrays with one entry a step, the first being the start: `objective`,
+    `train_loss` (the objective without penalties), `work_units` and `seconds` (cumulative; compilation and
+    evaluation are left out), the fields of the method's info, and `validation_loss` and metrics where asked for.
+    `status` says why the run ended; `compile_seconds` is the time to trace and compile `init` and `step`.
+    """
+
+    theta: Any
+    w: jax.Array
+    history: Mapping[str, np.ndarray]
+    status: Status
+    compile_seconds: float
+
+
+def fit(
+    method: Method,
+    theta: Any,
+    data: tuple,
+    *,
+    validation: tuple | None = None,
+    metrics: Mapping[str, Callable] | None = None,
+    max_work: float | None = None,
+    max_seconds: float | None = None,
+    epochs: int | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Solution:
+    """Trains until the method ends or a budget is used up, whichever comes first.
+
+    `data` and `validation` are pairs (inputs, targets). Budgets: `max_work` in work units (one forward or one
+    backward pass over the data is one), `max_seconds` of run time, `epochs` in steps of a full-batch method; at
+    least one must be given. `metrics` maps names to functions (predictions, targets) -> scalar, evaluated after
+    every step on the data and on `validation`, to the columns `train_<name>` and `validation_<name>`.
+
+    The first step is run twice, the first time to compile it. Bad data raise TypeError or ValueError before
+    anything runs. The end of the budget, a stall and a non-finite objective are statuses, not exceptions; the last
+    good weights come back.
+    """
+    if not isinstance(method, Method):
+        raise TypeError(f"method: expected one such as varprox.gnvpro(problem), got {method!r}")
+    budgets = {"max_work": max_work, "max_seconds": max_seconds, "epochs": epochs}
+    limits = {name: _limit(name, value) for name, value in budgets.items()}
+    if all(limit == math.inf for limit in limits.values()):
+        raise ValueError("fit: expected a budget, max_work, max_seconds or epochs; got none")
+    check_data(method.problem, theta, data)
+    sets = {"train": data}
+    if validation is not None:
+        _check_validation(method.problem, theta, data, validation)
+        sets["validation"] = validation
+    metrics = dict(metrics or {})
+
+    (state, seconds), compile_seconds = _compiled(method.init, theta, data, jax.random.key(seed))
+    table = [_row(method.problem, state, sets, metrics) | {"seconds": seconds}]
+    with tqdm(disable=not progress, unit=" steps", bar_format=BAR) as bar:
+        while state.status == Status.RUNNING:
+            spent = {
+                "max_work": table[-1]["work_units"],
+                "max_seconds": seconds,
+                "epochs": len(table) - 1,
+            }
+            if any(spent[name] >= limit for name, limit in limits.items()):
+                break
+            if len(table) == 1:
+                ((state, info), elapsed), compiling = _compiled(method.step, state, data)
+                compile_seconds += compiling
+            else:
+                (state, info), elapsed = _timed(method.step, state, data)
+            seconds += elapsed
+            row = _row(method.problem, state, sets, metrics) | {"seconds": seconds}
+            table.append({k: float(v) for k, v in info._asdict().items()} | row)
+            bar.set_description_str(_summary(table[-1], limits), refresh=False)
+            bar.update()
+
+    status = Status(int(state.status))
+    columns = dict.fromkeys(name for row in reversed(table) for name in row)
+    history = {n: np.array([row.get(n, math.nan) for row in table]) for n in columns}
+    return Solution(
+        state.theta,
+        state.w,
+        history,
+        Status.BUDGET if status == Status.RUNNING else status,
+        compile_seconds,
+    )
+
+
+def _timed(fn, *args):
+    begin = time.perf_counter()
+    result = jax.block_until_ready(fn(*args))
+    return result, time.perf_counter() - begin
+
+
+def _compiled(fn, *args):
+    """The result and run time of `fn`, and the time its compilation took: 0 if it was compiled before."""
+    _, first = _timed(fn, *args)
+    result, second = _timed(fn, *args)
+    return (result, second), max(first - second, 0.0)
+
+
+def _row(problem, state, sets, metrics):
+    """The columns of the history that belong to a state."""
+    penalties = problem.penalty(state.theta) + 0.5 * problem.w_penalty * jnp.sum(state.w**2)
+    row = {
+        "objective": state.objective,
+        "work_units": state.work_units,
+        "train_loss": state.objective - penalties,
+    }
+    for name, (inputs, targets) in sets.items():
+        if name == "train" and not metrics:
+            continue  # one forward pass less
+        predictions = _predict(problem, state.theta, state.w, inputs)
+        if name == "validation":
+            row["validation_loss"] = problem.loss.value(predictions, targets)
+        row |= {f"{name}_{metric}": fn(predictions, targets) for metric, fn in metrics.items()}
+    return {name: float(value) for name, value in row.items()}
+
+
+_predict = jax.jit(predict)
+
+
+def _summary(row, limits):
+    """The line of the progress bar: how much of the budget is spent, and how the run stands."""
+    shown = [f"objective {row['objective']:.4g}"]
+    shown += [f"{k.replace('_', ' ')} {row[k]:.4g}" for k in row if k.startswith("validation")]
+    if limits["max_work"] < math.inf:
+        shown.append(f"{row['work_units']:.0f} of {limits['max_work']:.0f} work units")
+    return ", ".join(shown)
+
+
+def _limit(name, value):
+    if value is None:
+        return math.inf
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{name}: expected a positive number or None, got {value!r}")
+    return value
+
+
+def _check_validation(problem, theta, data, validation):
+    try:
+        check_data(problem, theta, validation)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"validation: {error}") from None
+    outputs, expected = validation[1].shape[1], data[1].shape[1]
+    if outputs != expected:
+        raise ValueError(
+            f"validation: expected targets of shape (batch, {expected}), as the data have, "
+            f"got {validation[1].shape}"
+        )

@@ -1,0 +1,263 @@
+"""The papers' feature extractors as flax `nnx` modules, each ending in a linear layer, `head`.
+
+A network computes `head(features(inputs))` for inputs (…, in_features) of its weights' dtype. That
+is `param_dtype`, where None means JAX's default float: float64 under x64, else float32. Linear
+layers start with LeCun-normal kernels and zero biases. Imports JAX and flax.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+
+@jax.custom_jvp
+def tanh(x: jax.Array) -> jax.Array:
+    """The hyperbolic tangent, whose derivative keeps one array, 1 − tanh²; `jnp.tanh` keeps two."""
+    return jnp.tanh(x)
+
+
+tanh.defjvps(lambda tangent, y, x: tangent * (1 - y * y))
+
+
+class _Network(nnx.Module):
+    head: nnx.Linear
+
+    def features(self, inputs: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Inputs (…, in_features) to outputs (…, out_features)."""
+        return self.head(self.features(inputs))
+
+
+class Dense(_Network):
+    """Fully connected layers: activation(z K + b) for each hidden layer, then the head.
+
+    `sizes` counts inputs, hidden units layer by layer, and outputs: (2, 4, 4, 2) has two hidden
+    layers of width 4. Raises ValueError for fewer than two sizes or one that is no positive
+    integer.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        activation: Callable[[jax.Array], jax.Array] = tanh,
+        rngs: nnx.Rngs,
+        param_dtype=None,
+    ):
+        if len(sizes) < 2:
+            raise ValueError(f"sizes: expected at least inputs and outputs, got {sizes!r}")
+        _check_counts(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
+        linear = partial(nnx.Linear, param_dtype=_dtype(param_dtype), rngs=rngs)
+        self.activation = activation
+        self.layers = nnx.List([linear(m, n) for m, n in pairwise(sizes[:-1])])
+        self.head = linear(*sizes[-2:])
+
+    def features(self, inputs: jax.Array) -> jax.Array:
+        """Inputs (…, sizes[0]) to features (…, sizes[-2])."""
+        z = inputs
+        for layer in self.layers:
+            z = self.activation(layer(z))
+        return z
+
+
+class _Flow(_Network):
+    """An opening layer tanh(y K₀ + b₀), a flow through time on its output, and the head.
+
+    The flow's weights have time as their leading axis, which alone says how many steps there are.
+    It acts on states (width, samples), samples along the contiguous axis: the faster layout on CPU
+    for narrow networks, and that of the formulas. The steps are scanned: unrolled they run about as
+    fast, but compile in a time that grows with their number.
+    """
+
+    def __init__(self, in_features, width, out_features, steps, final_time, rngs, dtype):
+        _check_counts(in_features=in_features, width=width, out_features=out_features, steps=steps)
+        if not (final_time > 0 and math.isfinite(final_time)):
+            raise ValueError(f"final_time: expected a positive number, got {final_time!r}")
+        self.final_time = float(final_time)
+        self.opening = nnx.Linear(in_features, width, param_dtype=dtype, rngs=rngs)
+        self.head = nnx.Linear(width, out_features, param_dtype=dtype, rngs=rngs)
+
+    def features(self, inputs: jax.Array) -> jax.Array:
+        """Inputs (…, in_features) to features (…, width)."""
+        z = tanh(self.opening(inputs))
+        return self.flow(z.reshape(-1, z.shape[-1]).T).T.reshape(z.shape)
+
+    def flow(self, z: jax.Array) -> jax.Array:
+        """States (width, samples) at time zero to those at `final_time`."""
+        raise NotImplementedError
+
+
+class ResNet(_Flow):
+    """A residual network: forward Euler for ż = activation(K(t) z + b(t)).
+
+    z ← z + h activation(K_j z + b_j) with h = final_time / steps. The weights are `kernel` (steps,
+    width, width), LeCun-normal at the start and drawn anew for each step, and `bias` (steps,
+    width), zero at the start. Raises ValueError for a count that is no positive integer and for a
+    final time that is not positive.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        out_features: int,
+        *,
+        steps: int,
+        final_time: float,
+        activation: Callable[[jax.Array], jax.Array] = tanh,
+        rngs: nnx.Rngs,
+        param_dtype=None,
+    ):
+        dtype = _dtype(param_dtype)
+        super().__init__(in_features, width, out_features, steps, final_time, rngs, dtype)
+        self.activation = activation
+        self.kernel = nnx.Param(_square_kernels(rngs.params(), steps, width, dtype))
+        self.bias = nnx.Param(jnp.zeros((steps, width), dtype))
+
+    def flow(self, z: jax.Array) -> jax.Array:
+        """States (width, samples) at time zero to those at `final_time`."""
+        h = self.final_time / len(self.kernel)
+
+        def step(z, weights):
+            kernel, bias = weights
+            return z + h * self.activation(kernel @ z + bias[:, None]), None
+
+        return jax.lax.scan(step, z, (self.kernel[...], self.bias[...]))[0]
+
+
+class AntisymmetricResNet(_Flow):
+    """A stable residual network: RK4 for ż = tanh(K(t) z + b(t)) with K = T − Tᵀ − γ I.
+
+    T is strictly lower triangular. K's eigenvalues have real part −γ: signals do not explode, and
+    for small γ they do not fade. The weights are T and b at the nodes and midpoints of the time
+    grid: `lower` (2 steps + 1, width (width − 1) / 2), T row by row, and `bias` (2 steps + 1,
+    width). All nodes start equal: T normal with standard deviation 1 / (2 √width), which puts K's
+    eigenvalues within about ±i, and b zero. Raises ValueError for a count that is no positive
+    integer, a width below 2, a final time that is not positive and a negative gamma. Source: Haber,
+    Ruthotto, Stable architectures for deep neural networks, arXiv:1705.03341.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        out_features: int,
+        *,
+        steps: int,
+        final_time: float,
+        gamma: float = 1e-4,
+        rngs: nnx.Rngs,
+        param_dtype=None,
+    ):
+        dtype = _dtype(param_dtype)
+        super().__init__(in_features, width, out_features, steps, final_time, rngs, dtype)
+        if width < 2:
+            raise ValueError(f"width: expected at least 2, got {width}")
+        if not (gamma >= 0 and math.isfinite(gamma)):
+            raise ValueError(f"gamma: expected a number ≥ 0, got {gamma!r}")
+        self.gamma = float(gamma)
+        draw = nnx.initializers.normal(0.5 / math.sqrt(width))
+        lower = draw(rngs.params(), (width * (width - 1) // 2,), dtype)
+        self.lower = nnx.Param(jnp.tile(lower, (2 * steps + 1, 1)))
+        self.bias = nnx.Param(jnp.zeros((2 * steps + 1, width), dtype))
+
+    def kernels(self) -> jax.Array:
+        """K at the nodes and midpoints, (2 steps + 1, width, width)."""
+        width = self.bias.shape[1]
+        rows, columns = np.tril_indices(width, -1)
+        entry = np.zeros((width, width), int)
+        entry[rows, columns] = entry[columns, rows] = np.arange(rows.size)
+        below = np.tri(width, k=-1)
+        lower = self.lower[...]
+        kernels = lower[:, entry] * (below - below.T).astype(lower.dtype)
+        return kernels - self.gamma * jnp.eye(width, dtype=lower.dtype)
+
+    def flow(self, z: jax.Array) -> jax.Array:
+        """States (width, samples) at time zero to those at `final_time`."""
+        kernels, biases = self.kernels(), self.bias[..., None]
+        h = 2 * self.final_time / (len(kernels) - 1)
+
+        def slope(z, node):
+            kernel, bias = node
+            return tanh(kernel @ z + bias)
+
+        def step(z, nodes):
+            start, middle, end = nodes
+            k1 = slope(z, start)
+            k2 = slope(z + h / 2 * k1, middle)
+            k3 = slope(z + h / 2 * k2, middle)
+            k4 = slope(z + h * k3, end)
+            return z + h / 6 * (k1 + 2 * k2 + 2 * k3 + k4), None
+
+        times = slice(0, -2, 2), slice(1, None, 2), slice(2, None, 2)
+        return jax.lax.scan(step, z, [(kernels[t], biases[t]) for t in times])[0]
+
+
+class HamiltonianNet(_Flow):
+    """A Hamiltonian network: leapfrog for ẏ = tanh(K(t) z + b(t)), ż = −tanh(K(t)ᵀ y + b(t)).
+
+    z ← z − h tanh(K_jᵀ y + b_j), then y ← y + h tanh(K_j z + b_j), with h = final_time / steps. The
+    opening layer's output is y at time zero, z starts at zero, and the features are the final y.
+    Each step preserves volume in (y, z). The weights are `kernel` (steps, width, width),
+    LeCun-normal at the start and drawn anew for each step, and `bias` (steps, width), zero at the
+    start. Raises ValueError for a count that is no positive integer and for a final time that is
+    not positive. Source: Haber, Ruthotto, Stable architectures for deep neural networks,
+    arXiv:1705.03341.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        width: int,
+        out_features: int,
+        *,
+        steps: int,
+        final_time: float,
+        rngs: nnx.Rngs,
+        param_dtype=None,
+    ):
+        dtype = _dtype(param_dtype)
+        super().__init__(in_features, width, out_features, steps, final_time, rngs, dtype)
+        self.kernel = nnx.Param(_square_kernels(rngs.params(), steps, width, dtype))
+        self.bias = nnx.Param(jnp.zeros((steps, width), dtype))
+
+    def flow(self, y: jax.Array) -> jax.Array:
+        """States y (width, samples) at time zero to those at `final_time`, with z from zero."""
+        return self.phase_flow(y, jnp.zeros_like(y))[0]
+
+    def phase_flow(self, y: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """States y and z, each (width, samples), at time zero to those at `final_time`."""
+        h = self.final_time / len(self.kernel)
+
+        def step(state, weights):
+            y, z = state
+            kernel, bias = weights
+            z = z - h * tanh(kernel.T @ y + bias[:, None])
+            y = y + h * tanh(kernel @ z + bias[:, None])
+            return (y, z), None
+
+        return jax.lax.scan(step, (y, z), (self.kernel[...], self.bias[...]))[0]
+
+
+def _square_kernels(key, steps, width, dtype):
+    """LeCun-normal kernels (steps, width, width) that act as K @ z."""
+    draw = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2, batch_axis=0)
+    return draw(key, (steps, width, width), dtype)
+
+
+def _dtype(param_dtype):
+    return jnp.result_type(float) if param_dtype is None else param_dtype
+
+
+def _check_counts(**counts):
+    for name, count in counts.items():
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {count!r}")
