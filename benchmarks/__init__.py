@@ -1,1 +1,4 @@
-"""Experiments that compare the methods of varprox with what else one would use: `python -m benchmarks --help`."""
+"""Experiments that compare the methods of varprox with what else one would use.
+
+`python -m benchmarks --help` lists them.
+"""

@@ -1,12 +1,13 @@
 """What variable projection is compared with: methods that train θ and W together.
 
-All but `scipy_lbfgs` are a `varprox.Method`, run through the same `varprox.fit`. Each starts from the lower
-Φ of two choices of W: small random numbers, and W(θ).
+Each is a `varprox.Method`, run through the same `varprox.fit`. It starts from W(θ), or from small
+random numbers if `start` is `random_w`, and is charged no work for it. SciPy's L-BFGS, which no
+step can be taken out of, is in `scipy_lbfgs`.
 """
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
-from scipy.optimize import minimize
 
 import varprox as vp
 from varprox import Method, Problem, Status, trust_region
@@ -28,7 +28,7 @@ ADAM, SGD = optax.scale_by_adam(), optax.trace(decay=0.9, nesterov=True)
 
 
 class State(NamedTuple):
-    """The weights, and in `memory` whatever the method itself carries from step to step."""
+    """The weights, and in `memory` whatever the method carries from step to step."""
 
     theta: Any
     w: jax.Array
@@ -38,20 +38,41 @@ class State(NamedTuple):
     status: jax.Array
 
 
-def start_w(problem: Problem, theta: Any, data: tuple, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The W that a baseline starts from, and Φ there: the better of 0.1 · normal and W(θ)."""
-    solved = vp.solve_w(problem, theta, data)
-    drawn = SPREAD * jax.random.normal(key, solved.shape, solved.dtype)
-    value, drawn_value = (_objective(problem, (theta, w), data) for w in (solved, drawn))
-    better = drawn_value < value
-    return jnp.where(better, drawn, solved), jnp.where(better, drawn_value, value)
+def _phi(problem, weights, data):
+    return objective(problem, *weights, data)
 
 
-# ------------------------------------------------------------------------------- stochastic gradients
+_value = jax.jit(_phi)
+_value_and_gradient = jax.jit(jax.value_and_grad(_phi, argnums=1))
+
+
+def solved_w(problem: Problem, theta: Any, data: tuple, key: jax.Array) -> jax.Array:
+    """A start for W: W(θ), which has the lowest Φ."""
+    return vp.solve_w(problem, theta, data)
+
+
+def random_w(problem: Problem, theta: Any, data: tuple, key: jax.Array) -> jax.Array:
+    """A start for W: 0.1 · normal, which may lead further."""
+    rows = jax.eval_shape(problem.model.rows, theta, data[0])
+    return SPREAD * jax.random.normal(key, (rows.shape[1], data[1].shape[1]), rows.dtype)
+
+
+def _begin(theta, w, value, memory, work_units):
+    status = jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE)
+    return State(
+        theta, w, value, memory, jnp.full((), work_units, jnp.int32), status.astype(jnp.int32)
+    )
+
+
+def _choose(condition, new, old):
+    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+# ----------------------------------------------------------------------------- stochastic gradients
 
 
 class EpochInfo(NamedTuple):
-    """What one epoch ended with."""
+    """What one epoch did; the objective is that at its end."""
 
     objective: jax.Array
     learning_rate: jax.Array
@@ -63,14 +84,17 @@ def adam(
     *,
     batch_size: int | None = None,
     horizon: float = math.inf,
+    start: Callable = solved_w,
 ) -> Method:
-    """Adam on (θ, W); a step is one epoch over shuffled minibatches of `batch_size` samples, None for all.
+    """Adam on (θ, W), a step being one epoch over shuffled minibatches of `batch_size` samples.
 
-    The learning rate falls along half a cosine to zero at `horizon` work units; with an infinite horizon it is
-    constant. An epoch leaves out the samples that do not fill a batch, other ones each time. It is 2 work units;
-    the evaluation of Φ that ends it is charged none, but `seconds` contains it: see `evaluation_seconds`.
+    None puts all samples in one batch; samples that do not fill one are left out of the epoch. The
+    learning rate falls along half a cosine to zero at `horizon` work units; with an infinite
+    horizon it is constant. An epoch is 2 work units. The evaluation of Φ at its end is no part of
+    the method and charged no work, but the seconds that `fit` measures contain it:
+    `evaluation_seconds` says how many to subtract.
     """
-    return _stochastic(problem, ADAM, learning_rate, batch_size, horizon)
+    return _stochastic(problem, ADAM, learning_rate, batch_size, horizon, start)
 
 
 def sgd(
@@ -79,72 +103,72 @@ def sgd(
     *,
     batch_size: int | None = None,
     horizon: float = math.inf,
+    start: Callable = solved_w,
 ) -> Method:
-    """Stochastic gradient descent with Nesterov momentum 0.9 on (θ, W); everything else as in `adam`."""
-    return _stochastic(problem, SGD, learning_rate, batch_size, horizon)
+    """Stochastic gradient descent with Nesterov momentum 0.9; everything else as in `adam`."""
+    return _stochastic(problem, SGD, learning_rate, batch_size, horizon, start)
 
 
-def _stochastic(problem, rule, learning_rate, batch_size, horizon):
+def _stochastic(problem, rule, learning_rate, batch_size, horizon, start):
     for name, value in {"learning_rate": learning_rate, "horizon": horizon}.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
     if batch_size is not None:
         _check_count("batch_size", batch_size)
-    init = partial(_stochastic_init, problem, rule, batch_size)
+    init = partial(_stochastic_init, problem, rule, batch_size, start)
     step = partial(_epoch, problem, learning_rate, horizon, rule=rule, batch_size=batch_size)
     return Method(init, step, problem)
 
 
-def _stochastic_init(problem, rule, batch_size, theta, data, key):
+def _stochastic_init(problem, rule, batch_size, start, theta, data, key):
     check_data(problem, theta, data)
     if batch_size is not None and batch_size > len(data[1]):
         raise ValueError(
             f"batch_size: expected at most the number of samples, {len(data[1])}, got {batch_size}"
         )
-    w_key, key = jax.random.split(key)
-    w, value = start_w(problem, theta, data, w_key)
-    return _state(theta, w, value, (rule.init((theta, w)), key), 1, Status.RUNNING)
+    drawing, shuffling = jax.random.split(key)
+    weights = theta, start(problem, theta, data, drawing)
+    memory = rule.init(weights), shuffling
+    return _begin(*weights, _value(problem, weights, data), memory, 0)
 
 
 @partial(jax.jit, static_argnames=("rule", "batch_size"))
 def _epoch(problem, learning_rate, horizon, state, data, *, rule, batch_size):
     samples = len(data[1])
     size = samples if batch_size is None else batch_size
-    memory, key = state.memory
+    rule_state, key = state.memory
     key, shuffling = jax.random.split(key)
     order = jax.random.permutation(shuffling, samples)[: samples // size * size]
-    part = jnp.minimum((state.work_units - 1) / horizon, 1).astype(state.w.dtype)
-    rate = learning_rate * 0.5 * (1 + jnp.cos(jnp.pi * part))
+    part = state.work_units.astype(state.w.dtype) / horizon
+    rate = 0.5 * learning_rate * (1 + jnp.cos(jnp.pi * jnp.minimum(part, 1)))
 
     def descend(carry, chosen):
-        weights, memory = carry
+        weights, rule_state = carry
         batch = jax.tree.map(lambda x: x[chosen], data)
-        gradient = jax.grad(objective_of, argnums=1)(problem, weights, batch)
+        gradient = jax.grad(_phi, argnums=1)(problem, weights, batch)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and int64 under x64
-            direction, memory = rule.update(gradient, memory)
-        weights = jax.tree.map(lambda x, d: x - rate.astype(x.dtype) * d, weights, direction)
-        return (weights, memory), None
+            direction, rule_state = rule.update(gradient, rule_state)
+        weights = jax.tree.map(lambda x, d: x - rate * d, weights, direction)
+        return (weights, rule_state), None
 
-    carry = (state.theta, state.w), memory
-    (weights, memory), _ = jax.lax.scan(descend, carry, order.reshape(-1, size))
-    value = objective_of(problem, weights, data)
+    old = state.theta, state.w
+    (weights, rule_state), _ = jax.lax.scan(descend, (old, rule_state), order.reshape(-1, size))
+    value = _phi(problem, weights, data)
     finite = jnp.isfinite(value)
-    weights, value = _choose(
-        finite, (weights, value), ((state.theta, state.w), state.objective)
-    )
-    status = jnp.where(finite, Status.RUNNING, Status.NON_FINITE)
-    new = _state(*weights, value, (memory, key), state.work_units + 2, status)
-    return new, EpochInfo(value, rate)
+    weights, value = _choose(finite, (weights, value), (old, state.objective))
+    status = jnp.where(finite, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32)
+    memory = rule_state, key
+    return State(*weights, value, memory, state.work_units + 2, status), EpochInfo(value, rate)
 
 
 def evaluation_seconds(problem: Problem, theta: Any, w: jax.Array, data: tuple) -> float:
-    """The time of one evaluation of Φ, compiled: the median of 21."""
+    """The time that one compiled evaluation of Φ takes: the median of 21."""
     times = []
-    for _ in range(22):  # the first one compiles
+    for _ in range(22):
         begin = time.perf_counter()
-        jax.block_until_ready(_objective(problem, (theta, w), data))
+        jax.block_until_ready(_value(problem, (theta, w), data))
         times.append(time.perf_counter() - begin)
-    return float(np.median(times[1:]))
+    return float(np.median(times[1:]))  # the first one compiles
 
 
 # ------------------------------------------------------------------------------------------- L-BFGS
@@ -158,20 +182,19 @@ class LbfgsInfo(NamedTuple):
     trials: jax.Array
 
 
-def lbfgs(problem: Problem) -> Method:
+def lbfgs(problem: Problem, *, start: Callable = solved_w) -> Method:
     """optax's L-BFGS with 20 pairs and its zoom line search, on (θ, W).
 
-    Work units: 2 an evaluation in the line search, which hands its last gradient on to the next step.
+    Work units: 2 an evaluation in the line search, whose last gradient serves the next step.
     """
-    return Method(partial(_lbfgs_init, problem), partial(_lbfgs_step, problem), problem)
+    return Method(partial(_lbfgs_init, problem, start), partial(_lbfgs_step, problem), problem)
 
 
-def _lbfgs_init(problem, theta, data, key):
+def _lbfgs_init(problem, start, theta, data, key):
     check_data(problem, theta, data)
-    w, _ = start_w(problem, theta, data, key)
-    value, gradient = _value_and_gradient(problem, (theta, w), data)
-    memory = gradient, optax.scale_by_lbfgs(MEMORY).init((theta, w))
-    return _state(theta, w, value, memory, 2, Status.RUNNING)
+    weights = theta, start(problem, theta, data, key)
+    value, gradient = _value_and_gradient(problem, weights, data)
+    return _begin(*weights, value, (gradient, optax.scale_by_lbfgs(MEMORY).init(weights)), 2)
 
 
 @jax.jit
@@ -186,7 +209,7 @@ def _lbfgs_step(problem, state, data):
             weights,
             value=state.objective,
             grad=gradient,
-            value_fn=lambda weights: objective_of(problem, weights, data),
+            value_fn=lambda weights: _phi(problem, weights, data),
         )
     better = found.value < state.objective  # False where it is not a number
     weights, value, gradient = _choose(
@@ -195,61 +218,103 @@ def _lbfgs_step(problem, state, data):
         (weights, state.objective, gradient),
     )
     trials = found.info.num_linesearch_steps.astype(jnp.int32)
-    status = jnp.where(better, Status.RUNNING, Status.STALLED)
-    new = _state(*weights, value, (gradient, pairs), state.work_units + 2 * trials, status)
-    return new, LbfgsInfo(value, optax.tree.norm(gradient), trials)
+    status = jnp.where(better, Status.RUNNING, Status.STALLED).astype(jnp.int32)
+    state = State(*weights, value, (gradient, pairs), state.work_units + 2 * trials, status)
+    return state, LbfgsInfo(value, optax.tree.norm(gradient), trials)
 
 
-def scipy_lbfgs(
-    problem: Problem,
-    theta: Any,
-    w: jax.Array,
-    data: tuple,
-    *,
-    validation: tuple | None = None,
-    metrics: Mapping[str, Callable] | None = None,
-    max_work: float,
-) -> vp.Solution:
-    """SciPy's L-BFGS-B with 20 pairs on (θ, W), from the given weights; history and units as in `fit`.
+# --------------------------------------------------------------------------- Gauss–Newton–Krylov
 
-    SciPy's own arithmetic is in double precision; Φ and its gradient are compiled, in the dtype of θ. `seconds`
-    counts both, from the start of the run, and leaves evaluation for the history out.
+
+class GnInfo(NamedTuple):
+    """What one iteration did; the objective is that after it, the gradient that before it."""
+
+    objective: jax.Array
+    gradient_norm: jax.Array
+    radius: jax.Array
+    ratio: jax.Array
+    accepted: jax.Array
+    products: jax.Array
+    trials: jax.Array
+
+
+def gn(
+    problem: Problem, *, rank: int = 20, flat: float = 0.05, start: Callable = solved_w
+) -> Method:
+    """GNvpro without variable projection: trust-region Gauss–Newton–Krylov on (θ, W) together.
+
+    `rank` and `flat`, the fraction that ends a Krylov iteration, are those of `vp.gnvpro`. So are
+    the work units: 2 a step, 2 a product, 1 a trial point.
     """
-    flat, unravel = ravel_pytree((theta, w))
-    sets = {"train": data} | ({"validation": validation} if validation is not None else {})
+    _check_count("rank", rank)
+    init = partial(_gn_init, problem, start)
+    return Method(init, partial(_gn_step, problem, flat, rank=rank), problem)
 
-    def value_and_gradient(x):
-        weights = unravel(jnp.asarray(x, flat.dtype))
-        value, gradient = _value_and_gradient(problem, weights, data)
-        return float(value), np.asarray(ravel_pytree(gradient)[0], np.float64)
 
-    begin = time.perf_counter()
-    value, _ = value_and_gradient(flat)
-    compiling = time.perf_counter()
-    value_and_gradient(flat)
-    run_begin = time.perf_counter()
-    compile_seconds = max(compiling - begin - (run_begin - compiling), 0.0)
+def _gn_init(problem, start, theta, data, key):
+    check_data(problem, theta, data)
+    weights = theta, start(problem, theta, data, key)
+    value = _value(problem, weights, data)
+    return _begin(*weights, value, jnp.full_like(value, jnp.inf), 1)
 
-    evaluations, outside, table = 0, 0.0, []
 
-    def counted(x):
-        nonlocal evaluations
-        evaluations += 1
-        return value_and_gradient(x)
+def gauss_newton(problem: Problem, theta, w, data) -> tuple[jax.Array, Any, Callable]:
+    """Φ, its gradient and v ↦ (Jᵀ∇²L J + ∇²R + ∇²S) v in (θ, W), linearised once."""
+    inputs, targets = data
+    weights = theta, w
 
-    def record(intermediate_result):
-        nonlocal outside
-        pause = time.perf_counter()
-        weights = unravel(jnp.asarray(intermediate_result.x, flat.dtype))
-        row = {"objective": float(intermediate_result.fun), "work_units": 2.0 * evaluations}
-        row["seconds"] = pause - run_begin - outside
-        table.append(row | _evaluations(problem, weights, row["objective"], sets, metrics or {}))
-        outside += time.perf_counter() - pause
-        if row["work_units"] >= max_work:
-            raise StopIteration
+    def penalties(weights):
+        theta, w = weights
+        return problem.penalty(theta) + 0.5 * problem.w_penalty * jnp.sum(w**2)
 
-    limits = {"maxcor": MEMORY, "maxiter": 10**9, "maxfun": 10**9, "ftol": 0.0, "gtol": 0.0}
-    found = minimize(
-        counted, np.asarray(flat, np.float64), jac=True, method="L-BFGS-B", callback=record,
-        options=limits,
-    )  # fmt: skip
+    predictions, forward = jax.linearize(lambda x: predict(problem, *x, inputs), weights)
+    transposed = jax.linear_transpose(forward, weights)
+    curved = problem.loss.curvature(predictions, targets)
+    penalty_gradient, penalty_product = jax.linearize(jax.grad(penalties), weights)
+
+    def product(v):
+        return jax.tree.map(jnp.add, *transposed(curved(forward(v))), penalty_product(v))
+
+    value = problem.loss.value(predictions, targets) + penalties(weights)
+    (gradient,) = transposed(problem.loss.gradient(predictions, targets))
+    return value, jax.tree.map(jnp.add, gradient, penalty_gradient), product
+
+
+@partial(jax.jit, static_argnames="rank")
+def _gn_step(problem, flat, state, data, *, rank):
+    x, unravel = ravel_pytree((state.theta, state.w))
+    value, gradient, product = gauss_newton(problem, state.theta, state.w, data)
+    gradient = ravel_pytree(gradient)[0]
+
+    def trial_value(trial, predicted):
+        reached = _phi(problem, unravel(trial), data)
+        return value - reached, reached
+
+    result = trust_region.iterate(
+        lambda v: ravel_pytree(product(unravel(v)))[0],
+        gradient,
+        trial_value,
+        x,
+        value,
+        state.memory,
+        rank=rank,
+        flat=flat,
+        max_trials=MAX_TRIALS,
+    )
+    work_units = state.work_units + 2 + 2 * result.products + result.trials
+    status = jnp.where(result.accepted, Status.RUNNING, Status.STALLED).astype(jnp.int32)
+    info = GnInfo(
+        objective=result.aux,
+        gradient_norm=jnp.linalg.norm(gradient),
+        radius=state.memory,
+        ratio=result.ratio,
+        accepted=result.accepted,
+        products=result.products,
+        trials=result.trials,
+    )
+    return State(*unravel(result.x), result.aux, result.radius, work_units, status), info
+
+
+def _check_count(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer ≥ 1, got {value!r}")

@@ -8,6 +8,8 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# The tests compile much and compute little.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture

@@ -61,10 +61,13 @@ def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
     return linearise(problem, theta, data, full=True)
 
 
-def linearise(problem, theta, data, w=None, root=None, full=False) -> Curvature:
+def linearise(
+    problem, theta, data, w=None, root=None, *, full=False, w_curvature=True
+) -> Curvature:
     """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked, for callers that know W(θ).
 
-    `w` and `root` (its `hessian_root`) are computed where they are not given.
+    `w` and `root` (its `hessian_root`) are computed where they are not given. Without `w_curvature` the Gauss–Newton
+    matrix lacks α₂ J_WᵀJ_W, as in the authors' implementation under cross entropy.
     """
     inputs, targets = data
     rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
@@ -101,13 +104,18 @@ def linearise(problem, theta, data, w=None, root=None, full=False) -> Curvature:
         cotangent = curved(d_predictions - rows @ solve(b)) @ w.T + residual @ solve(a).T
         return _add(pullback(cotangent), penalty_product(v))
 
+    def published_product(v):
+        return _add(vjp(curved(jvp(v))), penalty_product(v))
+
     def newton_product(v):
         d_rows = forward(v)
         dw = w_change(d_rows)
         cotangent = curved(d_rows @ w + rows @ dw) @ w.T + residual @ dw.T
         return _add(pullback(cotangent), feature_curvature(v), penalty_product(v))
 
+    matvec = gauss_newton_product if w_curvature else published_product
     if full:
+        matvec = newton_product
         pulled = lambda theta: jax.vjp(rows_at, theta)[1](residual @ w.T)[0]  # noqa: E731
         _, feature_curvature = jax.linearize(pulled, theta)
 
@@ -115,7 +123,7 @@ def linearise(problem, theta, data, w=None, root=None, full=False) -> Curvature:
         value=problem.w_objective(w, rows, targets) + problem.penalty(theta),
         w=w,
         gradient=_add(pullback(residual @ w.T), penalty_gradient),
-        matvec=newton_product if full else gauss_newton_product,
+        matvec=matvec,
         jvp=jvp,
         vjp=vjp,
         w_jvp=lambda v: w_change(forward(v)),

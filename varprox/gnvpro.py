@@ -18,7 +18,7 @@ from varprox.model import Problem, check_data
 from varprox.reduced import Projection, project, start_projection
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
-LOW_RATIO = 0.25
+LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = (
     1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
@@ -59,17 +59,25 @@ class Options(NamedTuple):
 
     flat: float
     tolerance: float
+    hand_over: bool
 
 
 def gnvpro(
-    problem: Problem, *, rank: int = 20, flat: float = 0.05, tolerance: float = 0.0
+    problem: Problem,
+    *,
+    rank: int = 20,
+    flat: float = 0.03,
+    tolerance: float = 0.0,
+    hand_over: bool = True,
+    w_curvature: bool = True,
 ) -> Method:
     """The full-batch method of choice for small and medium problems.
 
     Each step builds a Krylov space of at most `rank` dimensions for the Gauss–Newton matrix of the reduced
     objective, ending earlier when a further product adds less than the fraction `flat` of the model's
     decrease, and takes the trust-region step in it. When gain ratios stay low, products with the full Hessian take
-    over. The run has converged when the gradient's norm is at most `tolerance`.
+    over, unless `hand_over` is False. `w_curvature` False leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the
+    authors' implementation does under cross entropy. The run has converged when the gradient's norm is at most `tolerance`.
 
     Work units: 2 a step, 2 a product (4 with the full Hessian), 1 a trial point. `data` is all of it at every step.
     """
@@ -79,7 +87,8 @@ def gnvpro(
         raise ValueError(f"flat: expected a number in [0, 1), got {flat!r}")
     if not tolerance >= 0:
         raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance!r}")
-    step = partial(_step, problem, Options(flat, tolerance), rank=rank)
+    options = Options(float(flat), float(tolerance), hand_over)
+    step = partial(_step, problem, options, rank=rank, w_curvature=w_curvature)
     return Method(partial(_init, problem), step, problem)
 
 
@@ -108,8 +117,8 @@ def _start(problem, theta, data):
     )
 
 
-@partial(jax.jit, static_argnames="rank")
-def _step(problem, options, state, data, *, rank):
+@partial(jax.jit, static_argnames=("rank", "w_curvature"))
+def _step(problem, options, state, data, *, rank, w_curvature):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
 
@@ -118,7 +127,9 @@ def _step(problem, options, state, data, *, rank):
 
     def iteration(full):
         root = state.projection.inverse_root if problem.loss.quadratic else None
-        curvature = linearise(problem, state.theta, data, state.w, root, full)
+        curvature = linearise(
+            problem, state.theta, data, state.w, root, full=full, w_curvature=w_curvature
+        )
         projection = state.projection._replace(inverse_root=curvature.root, stale=jnp.array(False))
 
         def evaluate(trial, predicted):
@@ -147,6 +158,9 @@ def _step(problem, options, state, data, *, rank):
     )
     value, projection = result.aux
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
+    newton = state.newton | (options.hand_over & (low >= PATIENCE))
+    # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.
+    radius = jnp.where(newton & ~state.newton, jnp.inf, result.radius)
     per_product = jnp.where(state.newton, 4, 2)
     info = Info(
         objective=value,
@@ -165,9 +179,9 @@ def _step(problem, options, state, data, *, rank):
         projection=projection,
         objective=value,
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
-        radius=result.radius,
+        radius=radius,
         low=low,
-        newton=state.newton | (low >= PATIENCE),
+        newton=newton,
         work_units=state.work_units + 2 + per_product * result.products + result.trials,
         status=_status(value, gradient_norm, result.accepted, options.tolerance),
     )

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+
 def _everything(theta):
     return theta
 

@@ -1,0 +1,100 @@
+"""The command that runs any of the experiments."""
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
+
+import jax
+
+METHODS = ("gnvpro", "lbfgsvpro", "adam", "lbfgs", "gn")
+EXPERIMENTS = {
+    "indian_pines": "segment a hyperspectral image (real data, 200 bands, 16 classes)",
+    "peaks": "fit a function of two variables, medians over five seeds",
+    "ellipse": "classify points inside and outside an ellipse from twenty starts",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the experiment that the command line names."""
+    options = vars(parser().parse_args(arguments))
+    name = options.pop("experiment")
+    jax.config.update("jax_enable_x64", options.pop("x64"))  # before an experiment makes arrays
+    options["methods"] = tuple(dict.fromkeys(options["methods"] or DEFAULTS.get(name, METHODS)))
+    options["output"] = options["output"] or Path("results", name)
+    import_module(f"benchmarks.{name}").run(**options)
+
+
+# Tuning Adam from each of twenty starts would take longer than all the rest.
+DEFAULTS = {"ellipse": tuple(method for method in METHODS if method != "adam")}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line: one sub-command an experiment."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Compare variable projection with other methods. Each experiment writes "
+        "table.txt, result.json and figures into a folder.",
+    )
+    experiments = parser.add_subparsers(dest="experiment", required=True, metavar="EXPERIMENT")
+    for name, summary in EXPERIMENTS.items():
+        _add_options(name, experiments.add_parser(name, help=summary, description=summary))
+    return parser
+
+
+def _add_options(name, experiment):
+    experiment.add_argument("--quick", action="store_true", help="a shorter version of the same")
+    experiment.add_argument("--seed", type=_seed, default=0, help="0 by default")
+    experiment.add_argument(
+        "--method",
+        dest="methods",
+        action="append",
+        choices=METHODS,
+        help="run this one only; may be given several times",
+    )
+    experiment.add_argument(
+        "--output", type=Path, metavar="FOLDER", help=f"results/{name} by default"
+    )
+    precision = experiment.add_mutually_exclusive_group()
+    precision.add_argument(
+        "--x64", action="store_true", default=True, help="double precision (the default)"
+    )
+    precision.add_argument(
+        "--x32", dest="x64", action="store_false", help="single precision instead"
+    )
+    if name != "ellipse":
+        experiment.add_argument(
+            "--budget",
+            type=_budget,
+            metavar="UNITS",
+            help="work units that each run ends at; one is a forward or a backward pass over the "
+            "training data",
+        )
+    if name == "indian_pines":
+        experiment.add_argument(
+            "--normalise",
+            choices=("band", "spectrum"),
+            default="band",
+            help="what to standardise: each band over the training pixels (the default), or each "
+            "pixel's spectrum",
+        )
+
+
+def _seed(text):
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer ≥ 0, got {text!r}")
+    return int(text)
+
+
+def _budget(text):
+    try:
+        budget = float(text)
+    except ValueError:
+        budget = 0.0
+    if not 0 < budget < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return budget
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""What variable projection adds to the cost of the network's own passes, measured."""
+
+import statistics
+import time
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import varprox as vp
+from varprox.curvature import linearise
+from varprox.model import Problem
+from varprox.reduced import hessian_root
+
+PRODUCTS = 10
+REPEATS = 11
+
+
+def product_ratio(problem: Problem, theta: Any, data: tuple) -> float:
+    """The time of a Krylov product of GNvpro over that of one jvp and one vjp of the features.
+
+    Both are loops over products in one compiled function of θ, of which the time of an empty loop,
+    that of the linearisation, is subtracted. They are measured in turns; the ratio is the median of
+    the ratios of single turns.
+    """
+    w = vp.solve_w(problem, theta, data)
+    root = _root(problem, theta, w, data)
+    ours = partial(_curvature_products, problem, theta, w, root, data)
+    features = partial(_feature_products, problem, theta, data)
+    for products in (ours, features):
+        _seconds(products, 0)  # compiles
+
+    ratios = []
+    for _ in range(REPEATS):
+        spent, spent_by_features = (
+            _seconds(products, PRODUCTS) - _seconds(products, 0) for products in (ours, features)
+        )
+        ratios.append(spent / spent_by_features)
+    return statistics.median(ratios)
+
+
+def solve_ratio(problem: Problem, theta: Any, data: tuple, work: float) -> float:
+    """What a W-solve inside an LBFGSvpro run costs, as a multiple of one forward and reverse pass.
+
+    Every step of a run of `work` units is timed, and beside it one forward and one reverse pass of
+    the features at the same θ. Whatever a step takes beyond one such pass for each of its trial
+    points is put down to its W-solves. The ratio is that of the sums over all steps.
+    """
+    method = vp.lbfgsvpro(problem)
+    state = method.init(theta, data, jax.random.key(0))
+    _seconds(method.step, state, data)  # compiles
+    _seconds(_forward_reverse, problem, theta, state.w, data)
+
+    in_solves = in_passes = 0.0
+    while state.status == vp.Status.RUNNING and state.work_units < work:
+        one_pass = min(
+            _seconds(_forward_reverse, problem, state.theta, state.w, data) for _ in range(3)
+        )
+        begin = time.perf_counter()
+        state, info = jax.block_until_ready(method.step(state, data))
+        passes = int(info.trials) * one_pass
+        in_solves += time.perf_counter() - begin - passes
+        in_passes += passes
+    return in_solves / in_passes
+
+
+def _seconds(fn, *args):
+    begin = time.perf_counter()
+    jax.block_until_ready(fn(*args))
+    return time.perf_counter() - begin
+
+
+@jax.jit
+def _root(problem, theta, w, data):
+    inputs, targets = data
+    return hessian_root(problem, problem.model.rows(theta, inputs), w, targets)
+
+
+@jax.jit
+def _curvature_products(problem, theta, w, root, data, count):
+    curvature = linearise(problem, theta, data, w, root)
+    return jax.lax.fori_loop(0, count, lambda _, v: _unit(curvature.matvec(v)), curvature.gradient)
+
+
+@jax.jit
+def _feature_products(problem, theta, data, count):
+    _, forward = jax.linearize(lambda theta: problem.model.features(theta, data[0]), theta)
+    transposed = jax.linear_transpose(forward, theta)
+    return jax.lax.fori_loop(0, count, lambda _, v: _unit(transposed(forward(v))[0]), theta)
+
+
+def _unit(tree):
+    norm = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(tree)))
+    return jax.tree.map(lambda leaf: leaf / norm, tree)
+
+
+@jax.jit
+def _forward_reverse(problem, theta, w, data):
+    """One pass each way through the features, from the cotangent that W gives."""
+    inputs, targets = data
+    rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
+    return pullback(problem.loss.gradient(rows @ w, targets) @ w.T)

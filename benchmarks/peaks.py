@@ -1,0 +1,111 @@
+"""Regression of MATLAB's peaks function by a small antisymmetric ResNet, over several seeds.
+
+Network, penalties and rank are those of arXiv:2007.13171, section 4.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import varprox as vp
+from benchmarks import plots
+from benchmarks.contest import compete
+from benchmarks.experiment import (
+    PROJECTED,
+    Run,
+    Task,
+    best,
+    by_method,
+    by_seed,
+    end,
+    spend,
+    text_table,
+    write,
+)
+
+BUDGETS, QUICK_BUDGETS = (300, 600, 1050), (300, 600)  # work units
+SEEDS = 5
+PENALTY = 1e-10  # on θ and on W
+RANK = 20
+
+
+def run(
+    *, quick: bool, seed: int, methods: tuple[str, ...], output: Path, budget: float | None
+) -> None:
+    """Trains with every method from every seed, and writes medians, convergence and a surface."""
+    budgets = spend(QUICK_BUDGETS if quick else BUDGETS, budget)
+    seeds = range(seed, seed + (1 if quick else SEEDS))
+    tasks = {s: make_task(s) for s in seeds}
+    runs = []
+    for s, task in tasks.items():
+        print(f"seed {s}", flush=True)
+        runs += compete(task, methods, budgets, rank=RANK, quick=quick)
+    groups = by_method(runs)
+
+    results = {method: summary(group, budgets) for method, group in groups.items()}
+    first = [run for run in runs if run.seed == seed]
+    winner = min(first, key=lambda run: (run.method not in PROJECTED, end(run)["objective"]))
+    output.mkdir(parents=True, exist_ok=True)
+    draw_surface(output / "surface.png", tasks[seed].problem, winner)
+    plots.convergence(output / "convergence.png", groups, budgets[-1])
+    settings = {
+        "quick": quick,
+        "seeds": list(seeds),
+        "budgets": budgets,
+        "penalty": PENALTY,
+        "rank": RANK,
+        "theta_entries": sum(leaf.size for leaf in jax.tree.leaves(tasks[seed].theta)),
+    }
+    write(output, "peaks", [summary_table(results, budgets)], settings, results, runs)
+
+
+def make_task(seed: int) -> Task:
+    """2000 points and a network, both drawn from `seed`."""
+    data = vp.datasets.peaks(2000, seed=seed)
+    net = vp.networks.AntisymmetricResNet(2, 8, 1, steps=7, final_time=5.0, rngs=nnx.Rngs(seed))
+    theta, model = vp.nnx.split(net)
+    problem = vp.Problem(model, vp.least_squares(), vp.tikhonov(PENALTY), PENALTY)
+    train, validation = jax.tree.map(jnp.asarray, tuple(data))
+    return Task(problem, theta, train, validation, {}, seed)
+
+
+def summary(runs: list[Run], budgets: tuple[float, ...]) -> dict:
+    """Of one method: the objectives at the budgets over the seeds, and the time to the last."""
+    at_budgets = [
+        [best(group, "work_units", budget) for group in by_seed(runs).values()]
+        for budget in budgets
+    ]
+    objectives = [[row["objective"] for row in rows if row] for rows in at_budgets]
+    return {
+        "median": [float(np.median(values)) if values else None for values in objectives],
+        "range": [[min(values), max(values)] if values else None for values in objectives],
+        "seconds": float(np.median([row["seconds"] for row in at_budgets[-1]])),
+        "compile_seconds": max(run.solution.compile_seconds for run in runs),
+        "at_budgets": at_budgets,
+    }
+
+
+def summary_table(results: dict[str, dict], budgets: tuple[float, ...]) -> str:
+    """A line a method: the median objective at each budget with its range, and the times."""
+    columns = ["", *(f"{budget:g}" for budget in budgets), "compile s", "run s"]
+    lines = []
+    for method, row in results.items():
+        pairs = zip(row["median"], row["range"], strict=True)
+        cells = ["–" if r is None else f"{m:.2e} [{r[0]:.1e}, {r[1]:.1e}]" for m, r in pairs]
+        lines.append([method, *cells, f"{row['compile_seconds']:.1f}", f"{row['seconds']:.1f}"])
+    seeds = len(next(iter(results.values()))["at_budgets"][0])
+    title = f"Objective after so many work units: median [lowest, highest] of {seeds} seed(s)"
+    return text_table(title, columns, lines)
+
+
+def draw_surface(path: Path, problem: vp.Problem, run: Run) -> None:
+    """The fit that a run ended with, beside the function it was to fit."""
+    x = np.linspace(-3, 3, 201)
+    points = np.stack(np.meshgrid(x, x), axis=-1)
+    inputs = jnp.asarray(points.reshape(-1, 2), run.solution.w.dtype)
+    fitted = vp.predict(problem, run.solution.theta, run.solution.w, inputs)
+    truth = vp.datasets.peaks_function(points)[..., 0]
+    plots.surface(path, x, truth, np.asarray(fitted).reshape(truth.shape), f"fit by {run.method}")

@@ -1,0 +1,167 @@
+"""The figures: convergence, the segmented image, a fitted surface, decision regions."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import ListedColormap
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
+
+import varprox as vp
+from benchmarks.experiment import PROJECTED, Run, best, by_seed, end
+
+plt.switch_backend("agg")
+
+AXES = {"work_units": "work units", "seconds": "seconds"}
+COLOURS = {
+    "GNvpro": "#0072b2",
+    "LBFGSvpro": "#d55e00",
+    "Adam": "#009e73",
+    "L-BFGS": "#555555",
+    "GN": "#cc79a7",
+}
+# Sixteen colours that can be told apart, light and dark neighbours taking turns.
+CLASSES = (
+    *("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#46f0f0", "#f032e6"),
+    *("#bcf60c", "#fabebe", "#008080", "#9a6324", "#800000", "#808000", "#000075", "#808080"),
+)
+POINTS = 240  # along a curve
+
+
+def convergence(
+    path: Path, groups: Mapping[str, Sequence[Run]], work: float, lower: str | None = None
+) -> None:
+    """The objective of each method against work units and seconds; below it, column `lower`.
+
+    At every point a method is shown by the best of its variants there; over several seeds the line
+    is the median and the band the range. The seconds end where the slowest method has spent `work`.
+    """
+    columns = ["objective"] if lower is None else ["objective", lower]
+    figure, grid = plt.subplots(
+        len(columns),
+        2,
+        figsize=(10, 3.6 * len(columns) + 0.6),
+        sharex="col",
+        sharey="row",
+        squeeze=False,
+        layout="constrained",
+    )
+    longest = max(run.solution.history["seconds"][-1] for runs in groups.values() for run in runs)
+    for j, (axis, limit) in enumerate(zip(AXES, (work, longest), strict=True)):
+        for method, runs in groups.items():
+            x, curves = _curves(runs, axis, limit, columns)
+            for ax, curve in zip(grid[:, j], curves, strict=True):
+                _draw(ax, method, x, curve)
+        grid[-1, j].set(xlabel=AXES[axis], xscale="log")
+        _plain_ticks(grid[-1, j].xaxis)
+    grid[0, 0].set(ylabel="objective", yscale="log")
+    _plain_ticks(grid[0, 0].yaxis)
+    if lower is not None:
+        grid[1, 0].set(ylabel=lower.replace("_", " "))
+    for ax in grid.flat:
+        ax.grid(alpha=0.3, linewidth=0.6)
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
+    _save(figure, path)
+
+
+def _curves(runs, axis, limit, columns):
+    """Points along `axis`, and there for each column the values of the best run, seed by seed."""
+    seeds = by_seed(runs).values()
+    first = max(min(run.history[axis][0] for run in group) for group in seeds)
+    last = min(max(run.history[axis][-1] for run in group) for group in seeds)
+    x = np.geomspace(max(first, limit / 1e3), min(last, limit), POINTS)
+    rows = [[best(group, axis, point) for point in x] for group in seeds]
+    return x, [np.array([[r[column] for r in row] for row in rows]) for column in columns]
+
+
+def _plain_ticks(axis):
+    """Labels 1, 2, 5, 10, … on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
+
+
+def _draw(ax, method, x, curve):
+    style = {"color": COLOURS[method], "linestyle": "-" if method in PROJECTED else "--"}
+    style |= {"label": method, "linewidth": 1.8, "drawstyle": "steps-post"}
+    ax.plot(x, np.median(curve, axis=0), **style)
+    if len(curve) > 1:
+        band = curve.min(axis=0), curve.max(axis=0)
+        ax.fill_between(x, *band, color=COLOURS[method], alpha=0.12, linewidth=0, step="post")
+
+
+def segmentation(path: Path, image, problem: vp.Problem, run: Run) -> None:
+    """The classes of the labelled pixels, as they are and as the run's solution predicts them."""
+    solution = run.solution
+    logits = vp.predict(problem, solution.theta, solution.w, image.foreground[0])
+    predicted = np.zeros_like(image.labels)
+    predicted.flat[image.pixels.foreground] = 1 + np.asarray(logits).argmax(axis=1)
+    accuracy = 100 * end(run)["validation_accuracy"]
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 6.6), layout="constrained")
+    colours = ListedColormap(["white", *CLASSES])
+    titles = "ground truth", f"{run.method}, validation accuracy {accuracy:.1f} %"
+    for ax, labels, title in zip(axes, (image.labels, predicted), titles, strict=True):
+        ax.imshow(labels, cmap=colours, vmin=0, vmax=len(CLASSES), interpolation="nearest")
+        ax.set(title=title, xticks=[], yticks=[])
+    names = zip(CLASSES, image.class_names, strict=True)
+    figure.legend(
+        handles=[Patch(color=colour, label=name) for colour, name in names],
+        loc="outside lower center",
+        ncols=4,
+        frameon=False,
+    )
+    _save(figure, path)
+
+
+def surface(path: Path, x: np.ndarray, truth: np.ndarray, fitted: np.ndarray, title: str) -> None:
+    """A function on the square grid of coordinates `x`, its fit `title`, and their difference."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained", sharey=True)
+    largest = np.abs(truth).max()
+    for ax, values, name in zip(axes, (truth, fitted), ("truth", title), strict=False):
+        shown = ax.pcolormesh(x, x, values, cmap="RdBu_r", vmin=-largest, vmax=largest)
+        ax.set(title=name)
+    figure.colorbar(shown, ax=axes[:2].tolist(), shrink=0.9)
+    error = fitted - truth
+    largest = np.abs(error).max()
+    shown = axes[2].pcolormesh(x, x, error, cmap="PuOr", vmin=-largest, vmax=largest)
+    axes[2].set(title="fit − truth")
+    figure.colorbar(shown, ax=axes[2], shrink=0.9)
+    for ax in axes:
+        ax.set(xlabel="x", aspect="equal")
+    axes[0].set(ylabel="y")
+    _save(figure, path)
+
+
+def regions(
+    path: Path,
+    grid: tuple[np.ndarray, np.ndarray],
+    inside: np.ndarray,
+    data: tuple[np.ndarray, np.ndarray],
+    boundary: np.ndarray,
+    title: str,
+) -> None:
+    """Where `inside`, the predicted probability on the grid, exceeds ½; data and true boundary."""
+    figure, ax = plt.subplots(figsize=(9, 5), layout="constrained")
+    shown = ax.contourf(*grid, inside, levels=np.linspace(0, 1, 11), cmap="RdBu_r", alpha=0.6)
+    figure.colorbar(
+        shown, ax=ax, label="predicted probability of inside", ticks=[0, 0.5, 1], shrink=0.75
+    )
+    points, labels = data
+    for k, (name, colour) in enumerate({"inside": "#8b0000", "outside": "#00306b"}.items()):
+        chosen = points[labels[:, k] == 1]
+        ax.plot(*chosen.T, ".", color=colour, markersize=2.5, label=f"data {name}")
+    ax.contour(*grid, inside, levels=[0.5], colors="k", linewidths=3)
+    ax.plot([], [], "k-", linewidth=3, label="decision boundary")
+    ax.plot(*boundary.T, "--", color="#ffd500", linewidth=1.5, label="ellipse")
+    ax.set(title=title, xlabel="x", ylabel="y", aspect="equal")
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, markerscale=3)
+    _save(figure, path)
+
+
+def _save(figure, path):
+    figure.savefig(path, dpi=160)
+    plt.close(figure)

@@ -1,0 +1,263 @@
+"""The trust-region subproblem against a dense bisection, and what one iteration promises."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varprox import trust_region
+from varprox.krylov import Tridiagonal
+
+SIZE = 6
+
+
+def dense(diagonal, off):
+    return np.diag(diagonal) + np.diag(off[:-1], 1) + np.diag(off[:-1], -1)
+
+
+def reference(matrix, gradient, radius):
+    """min gᵀs + ½ sᵀHs with ‖s‖ ≤ radius: its least value, by bisection on the multiplier."""
+    eigenvalues, q = np.linalg.eigh(matrix)
+    g = q.T @ gradient
+
+    def step(sigma):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            s = -g / (eigenvalues + sigma)
+        return np.where(g == 0, 0, s)
+
+    def value(s):
+        return g @ s + 0.5 * s @ (eigenvalues * s)
+
+    if eigenvalues[0] > 0 and np.linalg.norm(step(0)) <= radius:
+        return value(step(0))
+    low = max(0, -eigenvalues[0])
+    high = low + np.linalg.norm(g) / radius + 1
+    for _ in range(200):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if np.linalg.norm(step(middle)) > radius else (low, middle)
+    s = step(high)
+    missing = radius**2 - s @ s
+    if missing > 1e-10 * radius**2:  # the hard case
+        s[0] += np.sqrt(missing)
+    return value(s)
+
+
+SPECTRA = {
+    "definite": (np.linspace(1, 4, SIZE), np.full(SIZE, 0.7)),
+    "indefinite": (np.linspace(-2, 3, SIZE), np.full(SIZE, 0.7)),
+    "negative": (np.linspace(-4, -1, SIZE), np.full(SIZE, 0.7)),
+    "singular": (np.full(SIZE, 2.0), np.full(SIZE, 1 / np.cos(np.pi / (SIZE + 1)))),
+    "tiny": (1e-9 * np.linspace(1, 4, SIZE), np.full(SIZE, 0.7e-9)),
+    "ill-conditioned": (np.logspace(0, -10, SIZE), 1e-1 * np.logspace(-1, -10, SIZE)),
+    "easily hard": (np.array([3.0, 2, -1, 0, 1, 2]), np.array([0.5, 0, 0.5, 0.5, 0.5, 0])),
+}
+
+
+@jax.jit
+def solve(diagonal, off, size, start_norm, radius):
+    return trust_region.solve_subproblem(Tridiagonal(diagonal, off, size), start_norm, radius)
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("radius", [1e-6, 0.1, 1.0, 30.0, 1e6])
+def test_subproblem_is_solved_as_a_dense_bisection_does(spectrum, radius, x64):
+    """Interior, boundary, indefinite and hard cases: no feasible point is better."""
+    diagonal, off = SPECTRA[spectrum]
+    matrix, gradient = dense(diagonal, off), 2.0 * np.eye(SIZE)[0]
+    result = solve(diagonal, off, np.int32(SIZE), 2.0, radius)
+    s = np.asarray(result.coefficients)
+    value = gradient @ s + 0.5 * s @ matrix @ s
+    best = reference(matrix, gradient, radius)
+    assert np.linalg.norm(s) <= radius * (1 + 1e-8)
+    assert abs(value - best) <= 1e-8 * abs(best)
+    assert abs(result.decrease + value) <= 1e-8 * abs(best)
+    minimum = np.linalg.eigvalsh(matrix)[0]
+    if minimum > 1e-8:
+        inside = np.linalg.norm(np.linalg.solve(matrix, gradient)) < radius
+        assert bool(result.on_boundary) == (not inside)
+    elif minimum < -1e-8:
+        assert result.on_boundary
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_unused_rows_play_no_part(size, x64):
+    diagonal, off = SPECTRA["indefinite"]
+    used = np.arange(SIZE) < size
+    result = solve(
+        np.where(used, diagonal, 0), np.where(used, off, 0), np.int32(size), 2.0, 0.5
+    )
+    s = np.asarray(result.coefficients)
+    assert not s[size:].any()
+    matrix = dense(diagonal[:size], off[:size])
+    best = reference(matrix, 2.0 * np.eye(size)[0], 0.5)
+    assert abs(result.decrease + best) <= 1e-8 * abs(best)
+
+
+def test_infinite_radius_gives_the_newton_step(x64):
+    diagonal, off = SPECTRA["definite"]
+    matrix, gradient = dense(diagonal, off), 2.0 * np.eye(SIZE)[0]
+    result = solve(diagonal, off, np.int32(SIZE), 2.0, np.inf)
+    np.testing.assert_allclose(result.coefficients, -np.linalg.solve(matrix, gradient), rtol=1e-9)
+    expected = 0.5 * gradient @ np.linalg.solve(matrix, gradient)
+    assert abs(result.decrease - expected) < 1e-9 * expected
+
+
+def test_infinite_radius_of_an_indefinite_model_gives_a_finite_descent_step(x64):
+    diagonal, off = SPECTRA["indefinite"]
+    result = solve(diagonal, off, np.int32(SIZE), 2.0, np.inf)
+    s = np.asarray(result.coefficients)
+    eigenvalues, q = np.linalg.eigh(dense(diagonal, off))
+    length = np.linalg.norm(2.0 * q[0] / np.abs(eigenvalues))
+    assert np.linalg.norm(s) <= length * (1 + 1e-8)
+    assert abs(result.decrease + reference(dense(diagonal, off), 2.0 * np.eye(SIZE)[0], length)) < 1e-6
+
+
+def test_decrease_grows_with_the_radius(x64):
+    diagonal, off = SPECTRA["indefinite"]
+    decreases = [
+        float(solve(diagonal, off, np.int32(SIZE), 2.0, r).decrease) for r in np.logspace(-3, 3, 13)
+    ]
+    assert all(a < b for a, b in zip(decreases, decreases[1:], strict=False))
+
+
+@pytest.mark.parametrize("radius", [0.1, 1e3])
+def test_subproblem_in_single_precision(radius):
+    diagonal, off = (part.astype(np.float32) for part in SPECTRA["indefinite"])
+    result = solve(diagonal, off, np.int32(SIZE), np.float32(2), np.float32(radius))
+    best = reference(dense(diagonal, off).astype(float), 2.0 * np.eye(SIZE)[0], radius)
+    assert result.decrease.dtype == jnp.float32
+    assert abs(result.decrease + best) < 1e-4 * abs(best)
+
+
+# One iteration
+
+
+def quadratic(seed=0, shift=0.5):
+    rng = np.random.default_rng(seed)
+    root = rng.normal(size=(SIZE, SIZE))
+    return root @ root.T + shift * np.eye(SIZE), rng.normal(size=SIZE)
+
+
+class Run:
+    """`iterate` on ½ xᵀAx − bᵀx plus `extra(x)`, from x = 1; counts what it costs."""
+
+    def __init__(self, matrix, b, extra=lambda x: 0.0, **options):
+        self.x = jnp.ones(SIZE)
+
+        def value(x):
+            return 0.5 * x @ matrix @ x - b @ x + extra(x)
+
+        def evaluate(trial, predicted):
+            return value(self.x) - value(trial), trial.sum()
+
+        settings = {"rank": SIZE, "flat": 0.0, "max_trials": 10, "radius": jnp.inf} | options
+        radius = jnp.asarray(settings.pop("radius"), jnp.float64)
+        self.start = float(value(self.x))
+        self.result = jax.jit(
+            lambda radius: trust_region.iterate(
+                lambda v: matrix @ v, matrix @ self.x - b, evaluate, self.x, self.x.sum(), radius,
+                **settings,
+            )
+        )(radius)  # fmt: skip
+        self.end = float(value(self.result.x))
+
+
+def test_a_convex_quadratic_is_minimised_in_one_step(x64):
+    matrix, b = quadratic()
+    run = Run(matrix, b)
+    np.testing.assert_allclose(run.result.x, np.linalg.solve(matrix, b), rtol=1e-9)
+    assert run.result.accepted and run.result.trials == 1 and run.result.products == SIZE
+    assert abs(run.result.ratio - 1) < 1e-9
+    assert abs(run.result.predicted - (run.start - run.end)) < 1e-9 * abs(run.start)
+    assert abs(run.result.aux - run.result.x.sum()) < 1e-12
+
+
+def test_first_radius_is_that_of_the_first_step(x64):
+    """Gain ratio one: the radius is the length of the step, twice it after so good a step."""
+    matrix, b = quadratic()
+    run = Run(matrix, b)
+    length = np.linalg.norm(np.asarray(run.result.x) - 1)
+    assert abs(run.result.radius - 2 * length) < 1e-9 * length
+
+
+def test_a_good_step_on_the_boundary_doubles_the_radius(x64):
+    run = Run(*quadratic(), radius=0.1)
+    assert abs(np.linalg.norm(np.asarray(run.result.x) - 1) - 0.1) < 1e-9
+    assert run.result.accepted and abs(run.result.radius - 0.2) < 1e-12
+
+
+def test_a_good_step_inside_keeps_the_radius(x64):
+    run = Run(*quadratic(), radius=1e3)
+    assert run.result.accepted and run.result.radius == 1e3
+
+
+def test_rejected_steps_shrink_the_radius_and_cost_no_product(x64):
+    """A wall away from the start turns long steps down."""
+    wall = lambda x: 1e3 * jnp.maximum(jnp.sum((x - 1) ** 2) - 0.01, 0)  # noqa: E731
+    free, walled = Run(*quadratic()), Run(*quadratic(), wall)
+    assert free.result.products == walled.result.products == SIZE
+    assert walled.result.accepted and walled.result.trials > 1
+    assert walled.result.first_ratio < 0 < walled.result.ratio
+    assert walled.end < walled.start
+    step = np.linalg.norm(np.asarray(walled.result.x) - 1)
+    assert step < np.linalg.norm(np.asarray(free.result.x) - 1) * 0.25 ** (walled.result.trials - 1) * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("bad", [1e6, jnp.nan, jnp.inf])
+def test_where_no_trial_is_accepted_the_point_stays(bad, x64):
+    run = Run(*quadratic(), lambda x: jnp.where(jnp.all(x == 1), 0.0, bad), max_trials=4)
+    assert not run.result.accepted and run.result.trials == 4
+    np.testing.assert_array_equal(run.result.x, np.ones(SIZE))
+    assert run.result.aux == SIZE
+    assert 0 < run.result.radius < np.inf
+
+
+def test_not_a_number_at_the_first_trial_is_recovered_from(x64):
+    """Trial points where the function is not defined are rejected like bad ones."""
+    run = Run(*quadratic(), lambda x: jnp.where(jnp.sum((x - 1) ** 2) > 0.04, jnp.nan, 0.0))
+    assert run.result.accepted and run.result.trials > 1 and run.end < run.start
+
+
+def test_flat_ends_the_space_early(x64):
+    """Eigenvalues falling fast: a few products give nearly all of the decrease."""
+    matrix, b = np.diag(np.logspace(3, 0, SIZE)), np.ones(SIZE)
+    exact = Run(matrix, b)
+    early = Run(matrix, b, flat=0.5)
+    assert 1 <= early.result.products < exact.result.products == SIZE
+    assert early.start - early.end > 0.25 * (exact.start - exact.end)
+
+
+def test_rank_caps_the_products(x64):
+    assert Run(*quadratic(), rank=3).result.products == 3
+
+
+def test_an_indefinite_function_is_decreased(x64):
+    run = Run(quadratic()[0] - 8 * np.eye(SIZE), quadratic()[1], lambda x: 0.1 * jnp.sum(x**4))
+    assert run.result.accepted and run.end < run.start
+
+
+def test_iterating_minimises_the_rosenbrock_function(x64):
+    """Repeated, the iteration finds the one minimum of a curved valley, with the true Hessian."""
+
+    def rosenbrock(x):
+        return jnp.sum(100 * (x[1:] - x[:-1] ** 2) ** 2 + (1 - x[:-1]) ** 2)
+
+    @jax.jit
+    def step(x, radius):
+        here, gradient = jax.value_and_grad(rosenbrock)(x)
+        matvec = functools.partial(jnp.matmul, jax.hessian(rosenbrock)(x))
+        result = trust_region.iterate(
+            matvec, gradient, lambda trial, _: (here - rosenbrock(trial), ()), x, (), radius,
+            rank=4, flat=0.0, max_trials=10,
+        )  # fmt: skip
+        return result.x, result.radius
+
+    x, radius = jnp.array([-1.2, 1.0, -0.5, 0.8]), jnp.array(jnp.inf)
+    values = [float(rosenbrock(x))]
+    for _ in range(60):
+        x, radius = step(x, radius)
+        values.append(float(rosenbrock(x)))
+    assert all(b <= a for a, b in zip(values, values[1:], strict=False))
+    np.testing.assert_allclose(x, 1, atol=1e-7)
