@@ -239,7 +239,7 @@ class GnInfo(NamedTuple):
 
 
 def gn(
-    problem: Problem, *, rank: int = 20, flat: float = 0.05, start: Callable = solved_w
+    problem: Problem, *, rank: int = 20, flat: float = 0.03, start: Callable = solved_w
 ) -> Method:
     """GNvpro without variable projection: trust-region Gauss–Newton–Krylov on (θ, W) together.
 

@@ -1,14 +1,20 @@
-"""Methods against one another: each is given the same start, work and time, and Adam is tuned."""
+"""Methods against one another: each is given the same θ, work and time, and the rivals are tuned.
+
+A baseline starts from W(θ) and, in a run of its own, from a small random W; tables show the better
+of the two. They also show the better of optax's and SciPy's L-BFGS, and the best of the settings
+tried of Adam, chosen with hindsight and anew at every budget.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
 
 import jax
 import numpy as np
 
 import varprox as vp
 from benchmarks import baselines
-from benchmarks.experiment import Run, Task, reading
+from benchmarks.experiment import Run, Task, end, reading
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from varprox import Method, Solution, Status
 
@@ -19,8 +25,10 @@ METHODS = {
     "lbfgs": "L-BFGS",
     "gn": "GN",
 }
-RATES, BATCH_SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (32, 128)  # of Adam
-FINALISTS = 2  # settings of Adam that are run with shorter cosines, too
+STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
+RATES, SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (32, 128)  # of Adam's steps and batches
+PILOT_RATES, PILOT_SIZES = (3e-3,), (128,)
+FINALISTS = 2  # settings of Adam that are run from a random W and with shorter cosines, too
 
 
 def compete(
@@ -34,27 +42,31 @@ def compete(
 ) -> list[Run]:
     """Runs the chosen methods for the last of the budgets, in work units.
 
-    L-BFGS goes first, once in optax's form and once in SciPy's. With `equal_time` the others have
-    at least as long as the faster of the two: where one is through with its work earlier, its
-    history goes on to then. The weights in a solution are always those at the end of the work.
-    `quick` tunes Adam over a few settings only.
+    With `equal_time` the others have at least as long as the fastest L-BFGS, which goes first:
+    where one is through with its work earlier, its history goes on to then. The weights in a
+    solution are always those at the end of the work. `quick` tries only a few settings of Adam.
     """
-    work = budgets[-1]
+    problem, work = task.problem, budgets[-1]
     runs, seconds = [], 0.0
     if "lbfgs" in methods:
-        runs = [
-            train(task, "L-BFGS", "optax", baselines.lbfgs(task.problem), work),
-            _scipy(task, work),
+        in_optax = [
+            train(task, "L-BFGS", f"optax from {name}", baselines.lbfgs(problem, start=start), work)
+            for name, start in STARTS.items()
         ]
+        in_scipy = [train_scipy(task, name, work) for name in STARTS]
+        runs += compiled_once(in_optax) + compiled_once(in_scipy)
         seconds = equal_seconds(runs, work) if equal_time else 0.0
-    others = {
-        "gnvpro": lambda: vp.gnvpro(task.problem, rank=rank),
-        "lbfgsvpro": lambda: vp.lbfgsvpro(task.problem),
-        "gn": lambda: baselines.gn(task.problem, rank=rank),
-    }
-    for name, method in others.items():
-        if name in methods:
-            runs.append(train(task, METHODS[name], "", method(), work, seconds))
+    if "gnvpro" in methods:
+        runs.append(train(task, "GNvpro", "", vp.gnvpro(problem, rank=rank), work, seconds))
+    if "lbfgsvpro" in methods:
+        runs.append(train(task, "LBFGSvpro", "", vp.lbfgsvpro(problem), work, seconds))
+    if "gn" in methods:
+        gns = {
+            name: baselines.gn(problem, rank=rank, start=start) for name, start in STARTS.items()
+        }
+        runs += compiled_once(
+            [train(task, "GN", f"from {name}", gn, work, seconds) for name, gn in gns.items()]
+        )
     if "adam" in methods:
         runs += tune_adam(task, budgets, seconds, quick)
     order = list(METHODS.values())
@@ -62,7 +74,7 @@ def compete(
 
 
 def equal_seconds(lbfgs_runs: Sequence[Run], work: float) -> float:
-    """The time in which the faster L-BFGS spent `work` units."""
+    """The time in which the fastest L-BFGS spent `work` units."""
     readings = [reading(run, "work_units", work) for run in lbfgs_runs]
     return min(row["seconds"] for row in readings)
 
@@ -95,65 +107,70 @@ def fit(task: Task, name: str, variant: str, method: Method, work: float) -> Sol
     )
 
 
-def _scipy(task, work):
-    print("L-BFGS SciPy", flush=True)
-    w = baselines.start_w(task.problem, task.theta, task.train, jax.random.key(task.seed))
+def train_scipy(task: Task, start: str, work: float) -> Run:
+    """One run of SciPy's L-BFGS."""
+    variant = f"SciPy from {start}"
+    print("L-BFGS", variant, flush=True)
+    key = jax.random.key(task.seed)
     solution = scipy_lbfgs(
         task.problem,
         task.theta,
-        w,
+        STARTS[start](task.problem, task.theta, task.train, key),
         task.train,
         max_work=work,
         validation=task.validation,
         metrics=task.metrics,
     )
-    return Run("L-BFGS", "SciPy", task.seed, solution, solution.history)
+    return Run("L-BFGS", variant, task.seed, solution, solution.history)
 
 
 def tune_adam(task: Task, budgets: Sequence[float], seconds: float, quick: bool) -> list[Run]:
-    """Runs of Adam over learning rates, batch sizes and schedules; tables show the best of them.
+    """Runs of Adam over learning rates, batch sizes, schedules and starts.
 
-    Every rate and batch size is run to the last budget with a constant rate and with a cosine. A
-    cosine that ends at an earlier budget is better there than either, so the best two settings are
-    also run with cosines of these lengths. The times leave out the evaluation of Φ in an epoch.
+    Every rate and batch size is run from W(θ) to the last budget, with a constant rate and with a
+    cosine. The best two of the latter are run from a random W, too, and with cosines that end at
+    the earlier budgets, where these are better than any other schedule. The times leave out the
+    evaluation of Φ that ends an epoch.
     """
-    rates = RATES[2:4] if quick else RATES
-    batch_sizes = [
-        min(size, len(task.train[1])) for size in (BATCH_SIZES[1:] if quick else BATCH_SIZES)
-    ]
+    rates, sizes = (PILOT_RATES, PILOT_SIZES) if quick else (RATES, SIZES)
+    last = budgets[-1]
     w = vp.solve_w(task.problem, task.theta, task.train)
     evaluation = baselines.evaluation_seconds(task.problem, task.theta, w, task.train)
-    compiling = {}
+    compiling: dict[int, float] = {}
 
-    def attempt(rate, size, horizon):
+    def attempt(rate, size, horizon, start):
         constant = math.isinf(horizon)
         schedule = "constant" if constant else f"cosine to {horizon:g}"
-        variant = f"rate {rate:g}, batch {size}, {schedule}"
-        method = baselines.adam(task.problem, rate, batch_size=size, horizon=horizon)
-        work = min(horizon, budgets[-1])
+        variant = f"rate {rate:g}, batch {size}, {schedule}, from {start}"
+        method = baselines.adam(
+            task.problem, rate, batch_size=size, horizon=horizon, start=STARTS[start]
+        )
+        work = min(horizon, last)
         run = train(task, "Adam", variant, method, work, seconds if constant else 0.0)
-        # One compilation serves all runs with a batch size.
         solution = run.solution._replace(
             history=net_of(evaluation, run.solution.history),
+            # The first run with a batch size compiles for all.
             compile_seconds=compiling.setdefault(size, run.solution.compile_seconds),
         )
         return run._replace(solution=solution, history=net_of(evaluation, run.history))
 
-    horizons = (budgets[-1],) if quick else (math.inf, budgets[-1])
-    runs = {
-        (rate, size, horizon): attempt(rate, size, horizon)
-        for size in batch_sizes
-        for rate in rates
-        for horizon in horizons
-    }
-    full = [setting for setting in runs if setting[2] == budgets[-1]]
-    full.sort(key=lambda setting: runs[setting].solution.history["objective"][-1])
-    shorter = [
-        attempt(rate, size, horizon)
-        for rate, size, _ in full[:FINALISTS]
-        for horizon in budgets[:-1]
+    horizons = (last,) if quick else (math.inf, last)
+    tried = {setting: attempt(*setting, "W(θ)") for setting in product(rates, sizes, horizons)}
+    cosines = [setting for setting in tried if setting[2] == last]
+    cosines.sort(key=lambda setting: end(tried[setting])["objective"])
+    finals = [
+        attempt(rate, size, horizon, start)
+        for rate, size, _ in cosines[:FINALISTS]
+        for horizon, start in product(budgets, STARTS)
+        if (horizon, start) != (last, "W(θ)")  # ran above
     ]
-    return [*runs.values(), *shorter]
+    return [*tried.values(), *finals]
+
+
+def compiled_once(runs: Sequence[Run]) -> list[Run]:
+    """The runs, of which the first compiled for all, each with the time that this took."""
+    longest = max(run.solution.compile_seconds for run in runs)
+    return [run._replace(solution=run.solution._replace(compile_seconds=longest)) for run in runs]
 
 
 def net_of(evaluation: float, history: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

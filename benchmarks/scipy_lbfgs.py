@@ -18,7 +18,12 @@ from benchmarks.experiment import evaluate
 from varprox import Problem, Solution, Status
 from varprox.model import objective
 
-_value_and_gradient = jax.jit(jax.value_and_grad(objective, argnums=(1, 2)))
+
+@jax.jit
+def _value_and_gradient(problem, like, x, data):
+    """Φ and its gradient at the flat vector x, in the order of the weights `like`."""
+    _, unravel = ravel_pytree(like)
+    return jax.value_and_grad(lambda x: objective(problem, *unravel(x), data))(x)
 
 
 def scipy_lbfgs(
@@ -37,16 +42,16 @@ def scipy_lbfgs(
     own arithmetic is in double precision. `seconds` counts both; the columns that need further
     evaluations are made when the run is over.
     """
-    flat, unravel = ravel_pytree((theta, w))
+    weights = theta, w
+    flat, unravel = ravel_pytree(weights)
     start = np.asarray(flat, np.float64)
     evaluations = 0
 
     def value_and_gradient(x):
         nonlocal evaluations
         evaluations += 1
-        weights = unravel(jnp.asarray(x, flat.dtype))
-        value, gradient = _value_and_gradient(problem, *weights, data)
-        return float(value), np.asarray(ravel_pytree(gradient)[0], np.float64)
+        value, gradient = _value_and_gradient(problem, weights, x.astype(flat.dtype), data)
+        return float(value), np.asarray(gradient, np.float64)
 
     def record(intermediate_result):
         spent = time.perf_counter() - begin

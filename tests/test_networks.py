@@ -185,10 +185,11 @@ def test_kernels_are_antisymmetric_but_for_gamma(x64):
     np.testing.assert_allclose(np.linalg.eigvals(kernels).real, -GAMMA, rtol=1e-12)
 
 
-def test_antisymmetric_network_starts_tame_and_constant_in_time(x64):
+def test_antisymmetric_network_starts_within_its_spectrum_and_constant_in_time(x64):
     kernels = np.asarray(antisymmetric(width=64).kernels())
     np.testing.assert_array_equal(kernels, np.broadcast_to(kernels[0], kernels.shape))
-    assert 0.8 < np.abs(np.linalg.eigvals(kernels[0]).imag).max() < 1.2
+    # An antisymmetric matrix of n × n normal entries has its spectrum within ±2 i σ √n.
+    assert 2.4 < np.abs(np.linalg.eigvals(kernels[0]).imag).max() < 3.3
 
 
 def test_antisymmetric_flow_converges_with_order_four(x64):

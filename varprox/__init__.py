@@ -15,8 +15,8 @@ from varprox.reduced import reduced_objective, solve_w
 
 __version__ = "0.1.0"
 __all__ = [
-    "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "convex_loss", "dense", "fit",
-    "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "logistic", "newton", "predict",
+    "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "convex_loss", "dense",
+    "fit", "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "logistic", "newton", "predict",
     "reduced_objective", "smoothness_in_time", "softmax_cross_entropy", "solve_w", "tikhonov",
 ]  # fmt: skip
 

@@ -1,26 +1,28 @@
 """Products with the curvature of the reduced objective, linearised once at θ.
 
-Write Z for the design rows, dZ for their derivative along v, G for the derivative of the loss in the
-predictions, Q for its second derivative, H = ZᵀQZ + α₂I for the Hessian in W, and
+Write Z for the design rows, dZ for their derivative along v, G for the derivative of the loss in
+the predictions, Q for its second derivative, H = ZᵀQZ + α₂I for the Hessian in W, and
 
     a = dZᵀ G,      b = Zᵀ Q dZ W,      dW = J_W v = −H⁻¹ (a + b),      J v = dZ W + Z dW.
 
-The Gauss–Newton matrix Jᵀ Q J + α₂ J_Wᵀ J_W then needs no more than one product with the linearised features
-and one with their transpose: inserting dW and using ZᵀQZ + α₂I = H, all terms collapse into
+The Gauss–Newton matrix Jᵀ Q J + α₂ J_Wᵀ J_W then needs no more than one product with the linearised
+features and one with their transpose: inserting dW and using ZᵀQZ + α₂I = H, all terms collapse
+into
 
     v ↦ dZ ↦ [Q (dZ W − Z H⁻¹ b)] Wᵀ + G (H⁻¹ a)ᵀ ↦ its pullback to θ,
 
-the first term being Kaufman's approximation and the second what Golub and Pereyra's full derivative adds. The
-Hessian replaces the cotangent by Q (dZ W + Z dW) Wᵀ + G dWᵀ and adds the curvature of the features under G Wᵀ.
+the first term being Kaufman's approximation and the second what Golub and Pereyra's full derivative
+adds. The Hessian replaces the cotangent by Q (dZ W + Z dW) Wᵀ + G dWᵀ and adds the curvature of the
+features under G Wᵀ.
 
-Imports model and reduced. Source: arXiv:2007.13171, section 3; Golub and Pereyra, Inverse Problems 19 (2003) R1.
+Imports model and reduced. Source: arXiv:2007.13171, section 3; Golub and Pereyra, Inverse Problems
+19 (2003) R1.
 """
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from varprox.model import Problem, check_data
 from varprox.reduced import hessian_root, hessian_solver, w_of_rows
@@ -29,8 +31,9 @@ from varprox.reduced import hessian_root, hessian_solver, w_of_rows
 class Curvature(NamedTuple):
     """The reduced problem at θ: its value, gradient and linear maps; vectors v are pytrees like θ.
 
-    `jvp(v)` is J v, (batch, outputs), the derivative of the predictions rows(θ) W(θ); `vjp(u)` is Jᵀ u;
-    `w_jvp(v)` is J_W v, shaped like W. `matvec(v)` is the product with the Gauss–Newton matrix or the Hessian.
+    `jvp(v)` is J v, (batch, outputs), the derivative of the predictions rows(θ) W(θ); `vjp(u)` is
+    Jᵀ u; `w_jvp(v)` is J_W v, shaped like W. `matvec(v)` is the product with the Gauss–Newton
+    matrix or the Hessian.
     """
 
     value: jax.Array
@@ -64,10 +67,11 @@ def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
 def linearise(
     problem, theta, data, w=None, root=None, *, full=False, w_curvature=True
 ) -> Curvature:
-    """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked, for callers that know W(θ).
+    """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked, for callers that know
+    W(θ).
 
-    `w` and `root` (its `hessian_root`) are computed where they are not given. Without `w_curvature` the Gauss–Newton
-    matrix lacks α₂ J_WᵀJ_W, as in the authors' implementation under cross entropy.
+    `w` and `root` (its `hessian_root`) are computed where they are not given. Without `w_curvature`
+    the Gauss–Newton matrix lacks α₂ J_WᵀJ_W, as in the authors' implementation under cross entropy.
     """
     inputs, targets = data
     rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731

@@ -1,4 +1,5 @@
-"""The loop a person runs: budgets, history, validation and progress around a method's `init` and `step`.
+"""The loop a person runs: budgets, history, validation and progress around a method's `init` and
+`step`.
 
 Imports model and method.
 """
@@ -22,10 +23,11 @@ BAR = "{desc} [{elapsed}, {rate_fmt}]"
 class Solution(NamedTuple):
     """What a run ends with.
 
-    `history` maps column names to float arrays with one entry a step, the first being the start: `objective`,
-    `train_loss` (the objective without penalties), `work_units` and `seconds` (cumulative; compilation and
-    evaluation are left out), the fields of the method's info, and `validation_loss` and metrics where asked for.
-    `status` says why the run ended; `compile_seconds` is the time to trace and compile `init` and `step`.
+    `history` maps column names to float arrays with one entry a step, the first being the start:
+    `objective`, `train_loss` (the objective without penalties), `work_units` and `seconds`
+    (cumulative; compilation and evaluation are left out), the fields of the method's info, and
+    `validation_loss` and metrics where asked for. `status` says why the run ended;
+    `compile_seconds` is the time to trace and compile `init` and `step`.
     """
 
     theta: Any
@@ -50,14 +52,15 @@ def fit(
 ) -> Solution:
     """Trains until the method ends or a budget is used up, whichever comes first.
 
-    `data` and `validation` are pairs (inputs, targets). Budgets: `max_work` in work units (one forward or one
-    backward pass over the data is one), `max_seconds` of run time, `epochs` in steps of a full-batch method; at
-    least one must be given. `metrics` maps names to functions (predictions, targets) -> scalar, evaluated after
-    every step on the data and on `validation`, to the columns `train_<name>` and `validation_<name>`.
+    `data` and `validation` are pairs (inputs, targets). Budgets: `max_work` in work units (one
+    forward or one backward pass over the data is one), `max_seconds` of run time, `epochs` in steps
+    of a full-batch method; at least one must be given. `metrics` maps names to functions
+    (predictions, targets) -> scalar, evaluated after every step on the data and on `validation`, to
+    the columns `train_<name>` and `validation_<name>`.
 
-    The first step is run twice, the first time to compile it. Bad data raise TypeError or ValueError before
-    anything runs. The end of the budget, a stall and a non-finite objective are statuses, not exceptions; the last
-    good weights come back.
+    The first step is run twice, the first time to compile it. Bad data raise TypeError or
+    ValueError before anything runs. The end of the budget, a stall and a non-finite objective are
+    statuses, not exceptions; the last good weights come back.
     """
     if not isinstance(method, Method):
         raise TypeError(f"method: expected one such as varprox.gnvpro(problem), got {method!r}")
@@ -113,7 +116,8 @@ def _timed(fn, *args):
 
 
 def _compiled(fn, *args):
-    """The result and run time of `fn`, and the time its compilation took: 0 if it was compiled before."""
+    """The result and run time of `fn`, and the time its compilation took: 0 if it was compiled
+    before."""
     _, first = _timed(fn, *args)
     result, second = _timed(fn, *args)
     return (result, second), max(first - second, 0.0)

@@ -41,7 +41,8 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one iteration did; `objective` belongs to the weights after it, `gradient_norm` to those before."""
+    """What one iteration did; `objective` belongs to the weights after it, `gradient_norm` to those
+    before."""
 
     objective: jax.Array
     gradient_norm: jax.Array
@@ -73,13 +74,15 @@ def gnvpro(
 ) -> Method:
     """The full-batch method of choice for small and medium problems.
 
-    Each step builds a Krylov space of at most `rank` dimensions for the Gauss–Newton matrix of the reduced
-    objective, ending earlier when a further product adds less than the fraction `flat` of the model's
-    decrease, and takes the trust-region step in it. When gain ratios stay low, products with the full Hessian take
-    over, unless `hand_over` is False. `w_curvature` False leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the
-    authors' implementation does under cross entropy. The run has converged when the gradient's norm is at most `tolerance`.
+    Each step builds a Krylov space of at most `rank` dimensions for the Gauss–Newton matrix of the
+    reduced objective, ending earlier when a further product adds less than the fraction `flat` of
+    the model's decrease, and takes the trust-region step in it. When gain ratios stay low, products
+    with the full Hessian take over, unless `hand_over` is False. `w_curvature` False leaves α₂
+    J_WᵀJ_W out of the Gauss–Newton matrix, as the authors' implementation does under cross entropy.
+    The run has converged when the gradient's norm is at most `tolerance`.
 
-    Work units: 2 a step, 2 a product (4 with the full Hessian), 1 a trial point. `data` is all of it at every step.
+    Work units: 2 a step, 2 a product (4 with the full Hessian), 1 a trial point. `data` is all of
+    it at every step.
     """
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"rank: expected an integer ≥ 1, got {rank!r}")

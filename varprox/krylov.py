@@ -35,9 +35,10 @@ def lanczos(
 ) -> KrylovSpace:
     """Builds a Krylov space of at most `rank` dimensions with one product each.
 
-    After every product `finished, memory = stop(tridiagonal, memory)` may end the iteration; it also
-    ends where the space is invariant to working precision or a product is not finite. Each new vector
-    is orthogonalised twice against all before it. Source: Golub and Van Loan, Matrix Computations, 10.3.
+    After every product `finished, memory = stop(tridiagonal, memory)` may end the iteration; it
+    also ends where the space is invariant to working precision or a product is not finite. Each new
+    vector is orthogonalised twice against all before it. Source: Golub and Van Loan, Matrix
+    Computations, 10.3.
     """
     eps = jnp.finfo(start.dtype).eps
     start_norm = jnp.linalg.norm(start)

@@ -45,8 +45,8 @@ class Info(NamedTuple):
 def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> Method:
     """L-BFGS with `memory` pairs on the reduced objective; the cheapest full-batch iteration.
 
-    The run has converged when the gradient's norm is at most `tolerance`. Work units: 2 a trial point of the line
-    search, most steps needing one. `data` is all of it at every step.
+    The run has converged when the gradient's norm is at most `tolerance`. Work units: 2 a trial
+    point of the line search, most steps needing one. `data` is all of it at every step.
     """
     if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
         raise ValueError(f"memory: expected an integer ≥ 1, got {memory!r}")
@@ -93,9 +93,10 @@ def _value_and_gradient(problem, theta, projection, data, tolerance):
 
 @partial(jax.jit, static_argnames="memory")
 def _step(problem, tolerance, state, data, *, memory):
-    # optax's line search takes a function of one argument and keeps its gradient at the point it chooses, and
-    # nothing else of that point. So the objective gets a second argument, the projection to start from, and
-    # its derivative along this argument is declared to be the new projection. The search direction is zero there.
+    # optax's line search takes a function of one argument and keeps its gradient at the point it
+    # chooses, and nothing else of that point. So the objective gets a second argument, the
+    # projection to start from, and its derivative along this argument is declared to be the new
+    # projection. The search direction is zero there.
     @jax.custom_vjp
     def reduced(point):
         return reduced_forward(point)[0]

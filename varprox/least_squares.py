@@ -1,8 +1,8 @@
 """Ridge regression on design rows by orthogonal factors, never by normal equations.
 
-Rows enter through the triangular factor of a QR decomposition, which can be accumulated over chunks of
-samples or over devices; singular values of that small factor give the solution. Imports nothing of
-the package.
+Rows enter through the triangular factor of a QR decomposition, which can be accumulated over chunks
+of samples or over devices; singular values of that small factor give the solution. Imports nothing
+of the package.
 """
 
 from typing import NamedTuple
@@ -31,8 +31,8 @@ def triangular_factor(rows: jax.Array, targets: jax.Array) -> jax.Array:
 def ridge(factor: jax.Array, columns: int, alpha) -> Ridge:
     """Solves the ridge problem from the triangular factor of [rows, targets].
 
-    Directions that the rows do not determine to working precision get zero weight, so that α = 0 gives
-    the minimum-norm solution, and `inverse_root` the pseudo-inverse.
+    Directions that the rows do not determine to working precision get zero weight, so that α = 0
+    gives the minimum-norm solution, and `inverse_root` the pseudo-inverse.
     """
     u, s, vt = jnp.linalg.svd(factor[:columns, :columns])
     curvature = s**2 + alpha

@@ -1,8 +1,8 @@
 """Convex losses: value, gradient and curvature in the predictions.
 
-Predictions and targets are (batch, outputs); every loss is a mean over the batch, so its gradient and
-its Hessian carry the factor 1 / batch. Losses are hashable, and equal when built alike, which lets
-compiled functions be reused. Imports nothing of the package.
+Predictions and targets are (batch, outputs); every loss is a mean over the batch, so its gradient
+and its Hessian carry the factor 1 / batch. Losses are hashable, and equal when built alike, which
+lets compiled functions be reused. Imports nothing of the package.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,8 @@ class Loss:
         raise NotImplementedError
 
     def curvature(self, predictions, targets):
-        """The second derivative of `value` in the predictions, as a linear map of (batch, outputs)."""
+        """The second derivative of `value` in the predictions, as a linear map of (batch,
+        outputs)."""
         return jax.linearize(lambda p: self.gradient(p, targets), predictions)[1]
 
     def check(self, targets: np.ndarray) -> None:
@@ -117,7 +118,8 @@ def convex_loss(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> ConvexLoss:
     """A user's loss: the mean over samples of `fn(prediction, target)`.
 
     `fn` maps one prediction (outputs,) and one target (outputs,) to a scalar. It must be convex and
-    twice differentiable in the prediction; gradient and curvature come from automatic differentiation.
+    twice differentiable in the prediction; gradient and curvature come from automatic
+    differentiation.
     """
     if not callable(fn):
         raise TypeError(f"fn: expected a function of one prediction and one target, got {fn!r}")

@@ -23,9 +23,10 @@ class Status(IntEnum):
 class Method(NamedTuple):
     """A training method for a problem.
 
-    `state = init(theta, data, key)` and `state, info = step(state, data)` are pure and may be used inside the
-    caller's own `jit`, `vmap` or `scan`. A state has at least the fields `theta`, `w`, `objective` (Φ at these
-    weights), `work_units` (spent so far) and `status`; `info` is a NamedTuple of scalars.
+    `state = init(theta, data, key)` and `state, info = step(state, data)` are pure and may be used
+    inside the caller's own `jit`, `vmap` or `scan`. A state has at least the fields `theta`, `w`,
+    `objective` (Φ at these weights), `work_units` (spent so far) and `status`; `info` is a
+    NamedTuple of scalars.
     """
 
     init: Callable

@@ -21,9 +21,11 @@ from varprox.penalties import _nonnegative, as_penalty
 
 @dataclass(frozen=True, init=False)
 class Separable:
-    """Features followed by a linear last layer: `prediction = head.rows(features(theta, inputs)) @ w`.
+    """Features followed by a linear last layer: `prediction = head.rows(features(theta, inputs)) @
+    w`.
 
-    `features(theta, inputs)` maps any pytree θ of floating arrays and inputs (batch, …) to (batch, m).
+    `features(theta, inputs)` maps any pytree θ of floating arrays and inputs (batch, …) to (batch,
+    m).
     """
 
     features: Callable[[Any, Any], jax.Array]
@@ -48,9 +50,9 @@ class Problem:
     """What is minimised: Φ(W, θ) = loss(rows(θ) W, targets) + R(θ) + ½ w_penalty ‖W‖².
 
     `theta_penalty` is R: a number α (for ½ α ‖θ‖²), a penalty such as `tikhonov(alpha)`, any smooth
-    function of θ, a sequence of these, or None. `w_penalty` is a number ≥ 0, the bias being penalised
-    like the rest. Under least squares it may be zero (W is then the minimum-norm solution); other losses
-    need a positive one, because they may have no minimiser otherwise.
+    function of θ, a sequence of these, or None. `w_penalty` is a number ≥ 0, the bias being
+    penalised like the rest. Under least squares it may be zero (W is then the minimum-norm
+    solution); other losses need a positive one, because they may have no minimiser otherwise.
     """
 
     model: Separable
@@ -63,8 +65,8 @@ class Problem:
             raise TypeError(f"model: expected a varprox.Separable, got {model!r}")
         if not isinstance(loss, Loss):
             raise TypeError(
-                f"loss: expected a loss such as varprox.least_squares() or varprox.convex_loss(fn), "
-                f"got {loss!r}"
+                "loss: expected a loss such as varprox.least_squares() or "
+                f"varprox.convex_loss(fn), got {loss!r}"
             )
         w_penalty = _nonnegative("w_penalty", w_penalty)
         concrete = not isinstance(w_penalty, jax.core.Tracer)

@@ -2,8 +2,9 @@
 
 A network computes `head(features(inputs))` for inputs (…, in_features) of its weights' dtype. That
 is `param_dtype`, where None means JAX's default float: float64 under x64, else float32. Linear
-layers start with LeCun-normal kernels and zero biases, those that open a flow with normal biases
-of standard deviation 2, which spreads the points where their units saturate over the inputs. Imports JAX and flax.
+layers start with LeCun-normal kernels and zero biases, those that open a flow with normal biases of
+standard deviation 2, which spreads the points where their units saturate over the inputs. Imports
+JAX and flax.
 """
 
 import math
@@ -143,9 +144,10 @@ class AntisymmetricResNet(_Flow):
     for small γ they do not fade. The weights are T and b at the nodes and midpoints of the time
     grid: `lower` (2 steps + 1, width (width − 1) / 2), T row by row, and `bias` (2 steps + 1,
     width). All nodes start equal: T normal with standard deviation 1.5 / √width, which puts K's
-    eigenvalues within about ±3i, so that states turn and mix on their way, and b zero. Raises ValueError for a count that is no positive
-    integer, a width below 2, a final time that is not positive and a negative gamma. Source: Haber,
-    Ruthotto, Stable architectures for deep neural networks, arXiv:1705.03341.
+    eigenvalues within about ±3i, so that states turn and mix on their way, and b zero. Raises
+    ValueError for a count that is no positive integer, a width below 2, a final time that is not
+    positive and a negative gamma. Source: Haber, Ruthotto, Stable architectures for deep neural
+    networks, arXiv:1705.03341.
     """
 
     def __init__(

@@ -1,7 +1,8 @@
-"""Penalties on the nonlinear weights θ, as functions of θ that carry their weight as a traced number.
+"""Penalties on the nonlinear weights θ, as functions of θ that carry their weight as a traced
+number.
 
-Each factory returns a `jax.tree_util.Partial`: a callable that is a pytree, so that changing the weight
-of a penalty does not recompile what uses it. Imports nothing of the package.
+Each factory returns a `jax.tree_util.Partial`: a callable that is a pytree, so that changing the
+weight of a penalty does not recompile what uses it. Imports nothing of the package.
 """
 
 import functools
@@ -30,9 +31,9 @@ def smoothness_in_time(
 ) -> Partial:
     """½ α Σ_j ‖(θ_{j+1} − θ_j) / step‖² for weights that are values on a grid of layers in time.
 
-    `where(theta)` picks the leaves that have time as their leading axis; `step` is the distance in time
-    between two of their entries. Weights of the other layers want a penalty of their own, such as
-    `tikhonov`: `Problem` takes a tuple of penalties. Source: arXiv:2007.13171, section 4.
+    `where(theta)` picks the leaves that have time as their leading axis; `step` is the distance in
+    time between two of their entries. Weights of the other layers want a penalty of their own, such
+    as `tikhonov`: `Problem` takes a tuple of penalties. Source: arXiv:2007.13171, section 4.
     """
     if not step > 0:
         raise ValueError(f"step: expected a positive number, got {step!r}")

@@ -18,16 +18,16 @@ DENSE_LIMIT = (
     2048  # entries of W up to which its whole Hessian is factorised, not a block per output
 )
 PATIENCE = 6  # Krylov products in one Newton iteration beyond which the factor is made anew
-FLAT = 1e-2
-INNER_RANK, INNER_ITERATIONS = 40, 50
+INNER_RANK, INNER_FLAT, INNER_ITERATIONS = 40, 1e-2, 50
 
 
 class Projection(NamedTuple):
     """W(θ) and what is kept to find the next one faster.
 
-    `inverse_root` holds blocks S with S Sᵀ ≈ (∇²_W Φ)⁻¹: see `apply_root`. Under least squares it is exact and of
-    shape (1, columns, columns), one block for all outputs; under other losses it is the factor made at some
-    earlier W, (1, columns·outputs, columns·outputs) or, past `DENSE_LIMIT`, (outputs, columns, columns).
+    `inverse_root` holds blocks S with S Sᵀ ≈ (∇²_W Φ)⁻¹: see `apply_root`. Under least squares it
+    is exact and of shape (1, columns, columns), one block for all outputs; under other losses it is
+    the factor made at some earlier W, (1, columns·outputs, columns·outputs) or, past `DENSE_LIMIT`,
+    (outputs, columns, columns).
     """
 
     w: jax.Array  # (columns, outputs)
@@ -80,7 +80,8 @@ def factorise(problem: Problem, rows, w, targets) -> jax.Array:
 
 
 def start_projection(problem: Problem, rows, targets) -> Projection:
-    """W = 0 and no factor yet; only shapes and dtype of rows (batch, columns) and targets are used."""
+    """W = 0 and no factor yet; only shapes and dtype of rows (batch, columns) and targets are
+    used."""
     columns, outputs = rows.shape[1], targets.shape[1]
     if problem.loss.quadratic:
         shape = (1, columns, columns)
@@ -100,26 +101,34 @@ def start_projection(problem: Problem, rows, targets) -> Projection:
 def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -> Projection:
     """Minimises Φ over W for given rows.
 
-    Least squares is solved directly. Under other losses Newton–Krylov iterations start from `start.w`, preconditioned
-    with the factor in `start`. They end when ‖∇_W Φ‖ ≤ eps^0.64 max(1, ‖∇_W Φ(0)‖) (1e-10 in float64), when rounding
-    leaves nothing to gain, or earlier, when the estimated excess δ = Φ(W, θ) − Φ_red(θ) is below `tolerance`.
+    Least squares is solved directly. Under other losses Newton–Krylov iterations start from
+    `start.w`, preconditioned with the factor in `start`. They end when ‖∇_W Φ‖ ≤ eps^0.64 max(1,
+    ‖∇_W Φ(0)‖) (1e-10 in float64), when rounding leaves nothing to gain, or earlier, when the
+    estimated excess δ = Φ(W, θ) − Φ_red(θ) is below `tolerance`.
 
-    An excess δ is harmless to the outer iteration, and this is why. Hold the inexact W fixed and let
-    Ψ(ϑ) = Φ(W, ϑ) − Φ_red(ϑ). Then Ψ ≥ 0 everywhere, Ψ(θ) = δ and ∇Ψ(θ) is the error of the gradient
-    ∇_θ Φ(W, θ) used for ∇Φ_red(θ). Where Ψ has an L-Lipschitz gradient, 0 ≤ Ψ(θ − ∇Ψ(θ)/L) ≤ δ − ‖∇Ψ(θ)‖²/(2L), so
+    An excess δ is harmless to the outer iteration, and this is why. Hold the inexact W fixed and
+    let Ψ(ϑ) = Φ(W, ϑ) − Φ_red(ϑ). Then Ψ ≥ 0 everywhere, Ψ(θ) = δ and ∇Ψ(θ) is the error of the
+    gradient ∇_θ Φ(W, θ) used for ∇Φ_red(θ). Where Ψ has an L-Lipschitz gradient, 0 ≤ Ψ(θ − ∇Ψ(θ)/L)
+    ≤ δ − ‖∇Ψ(θ)‖²/(2L), so
 
         ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
 
-    A step that gains Δ has ‖∇Φ_red‖² of the order 2 L Δ, hence δ ≤ η² Δ keeps the gradient to a relative error
-    of about η. The methods pass η² times the decrease of their last step.
+    The methods ask for δ ≤ η² Δ, Δ being the decrease of their last step. Then the objective is
+    known to the fraction η² of what a step gains, and the error of the gradient is at most η √(2 L
+    Δ). A steepest-descent step of length 1/L from θ gains ‖∇Φ_red‖²/(2L); where Δ is of this order,
+    η bounds the relative error of the gradient.
     """
     if problem.loss.quadratic:
-        scale = len(rows) ** 0.5
-        factor = triangular_factor(rows / scale, targets / scale)
-        w, root = ridge(factor, rows.shape[1], problem.w_penalty)
-        value = problem.w_objective(w, rows, targets)
-        return Projection(w, root[None], value, jnp.zeros((), jnp.int32), jnp.array(False))
+        return _ridge(problem, rows, targets)
     return _newton(problem, rows, targets, start, tolerance)
+
+
+def _ridge(problem, rows, targets):
+    scale = len(rows) ** 0.5
+    factor = triangular_factor(rows / scale, targets / scale)
+    w, root = ridge(factor, rows.shape[1], problem.w_penalty)
+    value = problem.w_objective(w, rows, targets)
+    return Projection(w, root[None], value, jnp.zeros((), jnp.int32), jnp.array(False))
 
 
 def _newton(problem, rows, targets, start, tolerance):
@@ -168,13 +177,14 @@ def _newton(problem, rows, targets, start, tolerance):
             (value, gradient),
             jnp.array(jnp.inf, x.dtype),
             rank=min(INNER_RANK, x.size),
-            flat=FLAT,
+            flat=INNER_FLAT,
             max_trials=20,
         )
         value, gradient = result.aux
         x = x + apply_root(root, result.x)
         stale = result.products > PATIENCE
-        # A stuck iteration with a fresh factor has met rounding; with an old one it deserves a new factor.
+        # A stuck iteration with a fresh factor has met rounding; with an old one it deserves a new
+        # factor.
         done = ~result.accepted & (i > 0)
         return (
             x,
@@ -210,7 +220,7 @@ def _newton(problem, rows, targets, start, tolerance):
 def hessian_root(problem: Problem, rows, w, targets) -> jax.Array:
     """The blocks S with S Sᵀ ≈ (∇²_W Φ)⁻¹ at `w`, as `Projection` describes them."""
     if problem.loss.quadratic:
-        return project(problem, rows, targets, None).inverse_root
+        return _ridge(problem, rows, targets).inverse_root
     return factorise(problem, rows, w, targets)
 
 
@@ -295,9 +305,9 @@ def _reduced(problem, theta, data):
 def solve_w(problem: Problem, theta: Any, data: tuple) -> jax.Array:
     """W(θ) = argmin_W Φ(W, θ), of shape (columns, outputs), for data = (inputs, targets).
 
-    Differentiable in θ, the data and the penalties, in forward and reverse mode, to any order. Under
-    least squares without penalty W is the minimum-norm solution; its derivative then takes the rank of
-    the rows as constant. Raises as `varprox.model.check_data` does.
+    Differentiable in θ, the data and the penalties, in forward and reverse mode, to any order.
+    Under least squares without penalty W is the minimum-norm solution; its derivative then takes
+    the rank of the rows as constant. Raises as `varprox.model.check_data` does.
     """
     check_data(problem, theta, data)
     return _reduced(problem, theta, data)[1]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from varprox.krylov import KrylovSpace, Tridiagonal, lanczos
+from varprox.krylov import Tridiagonal, lanczos
 
 ACCEPT, GROW = 1e-4, 0.75  # gain ratios from which a step is taken, and from which the radius grows
 
@@ -39,11 +39,11 @@ class Iteration(NamedTuple):
 def solve_subproblem(t: Tridiagonal, start_norm: jax.Array, radius: jax.Array) -> Subproblem:
     """Solves the trust-region subproblem exactly inside the Krylov space.
 
-    With T = Q diag(λ) Qᵀ the minimiser is s = −Q (λ + σ)⁻¹ Qᵀ e₁ ‖g‖, where σ ≥ max(0, −λ_min) is zero
-    for an interior solution and else solves ‖s(σ)‖ = radius; Newton on 1/‖s‖ − 1/radius finds it. Where no σ
-    reaches the radius (the hard case), a multiple of the eigenvector of λ_min is added. An infinite
-    radius gives the unconstrained minimiser, or where there is none the step with |λ| in place of λ.
-    Source: Conn, Gould, Toint, Trust-Region Methods, chapters 5 and 7.
+    With T = Q diag(λ) Qᵀ the minimiser is s = −Q (λ + σ)⁻¹ Qᵀ e₁ ‖g‖, where σ ≥ max(0, −λ_min) is
+    zero for an interior solution and else solves ‖s(σ)‖ = radius; Newton on 1/‖s‖ − 1/radius finds
+    it. Where no σ reaches the radius (the hard case), a multiple of the eigenvector of λ_min is
+    added. An infinite radius gives the unconstrained minimiser, or where there is none the step
+    with |λ| in place of λ. Source: Conn, Gould, Toint, Trust-Region Methods, chapters 5 and 7.
     """
     eigenvalues, q = jnp.linalg.eigh(_padded(t))
     gradient = start_norm * q[0]
@@ -58,6 +58,8 @@ def solve_subproblem(t: Tridiagonal, start_norm: jax.Array, radius: jax.Array) -
     low = jnp.maximum(lowest, 0)
     high = jnp.maximum(low, jnp.linalg.norm(gradient) / radius)
 
+    tolerance = max(1e-10, 10 * float(jnp.finfo(gradient.dtype).eps))
+
     def length(mu):
         return jnp.linalg.norm(gradient / (gaps + mu + tiny))
 
@@ -69,8 +71,9 @@ def solve_subproblem(t: Tridiagonal, start_norm: jax.Array, radius: jax.Array) -
         slope = jnp.sum(s**2 / (gaps + mu + tiny)) + tiny
         newton = mu + (norm / radius - 1) * norm**2 / slope
         middle = 0.5 * (low + high)
-        mu = jnp.where((newton > low) & (newton < high), newton, middle)
-        return mu, low, high, jnp.abs(norm - radius) <= 1e-10 * radius, i + 1
+        close = jnp.abs(norm - radius) <= tolerance * radius
+        mu = jnp.where(close, mu, jnp.where((newton > low) & (newton < high), newton, middle))
+        return mu, low, high, close, i + 1
 
     interior = convex & (length(low) <= radius)
     mu, *_ = jax.lax.while_loop(
@@ -87,7 +90,7 @@ def solve_subproblem(t: Tridiagonal, start_norm: jax.Array, radius: jax.Array) -
 
 
 def _padded(t: Tridiagonal) -> jax.Array:
-    """The tridiagonal matrix, its unused rows decoupled and given an eigenvalue that is not the least."""
+    """The tridiagonal matrix; its unused rows are decoupled and never hold the least eigenvalue."""
     index = jnp.arange(len(t.diagonal), dtype=jnp.int32)
     diagonal = jnp.where(index < t.size, t.diagonal, jnp.max(jnp.abs(t.diagonal)))
     coupling = jnp.where(index < t.size - 1, t.off_diagonal, 0)[:-1]
@@ -108,10 +111,11 @@ def iterate(
 ) -> Iteration:
     """Builds a Krylov space at `x`, then tries steps in it until one is accepted.
 
-    `decrease, aux = evaluate(trial, predicted)` gives the decrease of the function from `x` to the trial point
-    and whatever belongs to that point. The space stops growing when its last vector added less than the fraction
-    `flat` of the model's decrease. A rejected step shrinks the radius and reuses the space; an accepted one
-    on the boundary with gain ratio above 0.75 doubles it. An infinite radius is set by the first step.
+    `decrease, aux = evaluate(trial, predicted)` gives the decrease of the function from `x` to the
+    trial point and whatever belongs to that point. The space stops growing when its last vector
+    added less than the fraction `flat` of the model's decrease. A rejected step shrinks the radius
+    and reuses the space; an accepted one on the boundary with gain ratio above 0.75 doubles it. An
+    infinite radius is set by the first step.
     """
 
     def flattened(t, previous):

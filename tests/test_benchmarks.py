@@ -1,0 +1,114 @@
+"""The command `python -m benchmarks`, run as a person would run it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.contest import METHODS
+from benchmarks.experiment import spend, text_table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def benchmarks(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "benchmarks", *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_help_lists_the_experiments():
+    done = benchmarks("--help")
+    assert done.returncode == 0
+    for name in ("indian_pines", "peaks", "ellipse"):
+        assert f"\n    {name}" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["indian_pines", "peaks", "ellipse"])
+def test_help_of_an_experiment_lists_its_options(name, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([name, "--help"])
+    printed = capsys.readouterr().out
+    for option in ("--quick", "--seed", "--method", "--output", "--x64", "--x32"):
+        assert option in printed
+    assert all(method in printed for method in METHODS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "required: EXPERIMENT"),
+        (["mnist"], "invalid choice: 'mnist'"),
+        (["peaks", "--method", "newton"], "--method: invalid choice: 'newton'"),
+        (["peaks", "--seed", "-1"], "--seed: expected an integer ≥ 0, got '-1'"),
+        (["peaks", "--budget", "none"], "--budget: expected a positive number, got 'none'"),
+        (["peaks", "--x64", "--x32"], "not allowed with argument"),
+        (["ellipse", "--normalise", "band"], "unrecognized arguments: --normalise"),
+    ],
+)
+def test_a_bad_command_line_is_refused(arguments, complaint, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_run_writes_what_it_prints(tmp_path):
+    done = benchmarks(
+        *("peaks", "--quick", "--budget", 40, "--method", "lbfgs", "--output", tmp_path)
+    )
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "table.txt").read_text(encoding="utf-8")
+    assert table in done.stdout
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("table.txt", "result.json", "convergence.png", "surface.png")
+    }
+
+    result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert result["experiment"] == "peaks"
+    assert result["machine"]["dtype"] == "float64"
+    assert str(tmp_path) not in json.dumps(result)
+    line = table.splitlines()[-1].split()
+    row = result["results"]["L-BFGS"]
+    # The table shows what the best run had reached without spending more than its budget.
+    objectives = [
+        [
+            value
+            for work, value in zip(
+                *(run["history"][c] for c in ("work_units", "objective")), strict=True
+            )
+            if work <= 40
+        ]
+        for run in result["runs"]
+    ]
+    assert row["median"] == [min(values[-1] for values in objectives)]
+    assert line[:2] == ["L-BFGS", f"{row['median'][0]:.2e}"]
+    assert line[-2:] == [f"{row['compile_seconds']:.1f}", f"{row['seconds']:.1f}"]
+    assert {run["variant"] for run in result["runs"]} == {
+        *("optax from W(θ)", "optax from random W"),
+        *("SciPy from W(θ)", "SciPy from random W"),
+    }
+
+
+def test_spend_ends_the_budgets_at_the_last():
+    assert spend((100, 250, 500), None) == (100, 250, 500)
+    assert spend((100, 250, 500), 300.0) == (100, 250, 300.0)
+    assert spend((100, 250, 500), 50.0) == (50.0,)
+
+
+def test_text_table_is_aligned():
+    table = text_table("Title", ["", "a", "long"], [["x", "1.50", "2"], ["longer", "3", "4"]])
+    assert table.splitlines() == [
+        "Title",
+        "",
+        "           a  long",
+        "------------------",
+        "x       1.50     2",
+        "longer     3     4",
+    ]
