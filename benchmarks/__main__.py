@@ -91,8 +91,8 @@ def _budget(text):
         budget = float(text)
     except ValueError:
         budget = 0.0
-    if not 0 < budget < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    if not 2 <= budget < float("inf"):  # 2 is what the start of L-BFGS costs
+        raise argparse.ArgumentTypeError(f"expected a number ≥ 2, got {text!r}")
     return budget
 
 

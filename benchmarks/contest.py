@@ -26,7 +26,7 @@ METHODS = {
     "gn": "GN",
 }
 STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
-RATES, SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (32, 128)  # of Adam's steps and batches
+RATES, SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (128,)  # of Adam's steps and batches
 PILOT_RATES, PILOT_SIZES = (3e-3,), (128,)
 FINALISTS = 2  # settings of Adam that are run from a random W and with shorter cosines, too
 

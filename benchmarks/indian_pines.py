@@ -27,7 +27,8 @@ from benchmarks.experiment import (
 )
 
 BUDGETS, QUICK_BUDGETS = (100, 250, 500, 1000), (100, 250)  # work units
-PENALTY = 1e-3  # on θ and on W
+PENALTY = 1e-3  # on the opening layer, on the flow's weights in time and on W
+STEPS, FINAL_TIME = 3, 4.0
 RANK = 20
 SETS = ("train", "validation", "test")
 
@@ -100,13 +101,24 @@ def run(
 def make_task(image: vp.datasets.IndianPines, seed: int) -> Task:
     """The problem on the training pixels, its network drawn from `seed`."""
     net = vp.networks.AntisymmetricResNet(
-        image.train[0].shape[1], 32, 16, steps=3, final_time=4.0, rngs=nnx.Rngs(seed)
+        image.train[0].shape[1], 32, 16, steps=STEPS, final_time=FINAL_TIME, rngs=nnx.Rngs(seed)
     )
     theta, model = vp.nnx.split(net)
-    penalty = vp.tikhonov(PENALTY)
-    problem = vp.Problem(model, vp.softmax_cross_entropy(), penalty, PENALTY)
+    penalties = (
+        vp.tikhonov(PENALTY, where=opening_weights),
+        vp.smoothness_in_time(PENALTY, FINAL_TIME / (2 * STEPS), where=flow_weights),
+    )
+    problem = vp.Problem(model, vp.softmax_cross_entropy(), penalties, PENALTY)
     train, validation = jax.tree.map(jnp.asarray, (image.train, image.validation))
     return Task(problem, theta, train, validation, {"accuracy": accuracy}, seed)
+
+
+def opening_weights(theta):
+    return theta["opening"]
+
+
+def flow_weights(theta):
+    return theta["lower"], theta["bias"]
 
 
 WHAT = "Objective [validation accuracy in %]"

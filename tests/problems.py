@@ -231,11 +231,17 @@ class Dense(NamedTuple):
     gauss_newton: np.ndarray  # (p, p)
 
 
+@jax.jit
+def feature_derivative(theta, inputs):
+    flat, unravel = ravel_pytree(theta)
+    return jax.jacfwd(lambda flat: features(unravel(flat), inputs))(flat)
+
+
 def dense_reference(case: Case, theta, data) -> Dense:
     """H = Jᵀ∇²L J + α₂ J_WᵀJ_W + ∇²R with J_W from the implicit function theorem, entry by entry."""
     inputs, targets = data
     flat, unravel = ravel_pytree(theta)
-    derivative = np.asarray(jax.jacfwd(lambda t: features(unravel(t), inputs))(flat))
+    derivative = np.asarray(feature_derivative(theta, inputs))
     n, m, p = derivative.shape
     if case.bias:
         derivative = np.concatenate([derivative, np.zeros((n, 1, p))], axis=1)

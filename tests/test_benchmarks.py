@@ -48,7 +48,7 @@ def test_help_of_an_experiment_lists_its_options(name, capsys):
         (["mnist"], "invalid choice: 'mnist'"),
         (["peaks", "--method", "newton"], "--method: invalid choice: 'newton'"),
         (["peaks", "--seed", "-1"], "--seed: expected an integer ≥ 0, got '-1'"),
-        (["peaks", "--budget", "none"], "--budget: expected a positive number, got 'none'"),
+        (["peaks", "--budget", "none"], "--budget: expected a number ≥ 2, got 'none'"),
         (["peaks", "--x64", "--x32"], "not allowed with argument"),
         (["ellipse", "--normalise", "band"], "unrecognized arguments: --normalise"),
     ],

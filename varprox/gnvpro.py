@@ -133,7 +133,7 @@ def _step(problem, options, state, data, *, rank, w_curvature):
         curvature = linearise(
             problem, state.theta, data, state.w, root, full=full, w_curvature=w_curvature
         )
-        projection = state.projection._replace(inverse_root=curvature.root, stale=jnp.array(False))
+        projection = state.projection._replace(inverse_root=curvature.root, spent=jnp.int32(0))
 
         def evaluate(trial, predicted):
             rows = problem.model.rows(unravel(trial), inputs)

@@ -79,13 +79,18 @@ class _Flow(_Network):
     fast, but compile in a time that grows with their number.
     """
 
-    def __init__(self, in_features, width, out_features, steps, final_time, rngs, dtype):
+    def __init__(
+        self, in_features, width, out_features, steps, final_time, bias_scale, rngs, dtype
+    ):
         _check_counts(in_features=in_features, width=width, out_features=out_features, steps=steps)
         if not (final_time > 0 and math.isfinite(final_time)):
             raise ValueError(f"final_time: expected a positive number, got {final_time!r}")
         self.final_time = float(final_time)
+        if not (bias_scale >= 0 and math.isfinite(bias_scale)):
+            raise ValueError(f"bias_scale: expected a number ≥ 0, got {bias_scale!r}")
+        spread = nnx.initializers.normal(bias_scale)
         self.opening = nnx.Linear(
-            in_features, width, bias_init=nnx.initializers.normal(2), param_dtype=dtype, rngs=rngs
+            in_features, width, bias_init=spread, param_dtype=dtype, rngs=rngs
         )
         self.head = nnx.Linear(width, out_features, param_dtype=dtype, rngs=rngs)
 
@@ -116,12 +121,15 @@ class ResNet(_Flow):
         *,
         steps: int,
         final_time: float,
+        bias_scale: float = 1.0,
         activation: Callable[[jax.Array], jax.Array] = tanh,
         rngs: nnx.Rngs,
         param_dtype=None,
     ):
         dtype = _dtype(param_dtype)
-        super().__init__(in_features, width, out_features, steps, final_time, rngs, dtype)
+        super().__init__(
+            in_features, width, out_features, steps, final_time, bias_scale, rngs, dtype
+        )
         self.activation = activation
         self.kernel = nnx.Param(_square_kernels(rngs.params(), steps, width, dtype))
         self.bias = nnx.Param(jnp.zeros((steps, width), dtype))
@@ -158,12 +166,15 @@ class AntisymmetricResNet(_Flow):
         *,
         steps: int,
         final_time: float,
+        bias_scale: float = 1.0,
         gamma: float = 1e-4,
         rngs: nnx.Rngs,
         param_dtype=None,
     ):
         dtype = _dtype(param_dtype)
-        super().__init__(in_features, width, out_features, steps, final_time, rngs, dtype)
+        super().__init__(
+            in_features, width, out_features, steps, final_time, bias_scale, rngs, dtype
+        )
         if width < 2:
             raise ValueError(f"width: expected at least 2, got {width}")
         if not (gamma >= 0 and math.isfinite(gamma)):
@@ -226,11 +237,14 @@ class HamiltonianNet(_Flow):
         *,
         steps: int,
         final_time: float,
+        bias_scale: float = 1.0,
         rngs: nnx.Rngs,
         param_dtype=None,
     ):
         dtype = _dtype(param_dtype)
-        super().__init__(in_features, width, out_features, steps, final_time, rngs, dtype)
+        super().__init__(
+            in_features, width, out_features, steps, final_time, bias_scale, rngs, dtype
+        )
         self.kernel = nnx.Param(_square_kernels(rngs.params(), steps, width, dtype))
         self.bias = nnx.Param(jnp.zeros((steps, width), dtype))
 

@@ -17,7 +17,7 @@ from varprox.model import Problem, check_data
 DENSE_LIMIT = (
     2048  # entries of W up to which its whole Hessian is factorised, not a block per output
 )
-PATIENCE = 6  # Krylov products in one Newton iteration beyond which the factor is made anew
+PATIENCE = 20  # Krylov products in one Newton iteration beyond which the factor is made anew
 INNER_RANK, INNER_FLAT, INNER_ITERATIONS = 40, 1e-2, 50
 
 
@@ -34,7 +34,7 @@ class Projection(NamedTuple):
     inverse_root: jax.Array
     value: jax.Array  # of Φ without R
     products: jax.Array  # spent in the last solve, each one product with rows and one with rowsᵀ
-    stale: jax.Array  # should the next solve begin with a new factor?
+    spent: jax.Array  # products since the factor was made; see `_worn`
 
 
 def apply_root(inverse_root: jax.Array, x: jax.Array, transpose: bool = False) -> jax.Array:
@@ -79,6 +79,14 @@ def factorise(problem: Problem, rows, w, targets) -> jax.Array:
     return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).mT
 
 
+def _worn(inverse_root, spent):
+    """Has the factor served for as many products as a new one costs, some size / 4 of them?"""
+    return spent > inverse_root.shape[-1] // 4
+
+
+NO_FACTOR = jnp.iinfo(jnp.int32).max // 2  # `spent` of a factor that is none
+
+
 def start_projection(problem: Problem, rows, targets) -> Projection:
     """W = 0 and no factor yet; only shapes and dtype of rows (batch, columns) and targets are
     used."""
@@ -94,7 +102,7 @@ def start_projection(problem: Problem, rows, targets) -> Projection:
         jnp.zeros(shape, rows.dtype),
         jnp.array(jnp.inf, rows.dtype),
         jnp.zeros((), jnp.int32),
-        jnp.array(True),
+        jnp.int32(NO_FACTOR),
     )
 
 
@@ -128,7 +136,8 @@ def _ridge(problem, rows, targets):
     factor = triangular_factor(rows / scale, targets / scale)
     w, root = ridge(factor, rows.shape[1], problem.w_penalty)
     value = problem.w_objective(w, rows, targets)
-    return Projection(w, root[None], value, jnp.zeros((), jnp.int32), jnp.array(False))
+    zero = jnp.zeros((), jnp.int32)
+    return Projection(w, root[None], value, products=zero, spent=zero)
 
 
 def _newton(problem, rows, targets, start, tolerance):
@@ -150,10 +159,11 @@ def _newton(problem, rows, targets, start, tolerance):
         return value, to_flat(gradient)
 
     def iteration(carry):
-        x, value, gradient, root, stale, products, _, i = carry
+        x, value, gradient, root, spent, products, _, i = carry
         w = to_w(x)
-        root = jax.lax.cond(stale, lambda: factorise(problem, rows, w, targets), lambda: root)
-
+        worn = _worn(root, spent)
+        root = jax.lax.cond(worn, lambda: factorise(problem, rows, w, targets), lambda: root)
+        spent = jnp.where(worn, 0, spent)
         hessian = hessian_map(problem, rows, w, targets)
 
         def matvec(y):
@@ -182,39 +192,30 @@ def _newton(problem, rows, targets, start, tolerance):
         )
         value, gradient = result.aux
         x = x + apply_root(root, result.x)
-        stale = result.products > PATIENCE
-        # A stuck iteration with a fresh factor has met rounding; with an old one it deserves a new
-        # factor.
-        done = ~result.accepted & (i > 0)
-        return (
-            x,
-            value,
-            gradient,
-            root,
-            stale | ~result.accepted,
-            products + result.products,
-            done,
-            i + 1,
-        )
+        poor = ~result.accepted | (result.products > PATIENCE)
+        spent = jnp.where(poor, NO_FACTOR, spent + result.products)
+        products = products + result.products
+        # With a new factor, a step that is not accepted has met rounding.
+        return x, value, gradient, root, spent, products, worn & ~result.accepted, i + 1
 
     limit = jnp.linalg.norm(value_and_gradient(jnp.zeros_like(to_flat(start.w)))[1])
     limit = eps**0.64 * jnp.maximum(limit, 1)
 
     def unfinished(carry):
-        x, value, gradient, root, stale, _, done, i = carry
+        x, value, gradient, root, spent, _, done, i = carry
         excess = 0.5 * jnp.sum(apply_root(root, gradient, transpose=True) ** 2)
-        close = (jnp.linalg.norm(gradient) <= limit) | (~stale & (excess <= tolerance))
+        close = (jnp.linalg.norm(gradient) <= limit) | ((spent < NO_FACTOR) & (excess <= tolerance))
         return ~close & ~done & jnp.isfinite(value) & (i < INNER_ITERATIONS)
 
     x = to_flat(start.w)
     value, gradient = value_and_gradient(x)
     zero = jnp.zeros((), jnp.int32)
-    x, value, _, root, stale, products, _, _ = jax.lax.while_loop(
+    x, value, _, root, spent, products, _, _ = jax.lax.while_loop(
         unfinished,
         iteration,
-        (x, value, gradient, start.inverse_root, start.stale, zero, jnp.array(False), zero),
+        (x, value, gradient, start.inverse_root, start.spent, zero, jnp.array(False), zero),
     )
-    return Projection(to_w(x), root, value, products, stale)
+    return Projection(to_w(x), root, value, products, spent)
 
 
 def hessian_root(problem: Problem, rows, w, targets) -> jax.Array:

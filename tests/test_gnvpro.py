@@ -1,0 +1,175 @@
+"""GNvpro: what it costs, what it finds and what it refuses; the contract is in test_method.py."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from problems import Case, dense_reference, features, initial_theta, make_data
+from scipy.optimize import minimize
+from test_method import finish, make, make_problem, run
+
+import varprox as vp
+
+LOSSES = pytest.mark.parametrize("loss", ["least_squares", "softmax"])
+
+
+@LOSSES
+def test_work_units_add_up(loss):
+    """1 for the start; then 2 a step, 2 a product, 4 with the full Hessian, 1 a trial point."""
+    _, _, states, infos, _ = run("gnvpro", loss)
+    expected = 1
+    assert states[0].work_units == expected
+    for state, info in zip(states[1:], infos, strict=True):
+        expected += 2 + (4 if info.newton else 2) * int(info.products) + int(info.trials)
+        assert state.work_units == expected
+        assert 1 <= info.products <= 8 and info.trials >= 1
+
+
+@LOSSES
+def test_gain_ratio_is_actual_over_predicted_and_accepts(loss):
+    _, _, states, infos, _ = run("gnvpro", loss)
+    for before, after, info in zip(states, states[1:], infos, strict=False):
+        if info.accepted:
+            assert after.objective < before.objective and info.ratio > 0
+        assert info.objective == after.objective
+
+
+@LOSSES
+def test_gradient_norm_is_that_of_the_weights_before_the_step(loss, x64):
+    case = Case(
+        "least_squares" if loss == "least_squares" else "softmax_cross_entropy", 2,
+        penalty="tikhonov", w_penalty=3e-2,
+    )  # fmt: skip
+    _, data, states, infos, _ = run("gnvpro", loss)
+    for state, info in list(zip(states, infos, strict=False))[:5]:
+        dense = dense_reference(case, state.theta, data)
+        # The case penalises θ by 1e-2, the run by 3e-2.
+        flat = jax.flatten_util.ravel_pytree(state.theta)[0]
+        expected = np.linalg.norm(dense.gradient + 2e-2 * np.asarray(flat))
+        assert abs(info.gradient_norm - expected) < 2e-3 * expected + 1e-8
+
+
+@LOSSES
+def test_no_step_leaves_the_trust_region(loss):
+    _, _, states, infos, _ = run("gnvpro", loss)
+    for before, after, info in zip(states, states[1:], infos, strict=False):
+        moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after.theta, before.theta)
+        length = np.sqrt(sum(np.sum(leaf**2) for leaf in moved.values()))
+        assert length <= float(info.radius) * (1 + 1e-8)
+
+
+@pytest.mark.parametrize("method", ["gnvpro", "lbfgsvpro"])
+def test_the_minimum_is_that_of_scipy(method, x64):
+    """BFGS on the reduced objective, value and gradient from the dense formulas, from the same start."""
+    case = Case("least_squares", 2, penalty="tikhonov", w_penalty=3e-2)
+    start, unravel = jax.flatten_util.ravel_pytree(initial_theta())
+
+    def value_and_gradient(t):
+        dense = dense_reference(case, unravel(t), case.data)
+        shrink = 0.5 * 9e-2 * t @ t, 9e-2 * t  # the penalty is 0.1 in all, to leave one minimum
+        return dense.value + shrink[0], dense.gradient + shrink[1]
+
+    found = minimize(value_and_gradient, start, jac=True, method="BFGS", options={"gtol": 1e-9})
+    problem = make_problem(penalty=0.1)
+    build = {"gnvpro": vp.gnvpro, "lbfgsvpro": vp.lbfgsvpro}[method]
+    states = finish(build(problem, tolerance=1e-7), initial_theta(), case.data, 150)
+    assert states[-1].status == vp.Status.CONVERGED
+    assert abs(states[-1].objective - found.fun) < 1e-8 * found.fun
+
+
+def test_a_linear_problem_is_solved_in_one_step(x64):
+    """Features linear in θ, a loss that sees them through a fixed W: Gauss–Newton is exact for R alone."""
+    theta, data = make()
+    problem = make_problem(fn=lambda theta, inputs: jnp.tanh(inputs), penalty=0.3)
+    states = finish(vp.gnvpro(problem, tolerance=1e-10), theta, data)
+    assert len(states) == 3 and states[-1].status == vp.Status.CONVERGED
+    assert max(np.abs(leaf).max() for leaf in states[1].theta.values()) < 1e-12
+
+
+def test_full_rank_converges_faster_than_linearly(x64):
+    """A zero-residual problem: near the solution the model is exact, and the error squares."""
+    truth, (inputs, _) = initial_theta(), make_data("least_squares", 2, samples=40)
+    w = np.random.default_rng(0).normal(size=(4, 2))
+    targets = np.asarray(vp.predict(make_problem(), truth, w, inputs))
+    theta = jax.tree.map(lambda a: a + 0.01 * np.sin(np.arange(a.size)).reshape(a.shape), truth)
+    problem = make_problem(penalty=None, w_penalty=0.0)
+    method = vp.gnvpro(problem, rank=24, flat=0.0)
+    states = finish(method, theta, (inputs, targets), 8)
+    residual = np.sqrt([float(state.objective) for state in states])
+    assert residual[-1] < 1e-10
+    ratios = residual[1:3] / residual[:2]
+    assert ratios[0] < 0.1 and ratios[1] < ratios[0]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_it_does_not_stall_on_the_ellipse(seed, x64):
+    """Inside or outside an ellipse, penalties 1e-6 and 1e-8, where a W-solve that divides noise by noise stalls."""
+    result = ellipse_run(seed)
+    assert result.status in (vp.Status.RUNNING, vp.Status.CONVERGED)
+    inputs, targets = ELLIPSE
+    predictions = vp.predict(ellipse_problem, result.theta, result.w, inputs)
+    accuracy = np.mean(np.argmax(predictions, axis=1) == targets.argmax(axis=1))
+    assert accuracy > 0.95
+
+
+def ellipse_data(samples=150):
+    rng = np.random.default_rng(0)
+    angle, radius = rng.uniform(0, 2 * np.pi, samples), rng.uniform(0, 2, samples)
+    inputs = np.stack([radius * np.cos(angle), 0.4 * radius * np.sin(angle)], axis=1)
+    return inputs, np.eye(2)[(radius > 1).astype(int)]
+
+
+ELLIPSE = ellipse_data()
+
+
+def two_layers(theta, inputs):
+    for kernel in theta:
+        inputs = jnp.tanh(inputs @ kernel[:-1] + kernel[-1])
+    return inputs
+
+
+ellipse_problem = vp.Problem(
+    vp.Separable(two_layers), vp.softmax_cross_entropy(), vp.tikhonov(1e-6), 1e-8
+)
+
+
+def ellipse_run(seed):
+    rng = np.random.default_rng(seed)
+    theta = [rng.normal(size=s) for s in ((3, 4), (5, 4))]
+    return finish(vp.gnvpro(ellipse_problem, rank=10), theta, ELLIPSE, 40)[-1]
+
+
+@pytest.mark.parametrize(
+    "options, error, named, came",
+    [
+        ({"rank": 0}, ValueError, "rank", "0"),
+        ({"rank": 2.5}, ValueError, "rank", "2.5"),
+        ({"rank": True}, ValueError, "rank", "True"),
+        ({"rank": "20"}, ValueError, "rank", "'20'"),
+        ({"flat": -0.1}, ValueError, "flat", "-0.1"),
+        ({"flat": 1.0}, ValueError, "flat", "1.0"),
+        ({"flat": float("nan")}, ValueError, "flat", "nan"),
+        ({"flat": "a"}, TypeError, "flat", "'a'"),
+        ({"tolerance": -1e-3}, ValueError, "tolerance", "-0.001"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance", "nan"),
+        ({"tolerance": "a"}, TypeError, "tolerance", "'a'"),
+        ({"tolerance": None}, TypeError, "tolerance", "None"),
+    ],
+)
+def test_bad_options_are_refused(options, error, named, came):
+    with pytest.raises(error, match=f"^{named}: expected") as caught:
+        vp.gnvpro(make_problem(), **options)
+    assert came in str(caught.value).split("got", 1)[1]
+
+
+def test_what_is_not_a_problem_is_refused():
+    with pytest.raises(TypeError, match=r"^problem: expected a varprox\.Problem, got"):
+        vp.gnvpro(vp.Separable(features))
+
+
+def test_another_rank_is_another_program_and_stays_within_it(x64):
+    theta, data = make()
+    for rank in (1, 3):
+        method = vp.gnvpro(make_problem(), rank=rank, flat=0.0)
+        _, info = method.step(method.init(theta, data), data)
+        assert info.products == rank
