@@ -4,19 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import Case, dense_reference, features, initial_theta, make_data
+from problems import Case, dense_reference, direction, features, initial_theta, make_data, move
 from scipy.optimize import minimize
-from test_method import finish, make, make_problem, run
+from test_method import METHODS, finish, losses, make, make_problem, plain_problem, run
 
 import varprox as vp
 
-LOSSES = pytest.mark.parametrize("loss", ["least_squares", "softmax"])
-
-
-@LOSSES
+@losses
 def test_work_units_add_up(loss):
     """1 for the start; then 2 a step, 2 a product, 4 with the full Hessian, 1 a trial point."""
-    _, _, states, infos, _ = run("gnvpro", loss)
+    _, _, states, infos, *_ = run("gnvpro", loss)
     expected = 1
     assert states[0].work_units == expected
     for state, info in zip(states[1:], infos, strict=True):
@@ -25,41 +22,38 @@ def test_work_units_add_up(loss):
         assert 1 <= info.products <= 8 and info.trials >= 1
 
 
-@LOSSES
+@losses
 def test_gain_ratio_is_actual_over_predicted_and_accepts(loss):
-    _, _, states, infos, _ = run("gnvpro", loss)
+    _, _, states, infos, *_ = run("gnvpro", loss)
     for before, after, info in zip(states, states[1:], infos, strict=False):
         if info.accepted:
             assert after.objective < before.objective and info.ratio > 0
         assert info.objective == after.objective
 
 
-@LOSSES
+@losses
 def test_gradient_norm_is_that_of_the_weights_before_the_step(loss, x64):
-    case = Case(
-        "least_squares" if loss == "least_squares" else "softmax_cross_entropy", 2,
-        penalty="tikhonov", w_penalty=3e-2,
-    )  # fmt: skip
-    _, data, states, infos, _ = run("gnvpro", loss)
+    case = Case(loss, 2, penalty="tikhonov", w_penalty=3e-2)
+    _, data, states, infos, *_ = run("gnvpro", loss)
     for state, info in list(zip(states, infos, strict=False))[:5]:
         dense = dense_reference(case, state.theta, data)
         # The case penalises θ by 1e-2, the run by 3e-2.
         flat = jax.flatten_util.ravel_pytree(state.theta)[0]
         expected = np.linalg.norm(dense.gradient + 2e-2 * np.asarray(flat))
-        assert abs(info.gradient_norm - expected) < 2e-3 * expected + 1e-8
+        assert abs(info.gradient_norm - expected) < 1e-2 * expected
 
 
-@LOSSES
+@losses
 def test_no_step_leaves_the_trust_region(loss):
-    _, _, states, infos, _ = run("gnvpro", loss)
+    _, _, states, infos, *_ = run("gnvpro", loss)
     for before, after, info in zip(states, states[1:], infos, strict=False):
         moved = jax.tree.map(lambda a, b: np.asarray(a) - np.asarray(b), after.theta, before.theta)
         length = np.sqrt(sum(np.sum(leaf**2) for leaf in moved.values()))
         assert length <= float(info.radius) * (1 + 1e-8)
 
 
-@pytest.mark.parametrize("method", ["gnvpro", "lbfgsvpro"])
-def test_the_minimum_is_that_of_scipy(method, x64):
+@pytest.mark.parametrize("name", METHODS)
+def test_the_minimum_is_that_of_scipy(name, x64):
     """BFGS on the reduced objective, value and gradient from the dense formulas, from the same start."""
     case = Case("least_squares", 2, penalty="tikhonov", w_penalty=3e-2)
     start, unravel = jax.flatten_util.ravel_pytree(initial_theta())
@@ -71,34 +65,33 @@ def test_the_minimum_is_that_of_scipy(method, x64):
 
     found = minimize(value_and_gradient, start, jac=True, method="BFGS", options={"gtol": 1e-9})
     problem = make_problem(penalty=0.1)
-    build = {"gnvpro": vp.gnvpro, "lbfgsvpro": vp.lbfgsvpro}[method]
-    states = finish(build(problem, tolerance=1e-7), initial_theta(), case.data, 150)
+    method = METHODS[name](problem, tolerance=1e-7)
+    states = finish(method, initial_theta(), case.data, 150)
     assert states[-1].status == vp.Status.CONVERGED
     assert abs(states[-1].objective - found.fun) < 1e-8 * found.fun
 
 
-def test_a_linear_problem_is_solved_in_one_step(x64):
-    """Features linear in θ, a loss that sees them through a fixed W: Gauss–Newton is exact for R alone."""
+def test_a_quadratic_problem_is_solved_in_one_step(x64):
+    """Features that θ does not move leave ½ α ‖θ‖² to be minimised."""
     theta, data = make()
-    problem = make_problem(fn=lambda theta, inputs: jnp.tanh(inputs), penalty=0.3)
+    problem = plain_problem(lambda theta, inputs: jnp.tanh(inputs), 0.3)
     states = finish(vp.gnvpro(problem, tolerance=1e-10), theta, data)
     assert len(states) == 3 and states[-1].status == vp.Status.CONVERGED
     assert max(np.abs(leaf).max() for leaf in states[1].theta.values()) < 1e-12
 
 
-def test_full_rank_converges_faster_than_linearly(x64):
-    """A zero-residual problem: near the solution the model is exact, and the error squares."""
-    truth, (inputs, _) = initial_theta(), make_data("least_squares", 2, samples=40)
+def test_without_residual_it_converges_faster_than_linearly(x64):
+    """Gauss–Newton is then Newton near the solution: the distance to it squares at each full step."""
+    theta, (inputs, _) = initial_theta(), make_data("least_squares", 2, samples=40)
     w = np.random.default_rng(0).normal(size=(4, 2))
-    targets = np.asarray(vp.predict(make_problem(), truth, w, inputs))
-    theta = jax.tree.map(lambda a: a + 0.01 * np.sin(np.arange(a.size)).reshape(a.shape), truth)
-    problem = make_problem(penalty=None, w_penalty=0.0)
-    method = vp.gnvpro(problem, rank=24, flat=0.0)
-    states = finish(method, theta, (inputs, targets), 8)
+    problem = plain_problem(features, None, 0.0)
+    targets = np.asarray(vp.predict(problem, theta, w, inputs))
+    start = move(theta, 0.03, direction())
+    states = finish(vp.gnvpro(problem, rank=24, flat=0.0), start, (inputs, targets), 6)
     residual = np.sqrt([float(state.objective) for state in states])
-    assert residual[-1] < 1e-10
-    ratios = residual[1:3] / residual[:2]
-    assert ratios[0] < 0.1 and ratios[1] < ratios[0]
+    assert residual.min() < 1e-12 * residual[0]
+    ratios = residual[1:4] / residual[:3]
+    assert ratios[1] < 0.1 * ratios[0] or ratios[2] < 0.1 * ratios[1]
 
 
 @pytest.mark.parametrize("seed", range(4))

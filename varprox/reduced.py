@@ -18,7 +18,7 @@ DENSE_LIMIT = (
     2048  # entries of W up to which its whole Hessian is factorised, not a block per output
 )
 PATIENCE = 20  # Krylov products in one Newton iteration beyond which the factor is made anew
-INNER_RANK, INNER_FLAT, INNER_ITERATIONS = 40, 1e-2, 50
+INNER_RANK, INNER_FLAT, INNER_ITERATIONS = 24, 1e-2, 50
 
 
 class Projection(NamedTuple):

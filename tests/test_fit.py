@@ -1,0 +1,281 @@
+"""The loop a person runs: its history, budgets, validation, progress and refusals."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pandas
+import pytest
+from problems import features, initial_theta, loss_value, make_data, plain_rows
+
+import varprox as vp
+
+ALPHA, W_PENALTY = 3e-2, 1e-2
+
+
+def make(dtype=np.float32):
+    theta = initial_theta(dtype=dtype)
+    return theta, make_data("least_squares", 2, dtype=dtype)
+
+
+def make_problem(fn=features):
+    return vp.Problem(vp.Separable(fn), vp.least_squares(), ALPHA, W_PENALTY)
+
+
+VALIDATION = make_data("least_squares", 2, samples=11, seed=5, dtype=np.float32)
+METHODS = {
+    "gnvpro": vp.gnvpro(make_problem(), rank=6),
+    "lbfgsvpro": vp.lbfgsvpro(make_problem(), memory=5),
+}
+GNVPRO = METHODS["gnvpro"]
+
+
+def worst(predictions, targets):
+    return jnp.max(jnp.abs(predictions - targets))
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def solution(request):
+    theta, data = make()
+    return vp.fit(
+        METHODS[request.param], theta, data,
+        validation=VALIDATION, metrics={"worst": worst}, epochs=8,
+    )  # fmt: skip
+
+
+# History
+
+
+COLUMNS = {
+    "objective", "train_loss", "validation_loss", "train_worst", "validation_worst",
+    "gradient_norm", "work_units", "seconds",
+}  # fmt: skip
+
+
+def test_history_has_one_entry_a_step_and_one_for_the_start(solution):
+    assert COLUMNS <= set(solution.history)
+    for name, column in solution.history.items():
+        assert column.shape == (9,), name
+        assert np.issubdtype(column.dtype, np.floating)
+    assert np.isfinite(solution.history["objective"]).all()
+    assert np.isnan(solution.history["gradient_norm"][0])
+    assert np.isfinite(solution.history["gradient_norm"][1:]).all()
+
+
+def test_history_makes_a_data_frame(solution):
+    frame = pandas.DataFrame(solution.history)
+    assert len(frame) == 9 and COLUMNS <= set(frame.columns)
+    assert frame.work_units.is_monotonic_increasing and frame.seconds.is_monotonic_increasing
+
+
+def test_work_and_seconds_grow_and_the_objective_falls(solution):
+    assert (np.diff(solution.history["work_units"]) > 0).all()
+    assert (np.diff(solution.history["seconds"]) > 0).all()
+    assert solution.history["seconds"][0] > 0
+    assert (np.diff(solution.history["objective"]) <= 0).all()
+
+
+def test_last_row_belongs_to_the_weights_returned(solution):
+    """Losses and metrics, evaluated again from the formulas on the data and on the validation set."""
+    theta, data = make()
+    squares = sum(np.sum(np.asarray(leaf) ** 2) for leaf in solution.theta.values())
+    w = np.asarray(solution.w)
+    losses = {}
+    for name, (inputs, targets) in (("train", data), ("validation", VALIDATION)):
+        predictions = plain_rows(solution.theta, inputs, bias=True) @ w
+        losses[name] = loss_value("least_squares", predictions, targets)
+        assert abs(solution.history[f"{name}_loss"][-1] - losses[name]) < 1e-6
+        maximum = np.abs(predictions - targets).max()
+        assert abs(solution.history[f"{name}_worst"][-1] - maximum) < 1e-5
+    objective = losses["train"] + 0.5 * ALPHA * squares + 0.5 * W_PENALTY * np.sum(w**2)
+    assert abs(solution.history["objective"][-1] - objective) < 1e-6
+
+
+def test_first_row_belongs_to_the_start(solution):
+    theta, (inputs, targets) = make()
+    value, w = vp.reduced_objective(make_problem())(theta, (inputs, targets))
+    assert abs(solution.history["objective"][0] - value) < 1e-6
+    predictions = plain_rows(theta, VALIDATION[0], bias=True) @ np.asarray(w)
+    expected = loss_value("least_squares", predictions, VALIDATION[1])
+    assert abs(solution.history["validation_loss"][0] - expected) < 1e-5
+
+
+def test_fit_is_its_method_step_by_step():
+    """A convenience on `init` and `step`, and nothing else: the same weights, bit for bit."""
+    theta, data = make()
+    solution = vp.fit(GNVPRO, theta, data, epochs=3)
+    state = GNVPRO.init(theta, data)
+    for _ in range(3):
+        state, info = GNVPRO.step(state, data)
+    jax.tree.map(np.testing.assert_array_equal, solution.theta, state.theta)
+    np.testing.assert_array_equal(solution.w, state.w)
+    for name in info._fields:
+        assert solution.history[name][-1] == float(getattr(info, name)), name
+    assert not any(name.startswith("validation") for name in solution.history)
+
+
+def test_the_start_is_left_alone_and_two_runs_agree():
+    theta, data = make()
+    before = jax.tree.map(np.copy, (theta, data))
+    first = vp.fit(GNVPRO, theta, data, epochs=3)
+    second = vp.fit(GNVPRO, theta, data, epochs=3, seed=7)  # a full-batch method draws nothing
+    jax.tree.map(np.testing.assert_array_equal, (theta, data), before)
+    np.testing.assert_array_equal(first.history["objective"], second.history["objective"])
+
+
+# Budgets and status
+
+
+def test_epochs_count_steps():
+    theta, data = make()
+    solution = vp.fit(GNVPRO, theta, data, epochs=2)
+    assert len(solution.history["objective"]) == 3 and solution.status is vp.Status.BUDGET
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_max_work_ends_with_the_first_step_past_it(name):
+    theta, data = make()
+    work = vp.fit(METHODS[name], theta, data, max_work=40).history["work_units"]
+    assert work[-2] < 40 <= work[-1]
+
+
+def test_max_work_below_the_start_takes_no_step():
+    theta, data = make()
+    solution = vp.fit(GNVPRO, theta, data, max_work=0.5)
+    assert len(solution.history["objective"]) == 1 and solution.status is vp.Status.BUDGET
+    jax.tree.map(np.testing.assert_array_equal, solution.theta, theta)
+
+
+def test_max_seconds_ends_with_the_first_step_past_it():
+    theta, data = make()
+    seconds = vp.fit(GNVPRO, theta, data, max_seconds=2e-2).history["seconds"]
+    assert len(seconds) == 1 or seconds[-2] < 2e-2
+    assert seconds[-1] >= 2e-2
+
+
+def test_the_first_budget_to_run_out_ends_the_run():
+    theta, data = make()
+    for budgets, length in (({"epochs": 2, "max_work": 1e9}, 3), ({"epochs": 50, "max_work": 2}, 2)):
+        solution = vp.fit(GNVPRO, theta, data, max_seconds=1e9, **budgets)
+        assert len(solution.history["objective"]) == length
+
+
+def test_convergence_is_a_status():
+    theta, data = make()
+    method = vp.gnvpro(make_problem(), rank=6, tolerance=3e-2)
+    solution = vp.fit(method, theta, data, epochs=200)
+    assert solution.status is vp.Status.CONVERGED
+    assert solution.history["gradient_norm"][-1] <= 3e-2
+    assert (solution.history["gradient_norm"][1:-1] > 3e-2).all()
+
+
+def undefined(limit, theta, inputs):
+    """Not a number once the first weight has moved further than `limit` from where it starts."""
+    moved = jnp.abs(theta["opening"][0, 0] - initial_theta(dtype=np.float32)["opening"][0, 0])
+    return features(theta, inputs) * jnp.where(moved > limit, jnp.nan, 1.0)
+
+
+@pytest.mark.parametrize("build", [vp.gnvpro, vp.lbfgsvpro])
+def test_not_a_number_is_a_status_and_the_last_good_weights_return(build):
+    theta, data = make()
+    fn = jax.tree_util.Partial(undefined, np.float32(0))
+    solution = vp.fit(build(make_problem(fn)), theta, data, epochs=20)
+    assert solution.status in (vp.Status.STALLED, vp.Status.NON_FINITE)
+    assert np.isfinite(solution.w).all()
+    jax.tree.map(np.testing.assert_array_equal, solution.theta, theta)
+    fn = jax.tree_util.Partial(undefined, np.float32(-1))
+    solution = vp.fit(build(make_problem(fn)), theta, data, epochs=20)
+    assert solution.status is vp.Status.NON_FINITE
+    assert len(solution.history["objective"]) == 1
+    jax.tree.map(np.testing.assert_array_equal, solution.theta, theta)
+
+
+def test_not_a_number_on_the_validation_set_alone_stops_nothing():
+    theta, data = make()
+    solution = vp.fit(
+        GNVPRO, theta, data, validation=VALIDATION, epochs=2,
+        metrics={"nothing": lambda predictions, targets: jnp.nan},
+    )  # fmt: skip
+    assert len(solution.history["objective"]) == 3
+    assert np.isnan(solution.history["train_nothing"]).all()
+
+
+# Time and progress
+
+
+def test_compilation_is_timed_apart_from_the_run():
+    theta, data = make()
+
+    def anew(theta, inputs):
+        return features(theta, inputs)
+
+    method = vp.gnvpro(make_problem(anew), rank=6)
+    first = vp.fit(method, theta, data, epochs=2)
+    second = vp.fit(method, theta, data, epochs=2)
+    assert first.compile_seconds > 0.1
+    assert 0 <= second.compile_seconds < 0.1 * first.compile_seconds
+    assert first.history["seconds"][-1] < first.compile_seconds
+
+
+def test_progress_is_shown_on_request_and_on_standard_error(capsys):
+    theta, data = make()
+    vp.fit(GNVPRO, theta, data, epochs=3)
+    assert capsys.readouterr() == ("", "")
+    solution = vp.fit(GNVPRO, theta, data, validation=VALIDATION, max_work=40, progress=True)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    last = shown.err.split("\r")[-1]
+    assert f"objective {solution.history['objective'][-1]:.4g}" in last
+    assert "validation loss" in last and "of 40 work units" in last
+
+
+# What is refused
+
+
+def fit(method=GNVPRO, theta=None, data=None, **options):
+    options = {"epochs": 1} | options
+    start, good = make()
+    return lambda: vp.fit(method, start if theta is None else theta, data or good, **options)
+
+
+INPUTS, TARGETS = VALIDATION
+
+REFUSED = {
+    "method a problem": (fit(make_problem()), TypeError, "method", "varprox.gnvpro(problem)", "Problem"),
+    "method not called": (fit(vp.gnvpro), TypeError, "method", "varprox.gnvpro(problem)", "function gnvpro"),
+    "no budget": (fit(epochs=None), ValueError, "fit", "max_work, max_seconds or epochs", "none"),
+    "infinite budget": (fit(epochs=None, max_work=math.inf), ValueError, "fit", "max_work, max_seconds or epochs", "none"),
+    "epochs zero": (fit(epochs=0), ValueError, "epochs", "positive", "0"),
+    "epochs text": (fit(epochs="10"), ValueError, "epochs", "positive", "'10'"),
+    "max_work negative": (fit(max_work=-5), ValueError, "max_work", "positive", "-5"),
+    "max_work nan": (fit(max_work=math.nan), ValueError, "max_work", "positive", "nan"),
+    "max_seconds bool": (fit(max_seconds=True), ValueError, "max_seconds", "positive", "True"),
+    "data lengths": (fit(data=(INPUTS, TARGETS[1:])), ValueError, "inputs", "10 samples", "(11, 2)"),
+    "theta empty": (fit(theta={}), ValueError, "theta", "at least one array", "empty"),
+    "validation one array": (fit(validation=INPUTS), TypeError, "validation", "pair (inputs, targets)", "ndarray"),
+    "validation lengths": (fit(validation=(INPUTS, TARGETS[1:])), ValueError, "validation", "10 samples", "(11, 2)"),
+    "validation outputs": (fit(validation=(INPUTS, TARGETS[:, :1])), ValueError, "validation", "(batch, 2)", "(11, 1)"),
+    "validation nan": (fit(validation=(INPUTS, TARGETS * np.nan)), ValueError, "validation", "finite", "NaN or Inf"),
+    "metrics a function": (fit(metrics=worst), TypeError, "metrics", "mapping", "function worst"),
+    "metrics not functions": (fit(metrics={"worst": 3}), TypeError, "metrics", "function", "3"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input_is_refused_by_name(name):
+    """The type of the exception, the argument, what was expected and what came."""
+    call, error, argument, expected, came = REFUSED[name]
+    with pytest.raises(error) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is error
+    assert message.startswith(f"{argument}:"), message
+    assert "expected" in message and expected in message, message
+    assert came in message.split("got", 1)[1], message
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.float32(2), jnp.int32(2)])
+def test_numpy_numbers_are_budgets(number):
+    theta, data = make()
+    assert len(vp.fit(GNVPRO, theta, data, epochs=number).history["objective"]) == 3
