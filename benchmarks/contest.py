@@ -175,5 +175,6 @@ def compiled_once(runs: Sequence[Run]) -> list[Run]:
 
 def net_of(evaluation: float, history: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The history with `evaluation` seconds less for every step made so far."""
-    steps = np.arange(len(history["seconds"]))
-    return dict(history) | {"seconds": history["seconds"] - evaluation * steps}
+    seconds = history["seconds"] - evaluation * np.arange(len(history["seconds"]))
+    # Times scatter, but never run backwards.
+    return dict(history) | {"seconds": np.maximum.accumulate(seconds)}

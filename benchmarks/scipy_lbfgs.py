@@ -51,7 +51,10 @@ def scipy_lbfgs(
         nonlocal evaluations
         evaluations += 1
         value, gradient = _value_and_gradient(problem, weights, x.astype(flat.dtype), data)
-        return float(value), np.asarray(gradient, np.float64)
+        value, gradient = float(value), np.asarray(gradient, np.float64)
+        if evaluations == 1:
+            path.append((start, value, 2, time.perf_counter() - begin))
+        return value, gradient
 
     def record(intermediate_result):
         spent = time.perf_counter() - begin
@@ -62,12 +65,12 @@ def scipy_lbfgs(
 
     times = [time.perf_counter()]
     for _ in range(2):  # the first call compiles
-        value, _ = value_and_gradient(start)
+        jax.block_until_ready(_value_and_gradient(problem, weights, flat, data))
         times.append(time.perf_counter())
     first, second = np.diff(times)
-    path = [(start, value, 2, second)]
 
-    evaluations, begin = 0, time.perf_counter()
+    path: list[tuple] = []
+    begin = time.perf_counter()
     minimize(
         value_and_gradient,
         start,

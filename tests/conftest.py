@@ -12,6 +12,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+def pytest_configure(config):
+    """The workers of a run, and later runs, share what they compile; `--cache-clear` forgets it."""
+    jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    # Two workers may meet at one entry, of which one then compiles for itself.
+    config.addinivalue_line(
+        "filterwarnings", "ignore:Error (reading|writing) persistent compilation"
+    )
+
+
 @pytest.fixture
 def x64():
     """Run one test in double precision; single precision is back when it ends."""

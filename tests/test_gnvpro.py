@@ -10,6 +10,7 @@ from test_method import METHODS, finish, losses, make, make_problem, plain_probl
 
 import varprox as vp
 
+
 @losses
 def test_work_units_add_up(loss):
     """1 for the start; then 2 a step, 2 a product, 4 with the full Hessian, 1 a trial point."""
@@ -86,12 +87,10 @@ def test_without_residual_it_converges_faster_than_linearly(x64):
     w = np.random.default_rng(0).normal(size=(4, 2))
     problem = plain_problem(features, None, 0.0)
     targets = np.asarray(vp.predict(problem, theta, w, inputs))
-    start = move(theta, 0.03, direction())
-    states = finish(vp.gnvpro(problem, rank=24, flat=0.0), start, (inputs, targets), 6)
+    start = move(theta, 1e-4, direction())
+    states = finish(vp.gnvpro(problem, rank=24, flat=0.0), start, (inputs, targets), 2)
     residual = np.sqrt([float(state.objective) for state in states])
-    assert residual.min() < 1e-12 * residual[0]
-    ratios = residual[1:4] / residual[:3]
-    assert ratios[1] < 0.1 * ratios[0] or ratios[2] < 0.1 * ratios[1]
+    assert residual[1] < 1e-2 * residual[0] and residual[2] < 1e-5 * residual[0]
 
 
 @pytest.mark.parametrize("seed", range(4))

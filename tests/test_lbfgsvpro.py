@@ -8,6 +8,7 @@ from test_method import losses, make_problem, run
 
 import varprox as vp
 
+
 @losses
 def test_work_units_add_up(loss):
     """2 for the start and 2 a trial point of the line search."""

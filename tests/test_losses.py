@@ -40,13 +40,17 @@ def test_gradient_and_curvature_are_derivatives_of_the_value(loss, x64):
     np.testing.assert_allclose(LOSSES[loss].gradient(predictions, targets), gradient, atol=1e-14)
     unit = np.eye(predictions.size).reshape(-1, *predictions.shape)
     products = jax.vmap(LOSSES[loss].curvature(predictions, targets))(unit)
-    np.testing.assert_allclose(products, np.asarray(hessian).reshape(unit.shape[:1] + hessian.shape[:2]), atol=1e-14)
+    np.testing.assert_allclose(
+        products, np.asarray(hessian).reshape(unit.shape[:1] + hessian.shape[:2]), atol=1e-14
+    )
 
 
 @losses
 def test_losses_are_means(loss, x64):
     predictions, targets = sample(loss)
-    single = [LOSSES[loss].value(p[None], t[None]) for p, t in zip(predictions, targets, strict=True)]
+    single = [
+        LOSSES[loss].value(p[None], t[None]) for p, t in zip(predictions, targets, strict=True)
+    ]
     assert abs(LOSSES[loss].value(predictions, targets) - np.mean(single)) < 1e-14
 
 

@@ -34,7 +34,9 @@ def fenced(centre, radius, theta, inputs):
     return features(theta, inputs) * jnp.where(outside, jnp.nan, 1.0).astype(inputs.dtype)
 
 
-def make_problem(loss="least_squares", radius=np.inf, penalty=PENALTY, w_penalty=W_PENALTY, dtype=np.float64):
+def make_problem(
+    loss="least_squares", radius=np.inf, penalty=PENALTY, w_penalty=W_PENALTY, dtype=np.float64
+):
     fn = jax.tree_util.Partial(fenced, initial_theta(dtype=dtype), np.array(radius, dtype))
     return vp.Problem(vp.Separable(fn), LOSSES[loss], penalty, w_penalty)
 
@@ -303,4 +305,10 @@ def test_a_stationary_start_has_converged(name, x64):
 
 def test_status_compares_with_numbers():
     assert vp.Status(0) is vp.Status.RUNNING
-    assert {s.name for s in vp.Status} == {"RUNNING", "CONVERGED", "STALLED", "NON_FINITE", "BUDGET"}
+    assert {s.name for s in vp.Status} == {
+        "RUNNING",
+        "CONVERGED",
+        "STALLED",
+        "NON_FINITE",
+        "BUDGET",
+    }

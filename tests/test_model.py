@@ -62,7 +62,10 @@ def test_inputs_may_be_any_pytree(x64):
         vp.Problem(vp.Separable(fn), vp.least_squares(), w_penalty=0.1), theta, (inputs, targets)
     )
     whole = np.hstack([inputs, labels.astype(np.float64)])
-    assert relative(solve(split, {"y": inputs, "label": labels}), np.asarray(solve(joined, whole))) < 1e-12
+    assert (
+        relative(solve(split, {"y": inputs, "label": labels}), np.asarray(solve(joined, whole)))
+        < 1e-12
+    )
 
 
 def test_features_may_be_a_bound_method_or_carry_arrays(x64):
@@ -214,7 +217,9 @@ def test_bad_input_is_refused_by_name(name):
 
 def test_mixed_precision_is_refused(x64):
     for theta, data in ((DOUBLE, DATA), (THETA, (INPUTS, TARGETS.astype(np.float64)))):
-        with pytest.raises(TypeError, match="theta, targets: expected one floating dtype") as caught:
+        with pytest.raises(
+            TypeError, match="theta, targets: expected one floating dtype"
+        ) as caught:
             solve(theta, data)()
         assert "float32" in str(caught.value) and "float64" in str(caught.value)
 

@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from varprox import trust_region
+from varprox.checks import check_integer, check_number
 from varprox.curvature import linearise
 from varprox.method import Method, Status
-from varprox.model import Problem, check_data
+from varprox.model import Problem, check_data, check_problem
 from varprox.reduced import Projection, project, start_projection
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
@@ -84,12 +85,10 @@ def gnvpro(
     Work units: 2 a step, 2 a product (4 with the full Hessian), 1 a trial point. `data` is all of
     it at every step.
     """
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"rank: expected an integer ≥ 1, got {rank!r}")
-    if not 0 <= flat < 1:
-        raise ValueError(f"flat: expected a number in [0, 1), got {flat!r}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance!r}")
+    check_problem(problem)
+    rank = check_integer("rank", rank, least=1)
+    check_number("flat", flat, below=1)
+    check_number("tolerance", tolerance)
     options = Options(float(flat), float(tolerance), hand_over)
     step = partial(_step, problem, options, rank=rank, w_curvature=w_curvature)
     return Method(partial(_init, problem), step, problem)

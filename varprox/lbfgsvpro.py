@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from varprox.checks import check_integer, check_number
 from varprox.method import Method, Status
-from varprox.model import Problem, check_data
+from varprox.model import Problem, check_data, check_problem
 from varprox.reduced import Projection, project, start_projection
 
 ACCURACY = (
@@ -48,10 +49,9 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> 
     The run has converged when the gradient's norm is at most `tolerance`. Work units: 2 a trial
     point of the line search, most steps needing one. `data` is all of it at every step.
     """
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 1:
-        raise ValueError(f"memory: expected an integer ≥ 1, got {memory!r}")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance: expected a number ≥ 0, got {tolerance!r}")
+    check_problem(problem)
+    memory = check_integer("memory", memory, least=1)
+    check_number("tolerance", tolerance)
     step = partial(_step, problem, tolerance, memory=memory)
     return Method(partial(_init, problem, memory), step, problem)
 

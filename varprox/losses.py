@@ -47,6 +47,12 @@ class ConvexLoss(Loss):
     def gradient(self, predictions, targets):
         return jax.vmap(jax.grad(self.fn))(predictions, targets) / len(predictions)
 
+    def check(self, targets):
+        one = jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype)
+        shape = jnp.shape(jax.eval_shape(self.fn, one, one))
+        if shape != ():
+            raise ValueError(f"fn: expected a scalar for one prediction and target, got {shape}")
+
 
 @dataclass(frozen=True)
 class LeastSquares(Loss):

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial, register_pytree_node
 
+from varprox.checks import check_number
 from varprox.heads import DenseHead, dense
 from varprox.losses import Loss
-from varprox.penalties import _nonnegative, as_penalty
+from varprox.penalties import as_penalty
 
 
 @dataclass(frozen=True, init=False)
@@ -68,7 +69,7 @@ class Problem:
                 "loss: expected a loss such as varprox.least_squares() or "
                 f"varprox.convex_loss(fn), got {loss!r}"
             )
-        w_penalty = _nonnegative("w_penalty", w_penalty)
+        w_penalty = check_number("w_penalty", w_penalty)
         concrete = not isinstance(w_penalty, jax.core.Tracer)
         if concrete and w_penalty == 0 and not loss.quadratic:
             raise ValueError(
@@ -122,7 +123,18 @@ def objective(problem: Problem, theta, w, data) -> jax.Array:
 
 def predict(problem: Problem, theta, w, inputs) -> jax.Array:
     """The model's predictions (batch, outputs); under cross entropy these are logits."""
-    return problem.model.rows(theta, inputs) @ w
+    rows = problem.model.rows(theta, inputs)
+    if jnp.ndim(w) != 2 or len(w) != rows.shape[1]:
+        raise ValueError(
+            f"w: expected shape ({rows.shape[1]}, outputs), as the rows ask for, got {jnp.shape(w)}"
+        )
+    return rows @ w
+
+
+def check_problem(problem: Any) -> None:
+    """Refuses what is not a problem with a TypeError."""
+    if not isinstance(problem, Problem):
+        raise TypeError(f"problem: expected a varprox.Problem, got {problem!r}")
 
 
 def check_data(problem: Problem, theta, data) -> None:
@@ -131,7 +143,10 @@ def check_data(problem: Problem, theta, data) -> None:
     Raises TypeError or ValueError naming the argument, what was expected and what came.
     """
     if not (isinstance(data, tuple | list) and len(data) == 2):
-        raise TypeError(f"data: expected a pair (inputs, targets), got {type(data).__name__}")
+        count = f" of {len(data)}" if isinstance(data, tuple | list) else ""
+        raise TypeError(
+            f"data: expected a pair (inputs, targets), got {type(data).__name__}{count}"
+        )
     inputs, targets = data
     leaves = {
         "theta": jax.tree.leaves(theta),
@@ -155,8 +170,10 @@ def check_data(problem: Problem, theta, data) -> None:
             "a single output wants targets[:, None]"
         )
     batch = len(targets)
-    if batch == 0:
-        raise ValueError("targets: expected at least one sample, got none")
+    if batch == 0 or targets.shape[1] == 0:
+        raise ValueError(
+            f"targets: expected at least one sample and one output, got shape {targets.shape}"
+        )
     for leaf in leaves["inputs"]:
         if jnp.ndim(leaf) == 0 or len(leaf) != batch:
             raise ValueError(
@@ -164,14 +181,16 @@ def check_data(problem: Problem, theta, data) -> None:
                 f"got shape {jnp.shape(leaf)}"
             )
     z = jax.eval_shape(problem.model.features, theta, inputs)
-    if not hasattr(z, "shape") or len(z.shape) != 2 or z.shape[0] != batch:
-        raise ValueError(
-            f"features: expected an array of shape ({batch}, m), got {getattr(z, 'shape', z)}"
-        )
+    if not hasattr(z, "shape") or len(z.shape) != 2 or z.shape[0] != batch or z.shape[1] == 0:
+        came = getattr(z, "shape", type(z).__name__)
+        raise ValueError(f"features: expected an array of shape ({batch}, m), got {came}")
     if str(z.dtype) not in dtypes:
         raise TypeError(
             f"features: expected dtype {dtypes.pop()}, that of theta and targets, got {z.dtype}"
         )
+    penalty = jax.eval_shape(problem.penalty, theta)
+    if penalty.shape != ():
+        raise ValueError(f"theta_penalty: expected a scalar function, got shape {penalty.shape}")
     if not isinstance(targets, jax.core.Tracer):
         problem.loss.check(np.asarray(targets))
 

@@ -2,16 +2,17 @@
 number.
 
 Each factory returns a `jax.tree_util.Partial`: a callable that is a pytree, so that changing the
-weight of a penalty does not recompile what uses it. Imports nothing of the package.
+weight of a penalty does not recompile what uses it. Imports checks.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+
+from varprox.checks import check_number
 
 
 def _everything(theta):
@@ -23,7 +24,7 @@ Penalty = Callable[[Any], jax.Array]
 
 def tikhonov(alpha: float, where: Callable[[Any], Any] = _everything) -> Partial:
     """½ α ‖θ‖², over all leaves of the pytree θ, or over those of `where(theta)`."""
-    return Partial(functools.partial(_tikhonov, where), _nonnegative("alpha", alpha))
+    return Partial(_tikhonov, _where(where), check_number("alpha", alpha))
 
 
 def smoothness_in_time(
@@ -35,9 +36,9 @@ def smoothness_in_time(
     time between two of their entries. Weights of the other layers want a penalty of their own, such
     as `tikhonov`: `Problem` takes a tuple of penalties. Source: arXiv:2007.13171, section 4.
     """
-    if not step > 0:
+    if check_number("step", step) == 0:
         raise ValueError(f"step: expected a positive number, got {step!r}")
-    return Partial(functools.partial(_smoothness, where), _nonnegative("alpha", alpha), step)
+    return Partial(_smoothness, _where(where), check_number("alpha", alpha), step)
 
 
 def as_penalty(name: str, penalty: Any) -> tuple[Penalty, ...]:
@@ -50,20 +51,13 @@ def as_penalty(name: str, penalty: Any) -> tuple[Penalty, ...]:
         return (penalty,)
     if callable(penalty):
         return (Partial(penalty),)
-    return (Partial(functools.partial(_tikhonov, _everything), _nonnegative(name, penalty)),)
+    return (Partial(_tikhonov, Partial(_everything), check_number(name, penalty)),)
 
 
-def _nonnegative(name: str, value: Any) -> Any:
-    """Refuses a negative number; numbers under trace pass."""
-    if isinstance(value, jax.core.Tracer):
-        return value
-    try:
-        fits = value >= 0 and value < float("inf")
-    except (TypeError, ValueError):
-        raise TypeError(f"{name}: expected a number ≥ 0, got {value!r}") from None
-    if not fits:
-        raise ValueError(f"{name}: expected a finite number ≥ 0, got {value!r}")
-    return value
+def _where(where):
+    if not callable(where):
+        raise TypeError(f"where: expected a function of theta, got {where!r}")
+    return Partial(where)
 
 
 def _tikhonov(where, alpha, theta):
