@@ -29,7 +29,7 @@ help:
 	@echo "VARPROX_DATA=...  a folder that holds data sets; now $(or $(VARPROX_DATA),not set)"
 
 demo: $(RUN_STAMP)
-	@$(PY) -m benchmarks indian_pines --output results/indian_pines
+	@$(PY) -m benchmarks indian_pines --quick --output results/indian_pines
 
 test: $(RUN_STAMP)
 	@$(PY) -m pytest

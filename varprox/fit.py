@@ -73,7 +73,7 @@ def fit(
     if validation is not None:
         _check_validation(method.problem, theta, data, validation)
         sets["validation"] = validation
-    metrics = dict(metrics or {})
+    metrics = _check_metrics(metrics)
 
     (state, seconds), compile_seconds = _compiled(method.init, theta, data, jax.random.key(seed))
     table = [_row(method.problem, state, sets, metrics) | {"seconds": seconds}]
@@ -156,9 +156,19 @@ def _summary(row, limits):
 def _limit(name, value):
     if value is None:
         return math.inf
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+    number = not isinstance(value, bool) and hasattr(value, "__float__") and np.ndim(value) == 0
+    if not number or not float(value) > 0:
         raise ValueError(f"{name}: expected a positive number or None, got {value!r}")
-    return value
+    return float(value)
+
+
+def _check_metrics(metrics):
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics: expected a mapping of names to functions, got {metrics!r}")
+    for name, metric in (metrics or {}).items():
+        if not callable(metric):
+            raise TypeError(f"metrics: expected a function for {name!r}, got {metric!r}")
+    return dict(metrics or {})
 
 
 def _check_validation(problem, theta, data, validation):

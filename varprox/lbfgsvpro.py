@@ -73,9 +73,16 @@ def _start(problem, theta, data, *, memory):
         objective=value,
         gradient=gradient,
         decrease=value,
-        lbfgs=optax.scale_by_lbfgs(memory).init(theta),
+        lbfgs=_in_dtype(optax.scale_by_lbfgs(memory).init(theta), value.dtype),
         work_units=jnp.full((), 2, jnp.int32),
         status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
+    )
+
+
+def _in_dtype(tree, dtype):
+    """Floating leaves cast to `dtype`: under x64 optax makes some of single precision double."""
+    return jax.tree.map(
+        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
     )
 
 
@@ -122,6 +129,7 @@ def _step(problem, tolerance, state, data, *, memory):
         direction, lbfgs = optax.scale_by_lbfgs(memory).update(
             state.gradient, state.lbfgs, state.theta
         )
+        direction, lbfgs = _in_dtype((direction, lbfgs), state.objective.dtype)
         search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
         updates, found = search.update(
             (jax.tree.map(jnp.negative, direction), jax.tree.map(jnp.zeros_like, start)),

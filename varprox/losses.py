@@ -51,7 +51,7 @@ class ConvexLoss(Loss):
         one = jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype)
         shape = jnp.shape(jax.eval_shape(self.fn, one, one))
         if shape != ():
-            raise ValueError(f"fn: expected a scalar for one prediction and target, got {shape}")
+            raise TypeError(f"fn: expected a scalar for one prediction and target, got {shape}")
 
 
 @dataclass(frozen=True)

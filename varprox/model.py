@@ -170,10 +170,10 @@ def check_data(problem: Problem, theta, data) -> None:
             "a single output wants targets[:, None]"
         )
     batch = len(targets)
-    if batch == 0 or targets.shape[1] == 0:
-        raise ValueError(
-            f"targets: expected at least one sample and one output, got shape {targets.shape}"
-        )
+    if batch == 0:
+        raise ValueError("targets: expected at least one sample, got none")
+    if targets.shape[1] == 0:
+        raise ValueError(f"targets: expected at least one output, got shape {targets.shape}")
     for leaf in leaves["inputs"]:
         if jnp.ndim(leaf) == 0 or len(leaf) != batch:
             raise ValueError(
@@ -183,14 +183,14 @@ def check_data(problem: Problem, theta, data) -> None:
     z = jax.eval_shape(problem.model.features, theta, inputs)
     if not hasattr(z, "shape") or len(z.shape) != 2 or z.shape[0] != batch or z.shape[1] == 0:
         came = getattr(z, "shape", type(z).__name__)
-        raise ValueError(f"features: expected an array of shape ({batch}, m), got {came}")
+        raise ValueError(f"features: expected an array of shape ({batch}, m), m ≥ 1, got {came}")
     if str(z.dtype) not in dtypes:
         raise TypeError(
             f"features: expected dtype {dtypes.pop()}, that of theta and targets, got {z.dtype}"
         )
     penalty = jax.eval_shape(problem.penalty, theta)
     if penalty.shape != ():
-        raise ValueError(f"theta_penalty: expected a scalar function, got shape {penalty.shape}")
+        raise TypeError(f"theta_penalty: expected a scalar function, got shape {penalty.shape}")
     if not isinstance(targets, jax.core.Tracer):
         problem.loss.check(np.asarray(targets))
 
