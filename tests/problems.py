@@ -1,7 +1,7 @@
 """The small problems of the tests, and the mathematics of the library written out a second time.
 
-Everything after `PLAIN` is the oracle: formulas in NumPy or plain autodiff that share no code with the
-package. The only thing taken from JAX there is the derivative of the features.
+Everything after `PLAIN` is the oracle: formulas in NumPy or plain autodiff that share no code with
+the package. The only thing taken from JAX there is the derivative of the features.
 """
 
 import functools
@@ -42,7 +42,7 @@ def direction(seed=1, dtype=np.float64):
 
 
 def make_data(kind, outputs, samples=SAMPLES, seed=2, dtype=np.float64):
-    """Inputs and targets of the kind a loss takes; the targets are noisy, so residuals are not small."""
+    """Inputs and targets of the kind a loss takes; noisy targets, so residuals are not small."""
     rng = np.random.default_rng(seed)
     inputs = rng.normal(size=(samples, 2))
     score = np.sin(2 * inputs @ rng.normal(size=(2, outputs))) + 0.3 * rng.normal(
@@ -166,7 +166,7 @@ def loss_gradient(kind, predictions, targets):
 
 
 def loss_hessian(kind, predictions, targets):
-    """The blocks ∂²loss / ∂prediction², (batch, outputs, outputs); the mean's 1 / batch included."""
+    """The blocks ∂²loss / ∂prediction², (batch, outputs, outputs), with the mean's 1 / batch."""
     n, outputs = predictions.shape
     if kind == "softmax_cross_entropy":
         p = softmax(predictions)
@@ -238,7 +238,7 @@ def feature_derivative(theta, inputs):
 
 
 def dense_reference(case: Case, theta, data) -> Dense:
-    """H = Jᵀ∇²L J + α₂ J_WᵀJ_W + ∇²R with J_W from the implicit function theorem, entry by entry."""
+    """H = Jᵀ∇²L J + α₂ J_WᵀJ_W + ∇²R with J_W by the implicit function theorem, entry by entry."""
     inputs, targets = data
     flat, unravel = ravel_pytree(theta)
     derivative = np.asarray(feature_derivative(theta, inputs))
@@ -307,7 +307,7 @@ PENALTY_TERMS: dict[str, list[Any]] = {
 
 
 def plain_reduced(case: Case, w_star, flat, unravel, data):
-    """Φ_red by two exact Newton iterations on W from a constant, for `jax.hessian` to differentiate.
+    """Φ_red by two exact Newton iterations on W from a constant, to be differentiated.
 
     At the constant W(θ) one iteration has the right first derivative and two have the right second.
     """

@@ -1,4 +1,4 @@
-"""J, J_W, the Gauss–Newton matrix and the Hessian of the reduced objective, against dense formulas."""
+"""J, J_W, the Gauss–Newton matrix and the Hessian of the reduced objective, by dense formulas."""
 
 import functools
 
@@ -94,7 +94,7 @@ def flat_direction():
 
 @pytest.fixture(scope="module", params=CASES, ids=str)
 def case(request):
-    """Of module scope, so that the tests of one case run one after the other and share what they compile."""
+    """Of module scope: the tests of a case run one after the other and share what they compile."""
     return request.param
 
 
@@ -175,7 +175,7 @@ def test_newton_equals_the_hessian_of_a_plain_reduced_objective(loss, x64):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "nobias"])
 def test_without_residual_gauss_newton_equals_newton(bias, x64):
-    """Targets that the model generates at θ, no penalties: the residual and its curvature vanish."""
+    """Targets that the model generates at θ, no penalties: residual and its curvature vanish."""
     case = Case("least_squares", bias=bias, penalty="none", w_penalty=0.0)
     theta, (inputs, _) = initial_theta(), case.data
     w_true = np.random.default_rng(4).normal(size=(WIDTH + bias, 3))
@@ -189,7 +189,7 @@ def test_without_residual_gauss_newton_equals_newton(bias, x64):
 
 
 def test_many_outputs_use_blocks_and_give_the_same_curvature(x64):
-    """Past the size up to which the whole Hessian in W is factorised, W-space systems are solved by CG."""
+    """Past the size up to which the Hessian in W is factorised, its systems are solved by CG."""
     outputs, width, samples, alpha = 23, 90, 30, 1e-2
     rng = np.random.default_rng(5)
     projection = rng.normal(size=(WIDTH, width)) / WIDTH**0.5

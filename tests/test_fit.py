@@ -1,5 +1,8 @@
 """The loop a person runs: its history, budgets, validation, progress and refusals."""
 
+# The tables of refusals read as tables.
+# ruff: noqa: E501
+
 import math
 
 import jax

@@ -55,7 +55,7 @@ def test_no_step_leaves_the_trust_region(loss):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_minimum_is_that_of_scipy(name, x64):
-    """BFGS on the reduced objective, value and gradient from the dense formulas, from the same start."""
+    """BFGS on value and gradient from the dense formulas, from the same start."""
     case = Case("least_squares", 2, penalty="tikhonov", w_penalty=3e-2)
     start, unravel = jax.flatten_util.ravel_pytree(initial_theta())
 
@@ -82,7 +82,7 @@ def test_a_quadratic_problem_is_solved_in_one_step(x64):
 
 
 def test_without_residual_it_converges_faster_than_linearly(x64):
-    """Gauss–Newton is then Newton near the solution: the distance to it squares at each full step."""
+    """Gauss–Newton is then Newton near the solution: full steps square the distance to it."""
     theta, (inputs, _) = initial_theta(), make_data("least_squares", 2, samples=40)
     w = np.random.default_rng(0).normal(size=(4, 2))
     problem = plain_problem(features, None, 0.0)
@@ -95,7 +95,7 @@ def test_without_residual_it_converges_faster_than_linearly(x64):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_it_does_not_stall_on_the_ellipse(seed, x64):
-    """Inside or outside an ellipse, penalties 1e-6 and 1e-8, where a W-solve that divides noise by noise stalls."""
+    """A W-solve that divides noise by noise stalls here: penalties of 1e-6 and 1e-8."""
     result = ellipse_run(seed)
     assert result.status in (vp.Status.RUNNING, vp.Status.CONVERGED)
     inputs, targets = ELLIPSE

@@ -111,7 +111,7 @@ def test_not_a_number_ends_the_iteration(x64):
 
 
 def test_stop_is_asked_after_every_product_and_keeps_its_memory(x64):
-    """It sees the part of the tridiagonal matrix that is known, and what it returned the time before."""
+    """It sees the known part of the tridiagonal matrix, and what it returned the time before."""
     matrix, start = operator("definite")
 
     def stop(tridiagonal, memory):

@@ -1,4 +1,4 @@
-"""Losses: values from their formulas, derivatives from automatic differentiation of these values."""
+"""Losses: values from their formulas, derivatives by automatic differentiation of these."""
 
 import jax
 import jax.numpy as jnp

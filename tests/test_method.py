@@ -50,13 +50,13 @@ def make(loss="least_squares", dtype=np.float64):
 
 
 def signature(tree):
-    """Structure, shapes, dtypes and weak types, which together decide whether a step is compiled again."""
+    """Structure, shapes, dtypes and weak types: what decides whether a step is compiled again."""
     leaves, structure = jax.tree.flatten(tree)
     return structure, [jax.typeof(leaf) for leaf in leaves]
 
 
 class Run(NamedTuple):
-    """A run to convergence, in NumPy: states, infos, and how often each call traced the features."""
+    """A run to convergence, in NumPy, and how often each call traced the features."""
 
     loss: str
     data: tuple
@@ -122,7 +122,7 @@ def test_the_run_converges(runs):
 
 
 def test_w_and_the_objective_belong_to_theta(runs):
-    """Φ exceeds Φ_red by no more than promised, 1e-6 of a step's decrease, the root being estimated."""
+    """Φ exceeds Φ_red by no more than promised, 1e-6 of a step's decrease (an estimate)."""
     objective = np.array([state.objective for state in runs.states])
     decrease = np.append(objective[0], -np.diff(objective))
     allowed = 3e-6 * np.maximum(decrease, np.append(objective[0], decrease[:-1])) + 1e-13
@@ -162,7 +162,7 @@ def test_permuting_the_batch_gives_the_same_run(name, x64):
 
 @methods
 def test_scan_jit_and_a_loop_give_the_same_run(name, x64):
-    """Inside the caller's own jit, with init and a scan over steps; and the loop twice, bit for bit."""
+    """In the caller's own jit, with init and a scan over steps; the loop twice, bit for bit."""
     theta, data = make()
     method = METHODS[name](make_problem())
 

@@ -1,5 +1,8 @@
 """The model, Φ, predictions, and what is refused at the door."""
 
+# The tables of refusals read as tables.
+# ruff: noqa: E501
+
 import jax
 import jax.numpy as jnp
 import numpy as np

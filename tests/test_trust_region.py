@@ -18,7 +18,7 @@ def dense(diagonal, off):
 
 
 def reference(matrix, gradient, radius):
-    """min gᵀs + ½ sᵀHs with ‖s‖ ≤ radius: its least value, by bisection on σ + λ_min in logarithms."""
+    """The least value of gᵀs + ½ sᵀHs with ‖s‖ ≤ radius, by bisection on log(σ + λ_min)."""
     eigenvalues, q = np.linalg.eigh(matrix)
     g, gaps = q.T @ gradient, eigenvalues - eigenvalues[0]
 

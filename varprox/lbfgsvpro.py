@@ -110,6 +110,7 @@ def _step(problem, tolerance, state, data, *, memory):
 
     def reduced_forward(point):
         theta, start = point
+        theta = _in_dtype(theta, state.objective.dtype)
         start = jax.tree.map(lambda x, like: x.astype(like.dtype), start, state.projection)
         value, (gradient, projection) = _value_and_gradient(
             problem, theta, start, data, ACCURACY * state.decrease

@@ -75,6 +75,12 @@ def factorise(problem: Problem, rows, w, targets) -> jax.Array:
     floor = problem.w_penalty + size * jnp.finfo(w.dtype).eps * scale
     identity = jnp.eye(size, dtype=w.dtype)
     lower = jnp.linalg.cholesky(blocks + floor * identity)
+    # In single precision rounding may leave no definite matrix; any preconditioner will do then.
+    lower = jax.lax.cond(
+        jnp.isfinite(lower).all(),
+        lambda: lower,
+        lambda: jnp.linalg.cholesky(blocks + jnp.finfo(w.dtype).eps ** 0.5 * scale * identity),
+    )
     identity = jnp.broadcast_to(identity, lower.shape)
     return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).mT
 
@@ -307,8 +313,8 @@ def solve_w(problem: Problem, theta: Any, data: tuple) -> jax.Array:
     """W(θ) = argmin_W Φ(W, θ), of shape (columns, outputs), for data = (inputs, targets).
 
     Differentiable in θ, the data and the penalties, in forward and reverse mode, to any order.
-    Under least squares without penalty W is the minimum-norm solution; its derivative then takes
-    the rank of the rows as constant. Raises as `varprox.model.check_data` does.
+    Under least squares without penalty W is the minimum-norm solution; where the rows lack full
+    column rank its derivative leaves out the part in their null space. Raises as `varprox.model.check_data` does.
     """
     check_data(problem, theta, data)
     return _reduced(problem, theta, data)[1]
