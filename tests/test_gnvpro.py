@@ -72,6 +72,36 @@ def test_the_minimum_is_that_of_scipy(name, x64):
     assert abs(states[-1].objective - found.fun) < 1e-8 * found.fun
 
 
+def test_newton_takes_over_where_gauss_newton_misjudges_the_curvature(x64):
+    """A bowl that only the residual curves: J vanishes at its bottom, the Hessian does not.
+
+    With products of the Gauss–Newton matrix every first trial overshoots; those of the Hessian, four
+    work units each, then converge quadratically.
+    """
+
+    def bowl(theta, inputs):
+        height = 0.05 * jnp.sum(jnp.array([1.0, 2.0, 4.0]) * theta**2)
+        return inputs[:, :1] + height * inputs[:, 1:]
+
+    along, residual = np.ones(4), np.array([1.0, -1.0, 1.0, -1.0])
+    data = (np.stack([along, -residual], axis=1), (along + residual)[:, None])
+    problem = vp.Problem(vp.Separable(bowl, vp.dense(bias=False)), vp.least_squares())
+    method = vp.gnvpro(problem, rank=3, tolerance=1e-12)
+    states, infos = [method.init(np.array([1.0, -0.7, 0.4]), data)], []
+    while states[-1].status == vp.Status.RUNNING and len(infos) < 30:
+        state, info = method.step(states[-1], data)
+        states.append(state)
+        infos.append(info)
+        cost = 2 + (4 if info.newton else 2) * int(info.products) + int(info.trials)
+        assert state.work_units == states[-2].work_units + cost
+    newton = [bool(info.newton) for info in infos]
+    assert not newton[0] and newton[-1] and newton == sorted(newton)
+    assert states[-1].status == vp.Status.CONVERGED
+    norms = [float(info.gradient_norm) for info in infos][newton.index(True) :]
+    assert norms[1] < 1e-3 * norms[0] and norms[2] < 1e-9 * norms[1]
+    assert abs(states[-1].objective - 0.5) < 1e-14
+
+
 def test_a_quadratic_problem_is_solved_in_one_step(x64):
     """Features that θ does not move leave ½ α ‖θ‖² to be minimised."""
     theta, data = make()

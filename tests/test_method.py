@@ -288,7 +288,7 @@ def test_a_gradient_that_is_not_finite_ends_the_run(name, x64):
         return features(theta, inputs) + jnp.sqrt(jnp.sum(theta["layers"] ** 2))
 
     states = finish(METHODS[name](plain_problem(roots)), theta, data)
-    assert states[-1].status in (vp.Status.STALLED, vp.Status.NON_FINITE) and len(states) <= 2
+    assert states[-1].status == vp.Status.NON_FINITE and len(states) <= 2
     jax.tree.map(np.testing.assert_array_equal, states[-1].theta, theta)
     assert np.isfinite(states[-1].objective)
 

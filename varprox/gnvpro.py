@@ -16,14 +16,11 @@ from varprox.checks import check_integer, check_number
 from varprox.curvature import linearise
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
-from varprox.reduced import Projection, project, start_projection
+from varprox.reduced import ACCURACY, Projection, project, start_projection
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
-ACCURACY = (
-    1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
-)
 
 
 class State(NamedTuple):
@@ -103,7 +100,8 @@ def _init(problem, theta, data, key=None):
 def _start(problem, theta, data):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
-    projection = project(problem, rows, targets, start_projection(problem, rows, targets))
+    start = start_projection(problem, rows, targets)
+    projection = project(problem, rows, targets, start, ACCURACY * start.value)
     value = projection.value + problem.penalty(theta)
     return State(
         theta=theta,

@@ -13,18 +13,13 @@ import optax
 from varprox.checks import check_integer, check_number
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
-from varprox.reduced import Projection, project, start_projection
-
-ACCURACY = (
-    1e-6  # η²: excess of Φ allowed in a W-solve, relative to the last decrease (see `project`)
-)
+from varprox.reduced import ACCURACY, Projection, carry_over, project, renew, start_projection
 
 
 class State(NamedTuple):
     """The weights and what the next iteration starts from; `gradient` is ∇Φ_red(θ)."""
 
     theta: Any
-    w: jax.Array
     projection: Projection
     objective: jax.Array
     gradient: Any
@@ -32,6 +27,10 @@ class State(NamedTuple):
     lbfgs: optax.OptState
     work_units: jax.Array  # so far
     status: jax.Array
+
+    @property
+    def w(self) -> jax.Array:
+        return self.projection.w
 
 
 class Info(NamedTuple):
@@ -64,18 +63,20 @@ def _init(problem, memory, theta, data, key=None):
 @partial(jax.jit, static_argnames="memory")
 def _start(problem, theta, data, *, memory):
     rows = jax.eval_shape(problem.model.rows, theta, data[0])
-    projection = start_projection(problem, jnp.zeros(rows.shape, rows.dtype), data[1])
-    value, (gradient, projection) = _value_and_gradient(problem, theta, projection, data, 0.0)
+    start = start_projection(problem, rows, data[1])
+    value, gradient, projection = _value_and_gradient(
+        problem, theta, start, data, ACCURACY * start.value
+    )
+    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     return State(
         theta=theta,
-        w=projection.w,
-        projection=projection,
+        projection=renew(problem, data[1], projection),
         objective=value,
         gradient=gradient,
         decrease=value,
         lbfgs=_in_dtype(optax.scale_by_lbfgs(memory).init(theta), value.dtype),
         work_units=jnp.full((), 2, jnp.int32),
-        status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
+        status=jnp.where(finite, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
     )
 
 
@@ -86,46 +87,42 @@ def _in_dtype(tree, dtype):
     )
 
 
-def _value_and_gradient(problem, theta, projection, data, tolerance):
-    """Φ_red(θ), its gradient and W(θ) by one forward and one reverse pass of the features."""
+def _value_and_gradient(problem, theta, start, data, tolerance):
+    """Φ_red(θ), its gradient and the projection, by one forward and one reverse pass of the
+    features."""
     inputs, targets = data
     rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
-    projection = project(problem, rows, targets, projection, tolerance)
+    projection = project(problem, rows, targets, start, tolerance)
     w = projection.w
     (gradient,) = pullback(problem.loss.gradient(rows @ w, targets) @ w.T)
     penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)
     gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
-    return projection.value + penalty, (gradient, projection)
+    return projection.value + penalty, gradient, projection
 
 
 @partial(jax.jit, static_argnames="memory")
 def _step(problem, tolerance, state, data, *, memory):
     # optax's line search takes a function of one argument and keeps its gradient at the point it
-    # chooses, and nothing else of that point. So the objective gets a second argument, the
-    # projection to start from, and its derivative along this argument is declared to be the new
-    # projection. The search direction is zero there.
+    # chooses, and nothing else of that point. So the objective gets a second argument, which it
+    # ignores, and its derivative along this is declared to be what belongs to W(θ).
+    start = state.projection._replace(spent=jnp.int32(0))
+
     @jax.custom_vjp
     def reduced(point):
         return reduced_forward(point)[0]
 
     def reduced_forward(point):
-        theta, start = point
-        theta = _in_dtype(theta, state.objective.dtype)
-        start = jax.tree.map(lambda x, like: x.astype(like.dtype), start, state.projection)
-        value, (gradient, projection) = _value_and_gradient(
-            problem, theta, start, data, ACCURACY * state.decrease
-        )
-        return value, (gradient, as_floats(projection))
-
-    def as_floats(projection):
-        return jax.tree.map(lambda x: x.astype(state.objective.dtype), projection)
+        theta = _in_dtype(point[0], state.objective.dtype)
+        tolerance = ACCURACY * state.decrease
+        value, gradient, found = _value_and_gradient(problem, theta, start, data, tolerance)
+        return value, (gradient, (found.w, found.rows, found.products.astype(value.dtype)))
 
     reduced.defvjp(
         reduced_forward, lambda derivative, scale: (jax.tree.map(lambda d: scale * d, derivative),)
     )
 
-    start = as_floats(state.projection)
-    point = (state.theta, start)
+    ignored = jax.tree.map(jnp.zeros_like, (start.w, start.rows, state.objective))
+    point = (state.theta, ignored)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and int64 under x64
         direction, lbfgs = optax.scale_by_lbfgs(memory).update(
             state.gradient, state.lbfgs, state.theta
@@ -133,22 +130,21 @@ def _step(problem, tolerance, state, data, *, memory):
         direction, lbfgs = _in_dtype((direction, lbfgs), state.objective.dtype)
         search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
         updates, found = search.update(
-            (jax.tree.map(jnp.negative, direction), jax.tree.map(jnp.zeros_like, start)),
+            (jax.tree.map(jnp.negative, direction), ignored),
             search.init(point),
             point,
             value=state.objective,
-            grad=(state.gradient, start),
+            grad=(state.gradient, ignored),
             value_fn=reduced,
         )
-    gradient, projection = found.grad
-    projection = jax.tree.map(lambda x, like: x.astype(like.dtype), projection, state.projection)
     better = found.value < state.objective
-    theta = optax.apply_updates(state.theta, updates[0])
-    new = (theta, projection, found.value, gradient, state.objective - found.value)
-    old = (state.theta, state.projection, state.objective, state.gradient, state.decrease)
-    theta, projection, value, gradient, decrease = jax.tree.map(
-        lambda n, o: jnp.where(better, n, o), new, old
-    )
+    gradient, (w, rows, products) = found.grad
+    products = products.astype(jnp.int32)
+    new = optax.apply_updates(state.theta, updates[0]), w, rows, found.value, gradient
+    old = state.theta, state.w, state.projection.rows, state.objective, state.gradient
+    theta, w, rows, value, gradient = jax.tree.map(lambda n, o: jnp.where(better, n, o), new, old)
+    projection = carry_over(state.projection, rows)._replace(w=w, products=products)
+    projection = renew(problem, data[1], projection)
     gradient_norm = optax.tree.norm(gradient)
     status = jnp.select(
         [gradient_norm <= tolerance, ~better], [Status.CONVERGED, Status.STALLED], Status.RUNNING
@@ -156,13 +152,12 @@ def _step(problem, tolerance, state, data, *, memory):
     trials = found.info.num_linesearch_steps
     state = State(
         theta=theta,
-        w=projection.w,
         projection=projection,
         objective=value,
         gradient=gradient,
-        decrease=decrease,
+        decrease=jnp.where(better, state.objective - value, state.decrease),
         lbfgs=lbfgs,
         work_units=state.work_units + 2 * trials.astype(jnp.int32),
         status=status.astype(jnp.int32),
     )
-    return state, Info(value, gradient_norm, trials, projection.products)
+    return state, Info(value, gradient_norm, trials, products)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 
 @jax.custom_jvp
@@ -203,8 +204,14 @@ class AntisymmetricResNet(_Flow):
 
         def slope(z, node):
             kernel, bias = node
-            return tanh(kernel @ z + bias)
+            return checkpoint_name(tanh(kernel @ z + bias), "slope")
 
+        # Derivatives keep z and the slopes; the rest follows from them without a matrix product.
+        @partial(
+            jax.checkpoint,
+            policy=jax.checkpoint_policies.save_only_these_names("slope"),
+            prevent_cse=False,  # scan does
+        )
         def step(z, nodes):
             start, middle, end = nodes
             k1 = slope(z, start)

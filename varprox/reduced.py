@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from varprox import trust_region
 from varprox.least_squares import ridge, triangular_factor
@@ -17,30 +18,38 @@ from varprox.model import Problem, check_data
 DENSE_LIMIT = (
     2048  # entries of W up to which its whole Hessian is factorised, not a block per output
 )
+ACCURACY = 3e-3  # η², what the methods ask of a W-solve: see `project`
+LIFETIME = 40  # products that a factor serves for, which take about as long as making it
+NO_FACTOR = 2 * LIFETIME  # products spent on a factor that is none, or poor
 PATIENCE = 20  # Krylov products in one Newton iteration beyond which the factor is made anew
 INNER_RANK, INNER_FLAT, INNER_ITERATIONS = 24, 1e-2, 50
+CHUNK = 512  # samples
 
 
 class Projection(NamedTuple):
     """W(θ) and what is kept to find the next one faster.
 
-    `inverse_root` holds blocks S with S Sᵀ ≈ (∇²_W Φ)⁻¹: see `apply_root`. Under least squares it
+    `rows` are those that W belongs to; under least squares, which needs none, there are zero of
+    them. `inverse_root` holds blocks S with S Sᵀ ≈ (∇²_W Φ)⁻¹: see `apply_root`. Under least squares it
     is exact and of shape (1, columns, columns), one block for all outputs; under other losses it is
     the factor made at some earlier W, (1, columns·outputs, columns·outputs) or, past `DENSE_LIMIT`,
     (outputs, columns, columns).
     """
 
     w: jax.Array  # (columns, outputs)
+    rows: jax.Array  # (batch, columns)
     inverse_root: jax.Array
     value: jax.Array  # of Φ without R
     products: jax.Array  # spent in the last solve, each one product with rows and one with rowsᵀ
-    spent: jax.Array  # products since the factor was made; see `_worn`
+    spent: jax.Array  # products since the factor was made
 
 
 def apply_root(inverse_root: jax.Array, x: jax.Array, transpose: bool = False) -> jax.Array:
     """S x or Sᵀ x for a vector x that lists the entries of W output by output."""
-    blocks = inverse_root.mT if transpose else inverse_root
-    return (blocks @ x.reshape(-1, blocks.shape[-1], 1)).reshape(x.shape)
+    size = inverse_root.shape[-1]
+    if transpose:  # as a row from the left, which needs no transposed copy of the blocks
+        return (x.reshape(-1, 1, size) @ inverse_root).reshape(x.shape)
+    return (inverse_root @ x.reshape(-1, size, 1)).reshape(x.shape)
 
 
 def inverse_hessian(inverse_root: jax.Array, y: jax.Array) -> jax.Array:
@@ -52,24 +61,7 @@ def inverse_hessian(inverse_root: jax.Array, y: jax.Array) -> jax.Array:
 
 def factorise(problem: Problem, rows, w, targets) -> jax.Array:
     """The inverse root of ∇²_W Φ at `w` under a general loss, as `Projection` describes it."""
-    columns, outputs = w.shape
-    predictions = rows @ w
-    dense = w.size <= DENSE_LIMIT
-
-    curved = problem.loss.curvature(predictions, targets)
-
-    def block_row(output):
-        unit = jnp.zeros_like(predictions).at[:, output].set(1)
-        curvature = curved(unit)
-        if dense:
-            weighted = (curvature[:, :, None] * rows[:, None, :]).reshape(len(rows), -1)
-        else:
-            weighted = curvature[:, output, None] * rows
-        return rows.T @ weighted
-
-    blocks = jax.lax.map(block_row, jnp.arange(outputs))
-    if dense:
-        blocks = blocks.reshape(1, w.size, w.size)
+    blocks = w_hessian(problem, rows, w, targets)
     size = blocks.shape[-1]
     scale = jnp.max(jnp.diagonal(blocks, axis1=1, axis2=2), axis=1)[:, None, None]
     floor = problem.w_penalty + size * jnp.finfo(w.dtype).eps * scale
@@ -85,38 +77,107 @@ def factorise(problem: Problem, rows, w, targets) -> jax.Array:
     return jax.scipy.linalg.solve_triangular(lower, identity, lower=True).mT
 
 
-def _worn(inverse_root, spent):
-    """Has the factor served for as many products as a new one costs, some size / 4 of them?"""
-    return spent > inverse_root.shape[-1] // 4
+def w_hessian(problem: Problem, rows, w, targets) -> jax.Array:
+    """∇²_W Φ at `w` without the penalty: the blocks of which `Projection` keeps the inverse roots.
+
+    It is Σ Q ⊗ z zᵀ over the samples, with rows z and curvatures Q of the loss. Both factors being
+    symmetric, one matrix product of their lower triangles gives all of it: a quarter of the work of
+    the whole matrices. It is summed over chunks of samples that stay in the processor's cache.
+    """
+    columns, outputs = w.shape
+    dense = w.size <= DENSE_LIMIT
+    units = jnp.eye(outputs, dtype=w.dtype)[:, None, :]
+    i, j = np.tril_indices(outputs) if dense else (np.arange(outputs),) * 2
+    k, l = np.tril_indices(columns)  # noqa: E741
+    chunks = -(-len(rows) // CHUNK)
+
+    def split(x, mode):
+        missing = chunks * CHUNK - len(x)
+        return jnp.pad(x, ((0, missing), (0, 0)), mode).reshape(chunks, CHUNK, -1)
+
+    def add(total, chunk):
+        z, c = chunk
+        curved = jax.vmap(problem.loss.curvature(z @ w, c))
+        q = curved(jnp.broadcast_to(units, (outputs, *c.shape)))  # (outputs, CHUNK, outputs)
+        return total + q[i, :, j] @ (z[:, k] * z[:, l]), None
+
+    # Zeros lengthen the rows, and so add nothing; targets are repeated, which any loss can take.
+    total = jnp.zeros((len(i), len(k)), w.dtype)
+    total, _ = jax.lax.scan(add, total, (split(rows, "constant"), split(targets, "edge")))
+    total = total * (CHUNK / len(rows))
+    of_columns = _entries(k, l)
+    if not dense:
+        return total[:, of_columns]
+    whole = total[_entries(i, j)[:, None, :, None], of_columns[None, :, None, :]]
+    return whole.reshape(1, w.size, w.size)
 
 
-NO_FACTOR = jnp.iinfo(jnp.int32).max // 2  # `spent` of a factor that is none
+def _entries(i, j):
+    """The symmetric matrix of places: entry (i[n], j[n]) is n."""
+    places = np.zeros((i[-1] + 1, j[-1] + 1), int)
+    places[i, j] = places[j, i] = np.arange(len(i))
+    return places
 
 
 def start_projection(problem: Problem, rows, targets) -> Projection:
-    """W = 0 and no factor yet; only shapes and dtype of rows (batch, columns) and targets are
-    used."""
-    columns, outputs = rows.shape[1], targets.shape[1]
+    """W = 0 and no factor yet; of rows (batch, columns) only shape and dtype are used."""
+    (samples, columns), outputs = rows.shape, targets.shape[1]
     if problem.loss.quadratic:
-        shape = (1, columns, columns)
+        samples, shape = 0, (1, columns, columns)
     elif columns * outputs <= DENSE_LIMIT:
         shape = (1, columns * outputs, columns * outputs)
     else:
         shape = (outputs, columns, columns)
     return Projection(
         jnp.zeros((columns, outputs), rows.dtype),
+        jnp.zeros((samples, columns), rows.dtype),
         jnp.zeros(shape, rows.dtype),
-        jnp.array(jnp.inf, rows.dtype),
+        problem.loss.value(jnp.zeros_like(targets), targets),
         jnp.zeros((), jnp.int32),
         jnp.int32(NO_FACTOR),
     )
 
 
+def carry_over(start: Projection, rows) -> Projection:
+    """`start` for other rows of the same samples.
+
+    When θ moves, much of the change in the features is a change of basis: rows ≈ old rows · M⁻¹.
+    Then M W leaves the predictions where they were, and (I ⊗ M) S is the inverse root of the
+    Hessian. M is found by least squares. On Indian Pines this spares some two thirds of the
+    products.
+    """
+    if len(start.rows) == 0:
+        return start
+    gram = rows.T @ rows
+    columns = len(gram)
+    damping = jnp.finfo(rows.dtype).eps ** 0.5 * jnp.trace(gram) / columns
+    damped = gram + damping * jnp.eye(columns, dtype=rows.dtype)
+    change = jax.scipy.linalg.solve(damped, rows.T @ start.rows, assume_a="pos")
+    root = start.inverse_root
+    blocks = root.reshape(-1, columns, root.shape[-1])  # one for each output
+    return start._replace(
+        w=change @ start.w, rows=rows, inverse_root=(change @ blocks).reshape(root.shape)
+    )
+
+
+def renew(problem: Problem, targets, projection: Projection) -> Projection:
+    """The projection with its solve counted, and with a new factor if the old one is worn."""
+    if problem.loss.quadratic:
+        return projection
+    _, rows, root, _, products, spent = projection
+    spent = spent + 1 + products
+    worn = spent > LIFETIME
+    root = jax.lax.cond(
+        worn, lambda: factorise(problem, rows, projection.w, targets), lambda: root
+    )
+    return projection._replace(inverse_root=root, spent=jnp.where(worn, 0, spent))
+
+
 def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -> Projection:
     """Minimises Φ over W for given rows.
 
-    Least squares is solved directly. Under other losses Newton–Krylov iterations start from
-    `start.w`, preconditioned with the factor in `start`. They end when ‖∇_W Φ‖ ≤ eps^0.64 max(1,
+    Least squares is solved directly. Under other losses Newton–Krylov iterations start from the W
+    in `start`, preconditioned with its factor, both carried over to these rows. They end when ‖∇_W Φ‖ ≤ eps^0.64 max(1,
     ‖∇_W Φ(0)‖) (1e-10 in float64), when rounding leaves nothing to gain, or earlier, when the
     estimated excess δ = Φ(W, θ) − Φ_red(θ) is below `tolerance`.
 
@@ -127,7 +188,7 @@ def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -
 
         ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
 
-    The methods ask for δ ≤ η² Δ, Δ being the decrease of their last step. Then the objective is
+    The methods ask for δ ≤ η² Δ, η² = `ACCURACY`, Δ being the decrease of their last step. Then the objective is
     known to the fraction η² of what a step gains, and the error of the gradient is at most η √(2 L
     Δ). A steepest-descent step of length 1/L from θ gains ‖∇Φ_red‖²/(2L); where Δ is of this order,
     η bounds the relative error of the gradient.
@@ -143,11 +204,12 @@ def _ridge(problem, rows, targets):
     w, root = ridge(factor, rows.shape[1], problem.w_penalty)
     value = problem.w_objective(w, rows, targets)
     zero = jnp.zeros((), jnp.int32)
-    return Projection(w, root[None], value, products=zero, spent=zero)
+    return Projection(w, rows[:0], root[None], value, products=zero, spent=zero)
 
 
 def _newton(problem, rows, targets, start, tolerance):
     loss, alpha = problem.loss, problem.w_penalty
+    start = carry_over(start, rows)
     columns, outputs = start.w.shape
     eps = jnp.finfo(rows.dtype).eps
 
@@ -167,7 +229,7 @@ def _newton(problem, rows, targets, start, tolerance):
     def iteration(carry):
         x, value, gradient, root, spent, products, _, i = carry
         w = to_w(x)
-        worn = _worn(root, spent)
+        worn = spent > LIFETIME
         root = jax.lax.cond(worn, lambda: factorise(problem, rows, w, targets), lambda: root)
         spent = jnp.where(worn, 0, spent)
         hessian = hessian_map(problem, rows, w, targets)
@@ -221,7 +283,7 @@ def _newton(problem, rows, targets, start, tolerance):
         iteration,
         (x, value, gradient, start.inverse_root, start.spent, zero, jnp.array(False), zero),
     )
-    return Projection(to_w(x), root, value, products, spent)
+    return Projection(to_w(x), rows, root, value, products, spent)
 
 
 def hessian_root(problem: Problem, rows, w, targets) -> jax.Array:
