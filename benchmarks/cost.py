@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import varprox as vp
 from varprox.curvature import linearise
 from varprox.model import Problem
-from varprox.reduced import hessian_root
+from varprox.projection import ACCURACY, factorise, project, renew, start_projection
 
 PRODUCTS = 10
 REPEATS = 11
@@ -25,8 +25,8 @@ def product_ratio(problem: Problem, theta: Any, data: tuple) -> float:
     the ratios of single turns.
     """
     w = vp.solve_w(problem, theta, data)
-    root = _root(problem, theta, w, data)
-    ours = partial(_curvature_products, problem, theta, w, root, data)
+    factor = _factor(problem, theta, w, data)
+    ours = partial(_curvature_products, problem, theta, w, factor, data)
     features = partial(_feature_products, problem, theta, data)
     for products in (ours, features):
         _seconds(products, 0)  # compiles
@@ -43,26 +43,29 @@ def product_ratio(problem: Problem, theta: Any, data: tuple) -> float:
 def solve_ratio(problem: Problem, theta: Any, data: tuple, work: float) -> float:
     """What a W-solve inside an LBFGSvpro run costs, as a multiple of one forward and reverse pass.
 
-    Every step of a run of `work` units is timed, and beside it one forward and one reverse pass of
-    the features at the same θ. Whatever a step takes beyond one such pass for each of its trial
-    points is put down to its W-solves. The ratio is that of the sums over all steps.
+    The solve of every step of a run of `work` units, the making of factors included, is done again
+    from the same start to the same accuracy and timed, and beside it one forward and one reverse
+    pass of the features at the same θ. So is the solve the run begins with. The ratio is that of
+    the sums over all steps.
     """
     method = vp.lbfgsvpro(problem)
-    state = method.init(theta, data, jax.random.key(0))
-    _seconds(method.step, state, data)  # compiles
-    _seconds(_forward_reverse, problem, theta, state.w, data)
+    inputs, targets = data
+    rows = _rows(problem, theta, inputs)
+    start = start_projection(problem, rows, targets)
+    tolerance = ACCURACY * start.value
+    _seconds(_solve, problem, rows, targets, start, tolerance)  # compiles
+    _seconds(_forward_reverse, problem, theta, start.w, data)
 
+    state = method.init(theta, data, jax.random.key(0))
     in_solves = in_passes = 0.0
-    while state.status == vp.Status.RUNNING and state.work_units < work:
-        one_pass = min(
-            _seconds(_forward_reverse, problem, state.theta, state.w, data) for _ in range(3)
-        )
-        begin = time.perf_counter()
-        state, info = jax.block_until_ready(method.step(state, data))
-        passes = int(info.trials) * one_pass
-        in_solves += time.perf_counter() - begin - passes
-        in_passes += passes
-    return in_solves / in_passes
+    while True:
+        in_solves += _seconds(_solve, problem, rows, targets, start, tolerance)
+        in_passes += _seconds(_forward_reverse, problem, state.theta, state.w, data)
+        if state.status != vp.Status.RUNNING or state.work_units >= work:
+            return in_solves / in_passes
+        start, tolerance = state.projection, ACCURACY * state.decrease
+        state, _ = method.step(state, data)
+        rows = _rows(problem, state.theta, inputs)
 
 
 def _seconds(fn, *args):
@@ -72,14 +75,24 @@ def _seconds(fn, *args):
 
 
 @jax.jit
-def _root(problem, theta, w, data):
-    inputs, targets = data
-    return hessian_root(problem, problem.model.rows(theta, inputs), w, targets)
+def _rows(problem, theta, inputs):
+    return problem.model.rows(theta, inputs)
 
 
 @jax.jit
-def _curvature_products(problem, theta, w, root, data, count):
-    curvature = linearise(problem, theta, data, w, root)
+def _solve(problem, rows, targets, start, tolerance):
+    return renew(problem, targets, project(problem, rows, targets, start, tolerance))
+
+
+@jax.jit
+def _factor(problem, theta, w, data):
+    inputs, targets = data
+    return factorise(problem, problem.model.rows(theta, inputs), w, targets)
+
+
+@jax.jit
+def _curvature_products(problem, theta, w, factor, data, count):
+    curvature = linearise(problem, theta, data, w, factor)
     return jax.lax.fori_loop(0, count, lambda _, v: _unit(curvature.matvec(v)), curvature.gradient)
 
 

@@ -15,8 +15,8 @@ the first term being Kaufman's approximation and the second what Golub and Perey
 adds. The Hessian replaces the cotangent by Q (dZ W + Z dW) Wᵀ + G dWᵀ and adds the curvature of the
 features under G Wᵀ.
 
-Imports model and reduced. Source: arXiv:2007.13171, section 3; Golub and Pereyra, Inverse Problems
-19 (2003) R1.
+Imports model, projection and reduced. Source: arXiv:2007.13171, section 3; Golub and Pereyra,
+Inverse Problems 19 (2003) R1.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 import jax
 
 from varprox.model import Problem, check_data
-from varprox.reduced import hessian_root, hessian_solver, w_of_rows
+from varprox.projection import Factor, factorise
+from varprox.reduced import hessian_solver, w_of_rows
 
 
 class Curvature(NamedTuple):
@@ -43,7 +44,7 @@ class Curvature(NamedTuple):
     jvp: Callable
     vjp: Callable
     w_jvp: Callable
-    root: jax.Array  # the `hessian_root` at W(θ)
+    factor: Factor  # of the Hessian in W, at W(θ)
 
 
 def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
@@ -65,13 +66,14 @@ def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
 
 
 def linearise(
-    problem, theta, data, w=None, root=None, *, full=False, w_curvature=True
+    problem, theta, data, w=None, factor=None, *, full=False, w_curvature=True
 ) -> Curvature:
     """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked, for callers that know
     W(θ).
 
-    `w` and `root` (its `hessian_root`) are computed where they are not given. Without `w_curvature`
-    the Gauss–Newton matrix lacks α₂ J_WᵀJ_W, as in the authors' implementation under cross entropy.
+    `w` and `factor` (that of ∇²_W Φ at w) are computed where they are not given. Without
+    `w_curvature` the Gauss–Newton matrix lacks α₂ J_WᵀJ_W, as in the authors' implementation under
+    cross entropy.
     """
     inputs, targets = data
     rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
@@ -84,9 +86,9 @@ def linearise(
     loss = problem.loss
     residual = loss.gradient(predictions, targets)
     curved = loss.curvature(predictions, targets)
-    if root is None:
-        root = hessian_root(problem, rows, w, targets)
-    solve = hessian_solver(problem, rows, w, targets, root)
+    if factor is None:
+        factor = factorise(problem, rows, w, targets)
+    solve = hessian_solver(problem, rows, w, targets, factor)
     penalty_gradient, penalty_product = jax.linearize(jax.grad(problem.penalty), theta)
 
     def w_change(d_rows):
@@ -131,7 +133,7 @@ def linearise(
         jvp=jvp,
         vjp=vjp,
         w_jvp=lambda v: w_change(forward(v)),
-        root=root,
+        factor=factor,
     )
 
 

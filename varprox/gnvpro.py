@@ -16,7 +16,7 @@ from varprox.checks import check_integer, check_number
 from varprox.curvature import linearise
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
-from varprox.reduced import ACCURACY, Projection, project, start_projection
+from varprox.projection import ACCURACY, Projection, project, start_projection
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
 LOW_RATIO = 0.5
@@ -126,11 +126,11 @@ def _step(problem, options, state, data, *, rank, w_curvature):
         return ravel_pytree(tree)[0]
 
     def iteration(full):
-        root = state.projection.inverse_root if problem.loss.quadratic else None
+        factor = state.projection.factor if problem.loss.quadratic else None
         curvature = linearise(
-            problem, state.theta, data, state.w, root, full=full, w_curvature=w_curvature
+            problem, state.theta, data, state.w, factor, full=full, w_curvature=w_curvature
         )
-        projection = state.projection._replace(inverse_root=curvature.root, spent=jnp.int32(0))
+        projection = state.projection._replace(factor=curvature.factor, spent=jnp.int32(0))
 
         def evaluate(trial, predicted):
             rows = problem.model.rows(unravel(trial), inputs)

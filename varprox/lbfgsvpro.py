@@ -13,7 +13,7 @@ import optax
 from varprox.checks import check_integer, check_number
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
-from varprox.reduced import ACCURACY, Projection, carry_over, project, renew, start_projection
+from varprox.projection import ACCURACY, Projection, project, renew, start_projection
 
 
 class State(NamedTuple):
@@ -23,7 +23,7 @@ class State(NamedTuple):
     projection: Projection
     objective: jax.Array
     gradient: Any
-    decrease: jax.Array
+    decrease: jax.Array  # of the objective, in the last step; 0 where that found none
     lbfgs: optax.OptState
     work_units: jax.Array  # so far
     status: jax.Array
@@ -105,7 +105,7 @@ def _step(problem, tolerance, state, data, *, memory):
     # optax's line search takes a function of one argument and keeps its gradient at the point it
     # chooses, and nothing else of that point. So the objective gets a second argument, which it
     # ignores, and its derivative along this is declared to be what belongs to W(θ).
-    start = state.projection._replace(spent=jnp.int32(0))
+    start = state.projection
 
     @jax.custom_vjp
     def reduced(point):
@@ -113,21 +113,27 @@ def _step(problem, tolerance, state, data, *, memory):
 
     def reduced_forward(point):
         theta = _in_dtype(point[0], state.objective.dtype)
-        tolerance = ACCURACY * state.decrease
-        value, gradient, found = _value_and_gradient(problem, theta, start, data, tolerance)
-        return value, (gradient, (found.w, found.rows, found.products.astype(value.dtype)))
+        accuracy = ACCURACY * jnp.minimum(state.decrease, expected)
+        value, gradient, found = _value_and_gradient(problem, theta, start, data, accuracy)
+        return value, (gradient, belongings(found))
+
+    def belongings(projection):
+        kept = (projection.w, projection.rows, projection.factor.basis)
+        counts = (projection.products, projection.spent)
+        return kept, jax.tree.map(lambda x: x.astype(state.objective.dtype), counts)
 
     reduced.defvjp(
         reduced_forward, lambda derivative, scale: (jax.tree.map(lambda d: scale * d, derivative),)
     )
 
-    ignored = jax.tree.map(jnp.zeros_like, (start.w, start.rows, state.objective))
+    ignored = jax.tree.map(jnp.zeros_like, belongings(start))
     point = (state.theta, ignored)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and int64 under x64
         direction, lbfgs = optax.scale_by_lbfgs(memory).update(
             state.gradient, state.lbfgs, state.theta
         )
         direction, lbfgs = _in_dtype((direction, lbfgs), state.objective.dtype)
+        expected = 0.5 * jnp.abs(optax.tree.vdot(direction, state.gradient))
         search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
         updates, found = search.update(
             (jax.tree.map(jnp.negative, direction), ignored),
@@ -138,16 +144,20 @@ def _step(problem, tolerance, state, data, *, memory):
             value_fn=reduced,
         )
     better = found.value < state.objective
-    gradient, (w, rows, products) = found.grad
-    products = products.astype(jnp.int32)
-    new = optax.apply_updates(state.theta, updates[0]), w, rows, found.value, gradient
-    old = state.theta, state.w, state.projection.rows, state.objective, state.gradient
-    theta, w, rows, value, gradient = jax.tree.map(lambda n, o: jnp.where(better, n, o), new, old)
-    projection = carry_over(state.projection, rows)._replace(w=w, products=products)
+    new = optax.apply_updates(state.theta, updates[0]), found.value, *found.grad
+    old = state.theta, state.objective, state.gradient, belongings(start)
+    theta, value, gradient, ((w, rows, basis), counts) = jax.tree.map(
+        lambda n, o: jnp.where(better, n, o), new, old
+    )
+    products, spent = (count.astype(jnp.int32) for count in counts)
+    factor = start.factor._replace(basis=basis)
+    projection = Projection(w, rows, factor, value, products, spent)
     projection = renew(problem, data[1], projection)
     gradient_norm = optax.tree.norm(gradient)
+    # Before a run stalls, W is given one more chance, to full accuracy.
+    stalled = ~better & (problem.loss.quadratic | (state.decrease == 0))
     status = jnp.select(
-        [gradient_norm <= tolerance, ~better], [Status.CONVERGED, Status.STALLED], Status.RUNNING
+        [gradient_norm <= tolerance, stalled], [Status.CONVERGED, Status.STALLED], Status.RUNNING
     )
     trials = found.info.num_linesearch_steps
     state = State(
@@ -155,7 +165,7 @@ def _step(problem, tolerance, state, data, *, memory):
         projection=projection,
         objective=value,
         gradient=gradient,
-        decrease=jnp.where(better, state.objective - value, state.decrease),
+        decrease=jnp.where(better, state.objective - value, 0),
         lbfgs=lbfgs,
         work_units=state.work_units + 2 * trials.astype(jnp.int32),
         status=status.astype(jnp.int32),

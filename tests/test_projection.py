@@ -1,0 +1,111 @@
+"""The solver for W inside the methods: its Hessian, its factor and how both follow the features."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import varprox as vp
+from varprox import projection
+
+ALPHA = 1e-2
+LOSSES = {
+    "softmax_cross_entropy": vp.softmax_cross_entropy(),
+    "logistic": vp.logistic(),
+    # One whose curvature is a full matrix for every sample.
+    "convex_loss": vp.convex_loss(
+        lambda p, c: jax.nn.logsumexp(jnp.array([1.0, 2.0, -1.0]) * p) + 0.1 * jnp.sum((p - c) ** 2)
+    ),
+}
+
+
+def make(loss, samples=700, columns=5, seed=0):
+    """A problem whose features are its inputs, rows, targets and some W; samples fill no chunk."""
+    rng = np.random.default_rng(seed)
+    problem = vp.Problem(vp.Separable(lambda theta, inputs: inputs), LOSSES[loss], w_penalty=ALPHA)
+    rows = jnp.asarray(rng.normal(size=(samples, columns)))
+    targets = jax.nn.one_hot(rng.integers(0, 3, samples), 3, dtype=rows.dtype)
+    return problem, rows, targets, jnp.asarray(rng.normal(size=(columns, 3)))
+
+
+def hessian(problem, rows, targets, w):
+    """∇²_W Φ as a matrix, output by output, by automatic differentiation of Φ."""
+    flat = projection.to_flat(w)
+    phi = lambda x: problem.w_objective(projection.to_w(x, len(w)), rows, targets)  # noqa: E731
+    return np.asarray(jax.hessian(phi)(flat))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_factor_is_an_inverse_root_of_the_hessian(loss, x64):
+    problem, rows, targets, w = make(loss)
+    factor = projection.factorise(problem, rows, w, targets)
+    root = jax.vmap(factor.root, out_axes=1)(jnp.eye(w.size))
+    np.testing.assert_allclose(
+        root.T @ hessian(problem, rows, targets, w) @ root, np.eye(w.size), atol=1e-10
+    )
+    transposed = jax.vmap(factor.transposed_root, out_axes=1)(jnp.eye(w.size))
+    np.testing.assert_allclose(transposed, root.T, atol=1e-14)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_large_hessian_is_factorised_in_blocks(loss, x64, monkeypatch):
+    problem, rows, targets, w = make(loss)
+    monkeypatch.setattr(projection, "DENSE_LIMIT", 4)
+    factor = projection.factorise(problem, rows, w, targets)
+    assert factor.blocks.shape == (3, 5, 5)
+    whole = hessian(problem, rows, targets, w)
+    for k, block in enumerate(np.asarray(factor.blocks)):
+        part = whole[5 * k : 5 * (k + 1), 5 * k : 5 * (k + 1)]
+        np.testing.assert_allclose(block.T @ part @ block, np.eye(5), atol=1e-10)
+
+
+@pytest.mark.parametrize("loss", ["logistic", "convex_loss"])
+def test_w_and_the_factor_follow_a_change_of_basis(loss, x64):
+    """Without a penalty on W a change of basis of the features changes neither predictions nor the
+    preconditioned Hessian."""
+    problem, rows, targets, w = make(loss)
+    problem = vp.Problem(problem.model, problem.loss, w_penalty=1e-12)
+    factor = projection.factorise(problem, rows, w, targets)
+    start = projection.start_projection(problem, rows, targets)
+    start = start._replace(w=w, rows=rows, factor=factor)
+    change = np.random.default_rng(1).normal(size=(5, 5)) + 3 * np.eye(5)
+    moved = projection.carry_over(problem, start, rows @ change)
+    np.testing.assert_allclose(moved.rows @ moved.w, rows @ w, atol=1e-5)
+
+    root = jax.vmap(moved.factor.root, out_axes=1)(jnp.eye(w.size))
+    curvature = hessian(problem, moved.rows, targets, moved.w)
+    before = jax.vmap(factor.root, out_axes=1)(jnp.eye(w.size))
+    expected = before.T @ hessian(problem, rows, targets, w) @ before
+    np.testing.assert_allclose(root.T @ curvature @ root, expected, atol=1e-4)
+
+
+def test_a_solve_starts_from_what_is_carried_over(x64):
+    problem, rows, targets, _ = make("softmax_cross_entropy")
+    start = projection.start_projection(problem, rows, targets)
+    first = projection.project(problem, rows, targets, start, 1e-4)
+    first = projection.renew(problem, targets, first)
+    assert first.spent == 0
+    change = np.random.default_rng(1).normal(size=(5, 5)) + 3 * np.eye(5)
+    near = (rows + 0.1 * jnp.sin(3 * rows)) @ change
+
+    carried = projection.project(problem, near, targets, first, 1e-6)
+    assert carried.spent == carried.products + 1
+    # With these as its rows, W and the factor stay as they are.
+    left = projection.project(problem, near, targets, first._replace(rows=near), 1e-6)
+    assert 0 < carried.products < left.products / 2
+
+    exact = projection.project(problem, near, targets, start)
+    assert 0 <= carried.value - exact.value <= 1e-6
+    gradient = near.T @ problem.loss.gradient(near @ exact.w, targets) + ALPHA * exact.w
+    assert np.linalg.norm(gradient) < 1e-10
+
+
+def test_a_worn_factor_is_renewed(x64):
+    problem, rows, targets, w = make("softmax_cross_entropy")
+    start = projection.start_projection(problem, rows, targets)._replace(w=w, rows=rows)
+    kept = projection.renew(problem, targets, start._replace(spent=jnp.int32(1)))
+    assert kept.spent == 1 and not kept.factor.blocks.any()
+    made = projection.renew(problem, targets, start)
+    assert made.spent == 0
+    expected = projection.factorise(problem, rows, w, targets)
+    np.testing.assert_array_equal(made.factor.blocks, expected.blocks)

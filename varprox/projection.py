@@ -1,0 +1,338 @@
+"""The projection: W(θ) for given rows, directly under least squares, else by Newton–Krylov.
+
+What the methods solve for at every trial point lives here: warm-started, preconditioned with a
+factor that is kept while it serves, and as accurate as asked. Imports model, least_squares and
+trust_region.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varprox import trust_region
+from varprox.least_squares import ridge, triangular_factor
+from varprox.model import Problem
+
+DENSE_LIMIT = 2048  # entries of W up to which its whole Hessian is factorised, not blocks of it
+ACCURACY = 3e-3  # η², what the methods ask of a W-solve: see `project`
+LIFETIME = 40  # products that a factor serves for, which take about as long as making it
+PATIENCE = 20  # products in one Newton iteration beyond which a factor is poor
+NO_FACTOR = 10**6  # products spent on a factor that is none, or poor
+RANK, FLAT, ITERATIONS = 24, 1e-2, 50  # of the Newton–Krylov iterations
+CHUNK = 512  # samples
+
+
+class Factor(NamedTuple):
+    """S with S Sᵀ ≈ (∇²_W Φ)⁻¹, acting on the entries of W listed output by output.
+
+    S = (I ⊗ basis) · blocks, where the diagonal blocks (1, size, size) are one for the whole of W
+    (or, under least squares, one that serves every output), and past `DENSE_LIMIT` one for each
+    output, (outputs, columns, columns).
+    """
+
+    blocks: jax.Array
+    basis: jax.Array  # (columns, columns)
+
+    def root(self, x: jax.Array) -> jax.Array:
+        """S x for x of W's size."""
+        y = self.blocks @ x.reshape(-1, self.blocks.shape[-1], 1)
+        return (y.reshape(-1, len(self.basis)) @ self.basis.T).reshape(-1)
+
+    def transposed_root(self, x: jax.Array) -> jax.Array:
+        """Sᵀ x for x of W's size."""
+        y = x.reshape(-1, len(self.basis)) @ self.basis
+        return (y.reshape(-1, 1, self.blocks.shape[-1]) @ self.blocks).reshape(-1)
+
+    def solve(self, y: jax.Array) -> jax.Array:
+        """S Sᵀ y for y shaped like W."""
+        return to_w(self.root(self.transposed_root(to_flat(y))), len(y))
+
+
+class Projection(NamedTuple):
+    """W(θ) and what is kept to find the next one faster.
+
+    `rows` are those that W and the factor belong to; under least squares, which needs none, there
+    are zero of them.
+    """
+
+    w: jax.Array  # (columns, outputs)
+    rows: jax.Array  # (batch, columns)
+    factor: Factor
+    value: jax.Array  # of Φ without R
+    products: jax.Array  # spent in the last solve, each one product with rows and one with rowsᵀ
+    spent: jax.Array  # since the factor was made
+
+
+def to_flat(w: jax.Array) -> jax.Array:
+    """The entries of W (columns, outputs), output by output."""
+    return w.T.reshape(-1)
+
+
+def to_w(x: jax.Array, columns: int) -> jax.Array:
+    """The inverse of `to_flat`."""
+    return x.reshape(-1, columns).T
+
+
+def start_projection(problem: Problem, rows, targets) -> Projection:
+    """W = 0 and no factor yet; of rows (batch, columns) only shape and dtype are used."""
+    (samples, columns), outputs = rows.shape, targets.shape[1]
+    size = columns * outputs
+    if problem.loss.quadratic:
+        samples, shape = 0, (1, columns, columns)
+    else:
+        shape = (1, size, size) if size <= DENSE_LIMIT else (outputs, columns, columns)
+    return Projection(
+        jnp.zeros((columns, outputs), rows.dtype),
+        jnp.zeros((samples, columns), rows.dtype),
+        Factor(jnp.zeros(shape, rows.dtype), jnp.zeros((columns, columns), rows.dtype)),
+        problem.loss.value(jnp.zeros_like(targets), targets),
+        jnp.zeros((), jnp.int32),
+        jnp.int32(NO_FACTOR),
+    )
+
+
+def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -> Projection:
+    """Minimises Φ over W for given rows.
+
+    Least squares is solved directly. Under other losses Newton–Krylov iterations start from the W
+    in `start`, preconditioned with its factor, both carried over to these rows. They end when
+    ‖∇_W Φ‖ ≤ eps^0.64 max(1, ‖∇_W Φ(0)‖) (1e-10 in float64), when rounding leaves nothing to gain,
+    or earlier, when the estimated excess δ = Φ(W, θ) − Φ_red(θ) is below `tolerance`. A factor that
+    does badly is replaced, but what is returned keeps that of `start`: see `renew`.
+
+    An excess δ is harmless to the outer iteration, and this is why. Hold the inexact W fixed and
+    let Ψ(ϑ) = Φ(W, ϑ) − Φ_red(ϑ). Then Ψ ≥ 0 everywhere, Ψ(θ) = δ and ∇Ψ(θ) is the error of the
+    gradient ∇_θ Φ(W, θ) used for ∇Φ_red(θ). Where Ψ has an L-Lipschitz gradient, 0 ≤ Ψ(θ − ∇Ψ(θ)/L)
+    ≤ δ − ‖∇Ψ(θ)‖²/(2L), so
+
+        ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
+
+    The methods ask for δ ≤ η² Δ, η² = `ACCURACY`, Δ being the decrease of their last step, or that
+    expected of this one if it is smaller. Then the objective is known to the fraction η² of what a
+    step gains, and the error of the gradient is at most η √(2 L Δ). A steepest-descent step of
+    length 1/L from θ gains ‖∇Φ_red‖²/(2L); where Δ is of this order, η bounds the relative error of
+    the gradient.
+    """
+    if problem.loss.quadratic:
+        return _ridge(problem, rows, targets)
+    return _newton(problem, rows, targets, start, tolerance)
+
+
+def _ridge(problem, rows, targets):
+    scale = len(rows) ** 0.5
+    w, root = ridge(
+        triangular_factor(rows / scale, targets / scale), rows.shape[1], problem.w_penalty
+    )
+    factor = Factor(root[None], jnp.eye(len(root), dtype=root.dtype))
+    zero = jnp.zeros((), jnp.int32)
+    return Projection(w, rows[:0], factor, problem.w_objective(w, rows, targets), zero, zero)
+
+
+class _Iterate(NamedTuple):
+    x: jax.Array  # W, flat
+    value: jax.Array
+    gradient: jax.Array
+    preconditioned: jax.Array  # Sᵀ gradient
+    products: jax.Array  # with the present factor
+    accepted: jax.Array
+    poor: jax.Array  # has the factor done badly?
+    iterations: jax.Array
+
+
+def _newton(problem, rows, targets, start, tolerance):
+    loss, alpha = problem.loss, problem.w_penalty
+    start = carry_over(problem, start, rows)
+    columns = len(start.w)
+    zero, dtype = jnp.zeros((), jnp.int32), rows.dtype
+
+    def value_and_gradient(x):
+        w = to_w(x, columns)
+        predictions = rows @ w
+        gradient = rows.T @ loss.gradient(predictions, targets) + alpha * w
+        value = loss.value(predictions, targets) + 0.5 * alpha * jnp.sum(w**2)
+        return value, to_flat(gradient)
+
+    # ∇_W Φ at W = 0, where all predictions are zero.
+    scale = jnp.linalg.norm(rows.T @ loss.gradient(jnp.zeros_like(targets), targets))
+    limit = jnp.finfo(dtype).eps ** 0.64 * jnp.maximum(scale, 1)
+
+    def close(at):
+        excess = 0.5 * jnp.sum(at.preconditioned**2)
+        small = (jnp.linalg.norm(at.gradient) <= limit) | (excess <= tolerance)
+        return small | ~jnp.isfinite(at.value) | (at.iterations >= ITERATIONS)
+
+    def iteration(factor, at):
+        hessian = hessian_map(problem, rows, to_w(at.x, columns), targets)
+
+        def matvec(y):
+            return factor.transposed_root(to_flat(hessian(to_w(factor.root(y), columns))))
+
+        def evaluate(y, predicted):
+            trial = at.x + factor.root(y)
+            value, gradient = value_and_gradient(trial)
+            # Below rounding of the value the trapezoidal rule still measures the decrease.
+            by_gradient = -0.5 * (at.gradient + gradient) @ (trial - at.x)
+            noisy = predicted < 1e3 * jnp.finfo(dtype).eps * jnp.abs(at.value)
+            return jnp.where(noisy, by_gradient, at.value - value), (trial, value, gradient)
+
+        result = trust_region.iterate(
+            matvec,
+            at.preconditioned,
+            evaluate,
+            jnp.zeros_like(at.x),
+            (at.x, at.value, at.gradient),
+            jnp.array(jnp.inf, dtype),
+            rank=min(RANK, at.x.size),
+            flat=FLAT,
+            max_trials=20,
+        )
+        x, value, gradient = result.aux
+        return _Iterate(
+            x,
+            value,
+            gradient,
+            factor.transposed_root(gradient),
+            at.products + result.products,
+            result.accepted,
+            ~result.accepted | (result.products > PATIENCE),
+            at.iterations + 1,
+        )
+
+    def life_of_a_factor(carry):
+        at, products, made, _ = carry
+        kept = (made == 0) & (start.spent < NO_FACTOR)
+        factor = jax.lax.cond(
+            kept,
+            lambda: start.factor,
+            lambda: factorise(problem, rows, to_w(at.x, columns), targets),
+        )
+        at = jax.lax.while_loop(
+            lambda at: ~(close(at) | at.poor | (at.products > LIFETIME)),
+            lambda at: iteration(factor, at),
+            at._replace(
+                preconditioned=factor.transposed_root(at.gradient),
+                products=zero,
+                poor=jnp.array(False),
+            ),
+        )
+        # With a new factor, a step that is not accepted has met rounding.
+        done = close(at) | (~kept & ~at.accepted)
+        return at, products + at.products, made + jnp.where(kept, 0, 1), done
+
+    x = to_flat(start.w)
+    value, gradient = value_and_gradient(x)
+    true = jnp.array(True)
+    at = _Iterate(x, value, gradient, gradient, zero, true, ~true, zero)
+    at, products, made, _ = jax.lax.while_loop(
+        lambda carry: ~carry[-1] & jnp.isfinite(carry[0].value),
+        life_of_a_factor,
+        (at, zero, zero, ~true),
+    )
+    spent = jnp.where(made > 0, NO_FACTOR, start.spent + products + 1)
+    return start._replace(
+        w=to_w(at.x, columns), value=at.value, products=products, spent=spent.astype(jnp.int32)
+    )
+
+
+def carry_over(problem: Problem, start: Projection, rows) -> Projection:
+    """`start` for other rows of the same samples.
+
+    When θ moves, much of the change in the features is a change of basis: rows · M ≈ old rows. Then
+    M W leaves the predictions where they were, and (I ⊗ M) S is the inverse root of the Hessian. M
+    is found by least squares, and kept close to the identity in directions that the rows hardly
+    have, where the Hessian is that of the penalty. On Indian Pines this spares some two thirds of
+    the products.
+    """
+    gram = rows.T @ rows
+    columns = len(gram)
+    damping = len(rows) * problem.w_penalty
+    damping += jnp.finfo(rows.dtype).eps ** 0.5 * jnp.trace(gram) / columns
+    damping = damping * jnp.eye(columns, dtype=rows.dtype)
+    change = jax.scipy.linalg.solve(gram + damping, rows.T @ start.rows + damping, assume_a="pos")
+    factor = start.factor._replace(basis=change @ start.factor.basis)
+    return start._replace(w=change @ start.w, rows=rows, factor=factor)
+
+
+def renew(problem: Problem, targets, projection: Projection) -> Projection:
+    """The projection, with a new factor if the old one is worn."""
+    if problem.loss.quadratic:
+        return projection
+    worn = projection.spent > LIFETIME
+    factor = jax.lax.cond(
+        worn,
+        lambda: factorise(problem, projection.rows, projection.w, targets),
+        lambda: projection.factor,
+    )
+    return projection._replace(factor=factor, spent=jnp.where(worn, 0, projection.spent))
+
+
+def factorise(problem: Problem, rows, w, targets) -> Factor:
+    """The factor at `w`."""
+    if problem.loss.quadratic:
+        return _ridge(problem, rows, targets).factor
+    blocks = w_hessian(problem, rows, w, targets)
+    size = blocks.shape[-1]
+    scale = jnp.max(jnp.diagonal(blocks, axis1=1, axis2=2), axis=1)[:, None, None]
+    floor = problem.w_penalty + size * jnp.finfo(w.dtype).eps * scale
+    identity = jnp.eye(size, dtype=w.dtype)
+    lower = jnp.linalg.cholesky(blocks + floor * identity)
+    # In single precision rounding may leave no definite matrix; any preconditioner will do then.
+    lower = jax.lax.cond(
+        jnp.isfinite(lower).all(),
+        lambda: lower,
+        lambda: jnp.linalg.cholesky(blocks + jnp.finfo(w.dtype).eps ** 0.5 * scale * identity),
+    )
+    identity = jnp.broadcast_to(identity, lower.shape)
+    inverse = jax.scipy.linalg.solve_triangular(lower, identity, lower=True)
+    return Factor(inverse.mT, jnp.eye(len(w), dtype=w.dtype))
+
+
+def w_hessian(problem: Problem, rows, w, targets) -> jax.Array:
+    """∇²_W Φ at `w` without the penalty: in the blocks of a `Factor`.
+
+    It is Σ Q ⊗ z zᵀ over the samples, with rows z and curvatures Q of the loss. Both factors being
+    symmetric, one matrix product of their lower triangles gives all of it: a quarter of the work of
+    the whole matrices. It is summed over chunks of samples that stay in the processor's cache.
+    """
+    columns, outputs = w.shape
+    dense = w.size <= DENSE_LIMIT
+    units = jnp.eye(outputs, dtype=w.dtype)[:, None, :]
+    i, j = np.tril_indices(outputs) if dense else (np.arange(outputs),) * 2
+    k, l = np.tril_indices(columns)  # noqa: E741
+    chunks = -(-len(rows) // CHUNK)
+
+    def split(x, mode):
+        missing = chunks * CHUNK - len(x)
+        return jnp.pad(x, ((0, missing), (0, 0)), mode).reshape(chunks, CHUNK, -1)
+
+    def add(total, chunk):
+        z, c = chunk
+        curved = jax.vmap(problem.loss.curvature(z @ w, c))
+        q = curved(jnp.broadcast_to(units, (outputs, *c.shape)))  # (outputs, CHUNK, outputs)
+        return total + q[i, :, j] @ (z[:, k] * z[:, l]), None
+
+    # Zeros lengthen the rows, and so add nothing; targets are repeated, which any loss can take.
+    total = jnp.zeros((len(i), len(k)), w.dtype)
+    total, _ = jax.lax.scan(add, total, (split(rows, "constant"), split(targets, "edge")))
+    total = total * (CHUNK / len(rows))
+    of_columns = _entries(k, l)
+    if not dense:
+        return total[:, of_columns]
+    whole = total[_entries(i, j)[:, None, :, None], of_columns[None, :, None, :]]
+    return whole.reshape(1, w.size, w.size)
+
+
+def _entries(i, j):
+    """The symmetric matrix of places: entry (i[n], j[n]) is n."""
+    places = np.zeros((i[-1] + 1, j[-1] + 1), int)
+    places[i, j] = places[j, i] = np.arange(len(i))
+    return places
+
+
+def hessian_map(problem: Problem, rows, w, targets) -> Callable[[jax.Array], jax.Array]:
+    """v ↦ ∇²_W Φ v at `w`, for v shaped like W."""
+    curved = problem.loss.curvature(rows @ w, targets)
+    return lambda v: rows.T @ curved(rows @ v) + problem.w_penalty * v
