@@ -248,9 +248,8 @@ def carry_over(problem: Problem, start: Projection, rows) -> Projection:
     """
     gram = rows.T @ rows
     columns = len(gram)
-    damping = len(rows) * problem.w_penalty
-    damping += jnp.finfo(rows.dtype).eps ** 0.5 * jnp.trace(gram) / columns
-    damping = damping * jnp.eye(columns, dtype=rows.dtype)
+    scale = jnp.finfo(rows.dtype).eps ** 0.5 * jnp.trace(gram) / columns
+    damping = (len(rows) * problem.w_penalty + scale) * jnp.eye(columns, dtype=rows.dtype)
     change = jax.scipy.linalg.solve(gram + damping, rows.T @ start.rows + damping, assume_a="pos")
     factor = start.factor._replace(basis=change @ start.factor.basis)
     return start._replace(w=change @ start.w, rows=rows, factor=factor)
