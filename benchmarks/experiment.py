@@ -15,7 +15,7 @@ import numpy as np
 import varprox as vp
 
 PROJECTED = ("GNvpro", "LBFGSvpro")  # the methods that project W out
-KEPT = 300  # entries of a run's history that result.json holds at most
+KEPT = 40  # entries of a run's history that result.json holds at most
 
 
 class Task(NamedTuple):

@@ -10,7 +10,7 @@ import pytest
 from problems import features, initial_theta, make_data, plain_rows, plain_w, relative, w_value
 
 import varprox as vp
-from varprox.projection import ACCURACY
+from varprox.lbfgsvpro import ACCURACY
 
 METHODS = {
     "gnvpro": lambda problem, **options: vp.gnvpro(problem, **({"rank": 8} | options)),
@@ -131,6 +131,8 @@ def test_w_and_the_objective_belong_to_theta(runs):
         expected, w = reference(runs.loss, state.theta, runs.data)
         assert -1e-13 <= state.objective - expected <= excess
     assert relative(runs.states[-1].w, w) < 1e-4
+    start = runs.states[0]
+    assert relative(start.w, reference(runs.loss, start.theta, runs.data)[1]) < 1e-8
 
 
 def reference(loss, theta, data):
@@ -252,7 +254,9 @@ def test_weights_stay_good_at_a_wall_of_nan(name, loss, x64):
     last = states[-1]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((last.theta, last.w)))
     expected, _ = reference(loss, jax.tree.map(np.asarray, last.theta), data)
-    assert abs(expected - float(last.objective)) < 1e-6
+    decreases = -np.diff(objective)
+    allowed = 3 * ACCURACY * decreases[decreases > 0][-2:].max()
+    assert -1e-13 <= float(last.objective) - expected <= max(allowed, 1e-6)
     assert last.status in (vp.Status.RUNNING, vp.Status.STALLED, vp.Status.NON_FINITE)
 
 
@@ -262,7 +266,7 @@ def test_where_no_step_is_finite_the_start_comes_back(name, loss, x64):
     theta, data = make(loss)
     states = finish(METHODS[name](make_problem(loss, radius=0.0)), theta, data)
     last = states[-1]
-    assert last.status in (vp.Status.STALLED, vp.Status.NON_FINITE) and len(states) <= 3
+    assert last.status in (vp.Status.STALLED, vp.Status.NON_FINITE) and len(states) <= 4
     jax.tree.map(np.testing.assert_array_equal, last.theta, theta)
     assert abs(last.objective - states[0].objective) < 1e-14
     np.testing.assert_array_equal(last.w, states[0].w)

@@ -38,7 +38,7 @@ def hessian(problem, rows, targets, w):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_factor_is_an_inverse_root_of_the_hessian(loss, x64):
     problem, rows, targets, w = make(loss)
-    factor = projection.factorise(problem, rows, w, targets)
+    factor = projection.factorise(problem, rows, w, targets, whole=True)
     root = jax.vmap(factor.root, out_axes=1)(jnp.eye(w.size))
     np.testing.assert_allclose(
         root.T @ hessian(problem, rows, targets, w) @ root, np.eye(w.size), atol=1e-10
@@ -48,9 +48,8 @@ def test_the_factor_is_an_inverse_root_of_the_hessian(loss, x64):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_large_hessian_is_factorised_in_blocks(loss, x64, monkeypatch):
+def test_blocks_are_inverse_roots_of_the_diagonal_blocks(loss, x64):
     problem, rows, targets, w = make(loss)
-    monkeypatch.setattr(projection, "DENSE_LIMIT", 4)
     factor = projection.factorise(problem, rows, w, targets)
     assert factor.blocks.shape == (3, 5, 5)
     whole = hessian(problem, rows, targets, w)
@@ -65,7 +64,7 @@ def test_w_and_the_factor_follow_a_change_of_basis(loss, x64):
     preconditioned Hessian."""
     problem, rows, targets, w = make(loss)
     problem = vp.Problem(problem.model, problem.loss, w_penalty=1e-12)
-    factor = projection.factorise(problem, rows, w, targets)
+    factor = projection.factorise(problem, rows, w, targets, whole=True)
     start = projection.start_projection(problem, rows, targets)
     start = start._replace(w=w, rows=rows, factor=factor)
     change = np.random.default_rng(1).normal(size=(5, 5)) + 3 * np.eye(5)

@@ -146,7 +146,6 @@ def test_least_squares_without_penalty_gives_the_minimum_norm(shape, rank, x64):
     np.testing.assert_allclose(w, expected, rtol=1e-8, atol=1e-12)
 
 
-@pytest.mark.xfail(strict=True, reason="the derivative leaves out the part in the null space")
 @pytest.mark.parametrize("samples", [3, 16])
 def test_derivative_of_the_minimum_norm_weights(samples, x64):
     """The null space of the rows turns with θ, and the minimum-norm W must turn with it."""

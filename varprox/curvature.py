@@ -25,8 +25,8 @@ from typing import Any, NamedTuple
 import jax
 
 from varprox.model import Problem, check_data
-from varprox.projection import Factor, factorise
-from varprox.reduced import hessian_solver, w_of_rows
+from varprox.projection import Factor
+from varprox.reduced import hessian_factor, hessian_solver, w_of_rows
 
 
 class Curvature(NamedTuple):
@@ -87,7 +87,7 @@ def linearise(
     residual = loss.gradient(predictions, targets)
     curved = loss.curvature(predictions, targets)
     if factor is None:
-        factor = factorise(problem, rows, w, targets)
+        factor = hessian_factor(problem, rows, w, targets)
     solve = hessian_solver(problem, rows, w, targets, factor)
     penalty_gradient, penalty_product = jax.linearize(jax.grad(problem.penalty), theta)
 

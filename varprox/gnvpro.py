@@ -16,11 +16,13 @@ from varprox.checks import check_integer, check_number
 from varprox.curvature import linearise
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
-from varprox.projection import ACCURACY, Projection, project, start_projection
+from varprox.projection import Projection, project, start_projection
+from varprox.reduced import hessian_factor
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
+ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
 
 
 class State(NamedTuple):
@@ -101,7 +103,9 @@ def _start(problem, theta, data):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     start = start_projection(problem, rows, targets)
-    projection = project(problem, rows, targets, start, ACCURACY * start.value)
+    projection = project(problem, rows, targets, start)
+    factor = hessian_factor(problem, rows, projection.w, targets)
+    projection = projection._replace(factor=factor)
     value = projection.value + problem.penalty(theta)
     return State(
         theta=theta,

@@ -3,8 +3,8 @@
 A network computes `head(features(inputs))` for inputs (…, in_features) of its weights' dtype. That
 is `param_dtype`, where None means JAX's default float: float64 under x64, else float32. Linear
 layers start with LeCun-normal kernels and zero biases, those that open a flow with normal biases of
-standard deviation 2, which spreads the points where their units saturate over the inputs. Imports
-JAX and flax.
+standard deviation `bias_scale`, which spreads the points where their units saturate over the
+inputs. Imports JAX and flax.
 """
 
 import math
@@ -27,7 +27,7 @@ def tanh(x: jax.Array) -> jax.Array:
 
 @tanh.defjvp
 def _tanh_jvp(primals, tangents):
-    y = checkpoint_name(jnp.tanh(*primals), "tanh")
+    y = checkpoint_name(jnp.tanh(*primals), "tanh")  # for the policy of `jax.checkpoint` below
     return y, tangents[0] * (1 - y * y)
 
 

@@ -16,11 +16,8 @@ from varprox import trust_region
 from varprox.least_squares import ridge, triangular_factor
 from varprox.model import Problem
 
-DENSE_LIMIT = 2048  # entries of W up to which its whole Hessian is factorised, not blocks of it
-ACCURACY = 3e-3  # η², what the methods ask of a W-solve: see `project`
-LIFETIME = 40  # products that a factor serves for, which take about as long as making it
-PATIENCE = 20  # products in one Newton iteration beyond which a factor is poor
-NO_FACTOR = 10**6  # products spent on a factor that is none, or poor
+LIFETIME = 8  # products that a factor serves for, which take about as long as making it
+NO_FACTOR = 10**6  # products spent on a factor that is none
 RANK, FLAT, ITERATIONS = 24, 1e-2, 50  # of the Newton–Krylov iterations
 CHUNK = 512  # samples
 
@@ -28,13 +25,17 @@ CHUNK = 512  # samples
 class Factor(NamedTuple):
     """S with S Sᵀ ≈ (∇²_W Φ)⁻¹, acting on the entries of W listed output by output.
 
-    S = (I ⊗ basis) · blocks, where the diagonal blocks (1, size, size) are one for the whole of W
-    (or, under least squares, one that serves every output), and past `DENSE_LIMIT` one for each
-    output, (outputs, columns, columns).
+    S = (I ⊗ basis) · blocks, where the diagonal blocks are one for each output, (outputs, columns,
+    columns), one that serves every output, (1, columns, columns), or one for the whole of W, (1,
+    size, size).
     """
 
     blocks: jax.Array
     basis: jax.Array  # (columns, columns)
+
+    @property
+    def whole(self) -> bool:
+        return self.blocks.shape[-1] > len(self.basis)
 
     def root(self, x: jax.Array) -> jax.Array:
         """S x for x of W's size."""
@@ -79,16 +80,18 @@ def to_w(x: jax.Array, columns: int) -> jax.Array:
 def start_projection(problem: Problem, rows, targets) -> Projection:
     """W = 0 and no factor yet; of rows (batch, columns) only shape and dtype are used."""
     (samples, columns), outputs = rows.shape, targets.shape[1]
-    size = columns * outputs
     if problem.loss.quadratic:
-        samples, shape = 0, (1, columns, columns)
+        samples, blocks = 0, 1
     else:
-        shape = (1, size, size) if size <= DENSE_LIMIT else (outputs, columns, columns)
+        blocks = outputs
     return Projection(
         jnp.zeros((columns, outputs), rows.dtype),
         jnp.zeros((samples, columns), rows.dtype),
-        Factor(jnp.zeros(shape, rows.dtype), jnp.zeros((columns, columns), rows.dtype)),
-        problem.loss.value(jnp.zeros_like(targets), targets),
+        Factor(
+            jnp.zeros((blocks, columns, columns), rows.dtype),
+            jnp.zeros((columns, columns), rows.dtype),
+        ),
+        jnp.array(jnp.inf, rows.dtype),
         jnp.zeros((), jnp.int32),
         jnp.int32(NO_FACTOR),
     )
@@ -110,7 +113,7 @@ def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -
 
         ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
 
-    The methods ask for δ ≤ η² Δ, η² = `ACCURACY`, Δ being the decrease of their last step, or that
+    The methods ask for δ ≤ η² Δ, Δ being the decrease of their last step, or that
     expected of this one if it is smaller. Then the objective is known to the fraction η² of what a
     step gains, and the error of the gradient is at most η √(2 L Δ). A steepest-descent step of
     length 1/L from θ gains ‖∇Φ_red‖²/(2L); where Δ is of this order, η bounds the relative error of
@@ -138,7 +141,6 @@ class _Iterate(NamedTuple):
     preconditioned: jax.Array  # Sᵀ gradient
     products: jax.Array  # with the present factor
     accepted: jax.Array
-    poor: jax.Array  # has the factor done badly?
     iterations: jax.Array
 
 
@@ -146,7 +148,7 @@ def _newton(problem, rows, targets, start, tolerance):
     loss, alpha = problem.loss, problem.w_penalty
     start = carry_over(problem, start, rows)
     columns = len(start.w)
-    zero, dtype = jnp.zeros((), jnp.int32), rows.dtype
+    zero, true, dtype = jnp.zeros((), jnp.int32), jnp.array(True), rows.dtype
 
     def value_and_gradient(x):
         w = to_w(x, columns)
@@ -197,7 +199,6 @@ def _newton(problem, rows, targets, start, tolerance):
             factor.transposed_root(gradient),
             at.products + result.products,
             result.accepted,
-            ~result.accepted | (result.products > PATIENCE),
             at.iterations + 1,
         )
 
@@ -207,15 +208,17 @@ def _newton(problem, rows, targets, start, tolerance):
         factor = jax.lax.cond(
             kept,
             lambda: start.factor,
-            lambda: factorise(problem, rows, to_w(at.x, columns), targets),
+            lambda: factorise(
+                problem, rows, to_w(at.x, columns), targets, whole=start.factor.whole
+            ),
         )
         at = jax.lax.while_loop(
-            lambda at: ~(close(at) | at.poor | (at.products > LIFETIME)),
+            lambda at: ~close(at) & at.accepted & (at.products <= LIFETIME),
             lambda at: iteration(factor, at),
             at._replace(
                 preconditioned=factor.transposed_root(at.gradient),
                 products=zero,
-                poor=jnp.array(False),
+                accepted=true,
             ),
         )
         # With a new factor, a step that is not accepted has met rounding.
@@ -224,8 +227,7 @@ def _newton(problem, rows, targets, start, tolerance):
 
     x = to_flat(start.w)
     value, gradient = value_and_gradient(x)
-    true = jnp.array(True)
-    at = _Iterate(x, value, gradient, gradient, zero, true, ~true, zero)
+    at = _Iterate(x, value, gradient, gradient, zero, true, zero)
     at, products, made, _ = jax.lax.while_loop(
         lambda carry: ~carry[-1] & jnp.isfinite(carry[0].value),
         life_of_a_factor,
@@ -268,11 +270,15 @@ def renew(problem: Problem, targets, projection: Projection) -> Projection:
     return projection._replace(factor=factor, spent=jnp.where(worn, 0, projection.spent))
 
 
-def factorise(problem: Problem, rows, w, targets) -> Factor:
-    """The factor at `w`."""
+def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Factor:
+    """The factor of ∇²_W Φ at `w`: of the whole, or of the diagonal block of each output.
+
+    Under least squares these are the same, and exact. Under cross entropy the blocks cost a tenth,
+    and precondition nearly as well.
+    """
     if problem.loss.quadratic:
         return _ridge(problem, rows, targets).factor
-    blocks = w_hessian(problem, rows, w, targets)
+    blocks = w_hessian(problem, rows, w, targets, whole)
     size = blocks.shape[-1]
     scale = jnp.max(jnp.diagonal(blocks, axis1=1, axis2=2), axis=1)[:, None, None]
     floor = problem.w_penalty + size * jnp.finfo(w.dtype).eps * scale
@@ -289,7 +295,7 @@ def factorise(problem: Problem, rows, w, targets) -> Factor:
     return Factor(inverse.mT, jnp.eye(len(w), dtype=w.dtype))
 
 
-def w_hessian(problem: Problem, rows, w, targets) -> jax.Array:
+def w_hessian(problem: Problem, rows, w, targets, whole: bool) -> jax.Array:
     """∇²_W Φ at `w` without the penalty: in the blocks of a `Factor`.
 
     It is Σ Q ⊗ z zᵀ over the samples, with rows z and curvatures Q of the loss. Both factors being
@@ -297,9 +303,8 @@ def w_hessian(problem: Problem, rows, w, targets) -> jax.Array:
     the whole matrices. It is summed over chunks of samples that stay in the processor's cache.
     """
     columns, outputs = w.shape
-    dense = w.size <= DENSE_LIMIT
     units = jnp.eye(outputs, dtype=w.dtype)[:, None, :]
-    i, j = np.tril_indices(outputs) if dense else (np.arange(outputs),) * 2
+    i, j = np.tril_indices(outputs) if whole else (np.arange(outputs),) * 2
     k, l = np.tril_indices(columns)  # noqa: E741
     chunks = -(-len(rows) // CHUNK)
 
@@ -318,10 +323,10 @@ def w_hessian(problem: Problem, rows, w, targets) -> jax.Array:
     total, _ = jax.lax.scan(add, total, (split(rows, "constant"), split(targets, "edge")))
     total = total * (CHUNK / len(rows))
     of_columns = _entries(k, l)
-    if not dense:
+    if not whole:
         return total[:, of_columns]
-    whole = total[_entries(i, j)[:, None, :, None], of_columns[None, :, None, :]]
-    return whole.reshape(1, w.size, w.size)
+    matrix = total[_entries(i, j)[:, None, :, None], of_columns[None, :, None, :]]
+    return matrix.reshape(1, w.size, w.size)
 
 
 def _entries(i, j):

@@ -11,13 +11,20 @@ import jax.numpy as jnp
 
 from varprox.model import Problem, check_data
 from varprox.projection import (
-    DENSE_LIMIT,
     Factor,
     factorise,
     hessian_map,
     project,
     start_projection,
 )
+
+DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
+
+
+def hessian_factor(problem: Problem, rows, w, targets) -> Factor:
+    """What `hessian_solver` needs: the factor of the whole Hessian, or of its blocks if W is
+    large."""
+    return factorise(problem, rows, w, targets, whole=w.size <= DENSE_LIMIT)
 
 
 def hessian_solver(
@@ -53,7 +60,7 @@ def w_of_rows(problem: Problem, rows: jax.Array, targets: jax.Array) -> jax.Arra
 def _w_of_rows_jvp(primals, tangents):
     problem, rows, targets = primals
     w = w_of_rows(*primals)
-    factor = factorise(problem, rows, w, targets)
+    factor = hessian_factor(problem, rows, w, targets)
 
     def stationarity(problem, rows, targets):
         gradient = problem.loss.gradient(rows @ w, targets)
@@ -66,7 +73,24 @@ def _w_of_rows_jvp(primals, tangents):
         lambda _, y: hessian_solver(problem, rows, w, targets, factor)(y),
         symmetric=True,
     )
+    if problem.loss.quadratic:
+        return w, _turn(factor, rows, tangents[1], w) - dw
     return w, -dw
+
+
+def _turn(factor, rows, d_rows, w):
+    """How the minimum-norm W under least squares turns with the null space of the rows.
+
+    This is N d_rowsᵀ rows (rowsᵀ rows)⁺ W with the projector N onto the null space; it vanishes
+    where the rows have full column rank. Source: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973),
+    theorem 4.3. Its own derivative leaves out that of N and of the pseudo-inverse.
+    """
+    factor = jax.lax.stop_gradient(factor)
+    lifted = d_rows.T @ (rows @ factor.solve(w)) / len(rows)
+    (root,) = factor.blocks  # its columns are orthogonal, and zero for the null space
+    norms = jnp.linalg.norm(root, axis=0)
+    span = root / jnp.where(norms > 0, norms, 1)
+    return lifted - span @ (span.T @ lifted)
 
 
 @jax.custom_jvp
@@ -99,8 +123,7 @@ def solve_w(problem: Problem, theta: Any, data: tuple) -> jax.Array:
 
     Differentiable in θ, the data and the penalties, in forward and reverse mode, to any order.
     Under least squares without penalty W is the minimum-norm solution; where the rows lack full
-    column rank its derivative leaves out the part in their null space. Raises as
-    `varprox.model.check_data` does.
+    column rank only its first derivatives are right. Raises as `varprox.model.check_data` does.
     """
     check_data(problem, theta, data)
     return _reduced(problem, theta, data)[1]
