@@ -1,6 +1,7 @@
 """The project as a whole: its floors, what importing it costs, and its public names."""
 
 import inspect
+import json
 import re
 import statistics
 import subprocess
@@ -78,3 +79,13 @@ def test_oldest_versions_are_the_lower_bounds():
     ]
     # NumPy is left to the resolver: which release is oldest depends on the Python in use.
     assert {**bounds, "numpy": None} == {**dict(pins), "numpy": None}
+
+
+@pytest.mark.parametrize("table", ["at_work", "at_seconds"])
+def test_readme_quotes_what_was_measured(table):
+    result = ROOT / "benchmarks" / "results" / "indian_pines" / "result.json"
+    readings = json.loads(result.read_text(encoding="utf-8"))["results"][table]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method, rows in readings.items():
+        cells = " | ".join(f"{row['objective']:.3f}" for row in rows)
+        assert f"| {method} | {cells} |" in readme
