@@ -269,7 +269,7 @@ def test_where_no_step_is_finite_the_start_comes_back(name, loss, x64):
     assert last.status in (vp.Status.STALLED, vp.Status.NON_FINITE) and len(states) <= 4
     jax.tree.map(np.testing.assert_array_equal, last.theta, theta)
     assert abs(last.objective - states[0].objective) < 1e-14
-    np.testing.assert_array_equal(last.w, states[0].w)
+    np.testing.assert_allclose(last.w, states[0].w, rtol=0, atol=1e-8)  # it was solved for again
 
 
 @methods
