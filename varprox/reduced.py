@@ -10,13 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from varprox.model import Problem, check_data
-from varprox.projection import (
-    Factor,
-    factorise,
-    hessian_map,
-    project,
-    start_projection,
-)
+from varprox.projection import Factor, factorise, hessian_map, project, start_projection
 
 DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
 
