@@ -48,9 +48,9 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> 
     """L-BFGS with `memory` pairs on the reduced objective; the cheapest full-batch iteration.
 
     The run has converged when the gradient's norm is at most `tolerance`. Work units: 2 a trial
-    point of the line search, most steps needing one. After a step that found nothing lower the next
-    one stays where it is and solves for W to full accuracy; only if that does not help either has
-    the run stalled. `data` is all of it at every step.
+    point of the line search, most steps needing one. Where W is solved for by iterations and a step
+    found nothing lower, the next one stays in place and solves to full accuracy; only if the step
+    after that fails, too, has the run stalled. `data` is all of it at every step.
     """
     check_problem(problem)
     memory = check_integer("memory", memory, least=1)
