@@ -290,7 +290,7 @@ def _gn_step(problem, flat, state, data, *, rank):
         reached = _phi(problem, unravel(trial), data)
         return value - reached, reached
 
-    result = trust_region.iterate(
+    result, _ = trust_region.iterate(
         lambda v: ravel_pytree(product(unravel(v)))[0],
         gradient,
         trial_value,

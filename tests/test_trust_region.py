@@ -150,7 +150,7 @@ class Run:
         settings = {"rank": SIZE, "flat": 0.0, "max_trials": 10, "radius": jnp.inf} | options
         radius = jnp.asarray(settings.pop("radius"), jnp.float64)
         self.start = float(value(self.x))
-        self.result = jax.jit(
+        self.result, _ = jax.jit(
             lambda radius: trust_region.iterate(
                 lambda v: matrix @ v, matrix @ self.x - b, evaluate, self.x, self.x.sum(), radius,
                 **settings,
@@ -244,7 +244,7 @@ def test_iterating_minimises_the_rosenbrock_function(x64):
     def step(x, radius):
         here, gradient = jax.value_and_grad(rosenbrock)(x)
         matvec = functools.partial(jnp.matmul, jax.hessian(rosenbrock)(x))
-        result = trust_region.iterate(
+        result, _ = trust_region.iterate(
             matvec, gradient, lambda trial, _: (here - rosenbrock(trial), ()), x, (), radius,
             rank=2, flat=0.0, max_trials=10,
         )  # fmt: skip

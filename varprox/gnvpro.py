@@ -17,6 +17,7 @@ from varprox.curvature import linearise
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
 from varprox.projection import Projection, project, start_projection
+from varprox.recycling import Recycled, nothing_yet, recycle
 from varprox.reduced import hessian_factor
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
@@ -34,6 +35,7 @@ class State(NamedTuple):
     objective: jax.Array
     decrease: jax.Array  # of the objective, in the last accepted step
     radius: jax.Array
+    recycled: Recycled
     low: jax.Array  # iterations in a row whose gain ratio was low
     newton: jax.Array  # have Newton products taken over?
     work_units: jax.Array  # so far
@@ -67,6 +69,7 @@ def gnvpro(
     problem: Problem,
     *,
     rank: int = 20,
+    memory: int = 100,
     flat: float = 0.03,
     tolerance: float = 0.0,
     hand_over: bool = True,
@@ -86,20 +89,21 @@ def gnvpro(
     """
     check_problem(problem)
     rank = check_integer("rank", rank, least=1)
+    memory = check_integer("memory", memory, least=0)
     check_number("flat", flat, below=1)
     check_number("tolerance", tolerance)
     options = Options(float(flat), float(tolerance), hand_over)
     step = partial(_step, problem, options, rank=rank, w_curvature=w_curvature)
-    return Method(partial(_init, problem), step, problem)
+    return Method(partial(_init, problem, memory), step, problem)
 
 
-def _init(problem, theta, data, key=None):
+def _init(problem, memory, theta, data, key=None):
     check_data(problem, theta, data)
-    return _start(problem, theta, data)
+    return _start(problem, theta, data, memory=memory)
 
 
-@jax.jit
-def _start(problem, theta, data):
+@partial(jax.jit, static_argnames="memory")
+def _start(problem, theta, data, *, memory):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     start = start_projection(problem, rows, targets)
@@ -114,6 +118,7 @@ def _start(problem, theta, data):
         objective=value,
         decrease=value,
         radius=jnp.full_like(value, jnp.inf),
+        recycled=nothing_yet(memory, ravel_pytree(theta)[0]),
         low=jnp.zeros((), jnp.int32),
         newton=jnp.array(False),
         work_units=jnp.ones((), jnp.int32),
@@ -125,6 +130,7 @@ def _start(problem, theta, data):
 def _step(problem, options, state, data, *, rank, w_curvature):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
+    root = state.recycled.root
 
     def flat(tree):
         return ravel_pytree(tree)[0]
@@ -136,7 +142,8 @@ def _step(problem, options, state, data, *, rank, w_curvature):
         )
         projection = state.projection._replace(factor=curvature.factor, spent=jnp.int32(0))
 
-        def evaluate(trial, predicted):
+        def evaluate(step, predicted):
+            trial = theta + root(step)
             rows = problem.model.rows(unravel(trial), inputs)
             tolerance = ACCURACY * jnp.minimum(predicted, state.decrease)
             solved = project(problem, rows, targets, projection, tolerance)
@@ -144,20 +151,20 @@ def _step(problem, options, state, data, *, rank, w_curvature):
             return curvature.value - value, (value, solved)
 
         gradient = flat(curvature.gradient)
-        result = trust_region.iterate(
-            lambda v: flat(curvature.matvec(unravel(v))),
-            gradient,
+        result, space = trust_region.iterate(
+            lambda v: root(flat(curvature.matvec(unravel(root(v))))),
+            root(gradient),
             evaluate,
-            theta,
+            jnp.zeros_like(theta),
             (curvature.value, projection),
             state.radius,
             rank=rank,
             flat=options.flat,
             max_trials=MAX_TRIALS,
         )
-        return jnp.linalg.norm(gradient), result
+        return jnp.linalg.norm(gradient), result, space
 
-    gradient_norm, result = jax.lax.cond(
+    gradient_norm, result, space = jax.lax.cond(
         state.newton, lambda: iteration(True), lambda: iteration(False)
     )
     value, projection = result.aux
@@ -178,12 +185,13 @@ def _step(problem, options, state, data, *, rank, w_curvature):
         newton=state.newton,
     )
     state = State(
-        theta=unravel(result.x),
+        theta=unravel(theta + root(result.x)),
         w=projection.w,
         projection=projection,
         objective=value,
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
         radius=radius,
+        recycled=recycle(state.recycled, space),
         low=low,
         newton=newton,
         work_units=state.work_units + 2 + per_product * result.products + result.trials,

@@ -74,3 +74,11 @@ def lanczos(
     )
     _, basis, t, _, _, _ = jax.lax.while_loop(unfinished, extend, carry)
     return KrylovSpace(basis, t, start_norm)
+
+
+def dense(t: Tridiagonal) -> jax.Array:
+    """The tridiagonal matrix; its unused rows are decoupled and never hold the least eigenvalue."""
+    index = jnp.arange(len(t.diagonal), dtype=jnp.int32)
+    diagonal = jnp.where(index < t.size, t.diagonal, jnp.max(jnp.abs(t.diagonal)))
+    coupling = jnp.where(index < t.size - 1, t.off_diagonal, 0)[:-1]
+    return jnp.diag(diagonal) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)

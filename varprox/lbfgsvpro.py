@@ -14,6 +14,7 @@ from varprox.checks import check_integer, check_number
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
 from varprox.projection import Projection, project, renew, start_projection
+from varprox.whitening import Whitening, whitening
 
 ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
 
@@ -27,6 +28,8 @@ class State(NamedTuple):
     gradient: Any
     decrease: jax.Array  # of the objective, in the last step; 0 where that failed
     lbfgs: optax.OptState
+    whitening: Whitening
+    position: Any  # θ in whitened variables, from where the run began
     work_units: jax.Array  # so far
     status: jax.Array
 
@@ -68,16 +71,22 @@ def _init(problem, memory, theta, data, key=None):
 def _start(problem, theta, data, *, memory):
     rows = jax.eval_shape(problem.model.rows, theta, data[0])
     start = start_projection(problem, rows, data[1])
-    value, gradient, projection = _value_and_gradient(problem, theta, start, data, 0.0)
+    at_zero = problem.loss.value(jnp.zeros_like(data[1]), data[1])
+    tolerance = ACCURACY**2 * jnp.abs(at_zero)
+    value, gradient, projection = _value_and_gradient(problem, theta, start, data, tolerance)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
+    position = jax.tree.map(jnp.zeros_like, theta)
+    rows = problem.model.rows(theta, data[0])
     return State(
         theta=theta,
         projection=renew(problem, data[1], projection),
         objective=value,
         gradient=gradient,
         decrease=value,
-        lbfgs=_in_dtype(optax.scale_by_lbfgs(memory).init(theta), value.dtype),
-        work_units=jnp.full((), 2, jnp.int32),
+        lbfgs=_in_dtype(optax.scale_by_lbfgs(memory).init(position), value.dtype),
+        whitening=whitening(problem, theta, rows, projection.w, data),
+        position=position,
+        work_units=jnp.full((), 4, jnp.int32),
         status=jnp.where(finite, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
     )
 
@@ -131,13 +140,14 @@ def _step(problem, tolerance, state, data, *, memory):
     ignored = jax.tree.map(jnp.zeros_like, belongings(start))
     point = (state.theta, ignored)
     with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and int64 under x64
-        direction, lbfgs = optax.scale_by_lbfgs(memory).update(
-            state.gradient, state.lbfgs, state.theta
+        whitened, lbfgs = optax.scale_by_lbfgs(memory).update(
+            state.whitening(state.gradient), state.lbfgs, state.position
         )
-        direction, lbfgs = _in_dtype((direction, lbfgs), state.objective.dtype)
+        whitened, lbfgs = _in_dtype((whitened, lbfgs), state.objective.dtype)
         # Where the last step failed, this one stays, and solves for W to full accuracy.
         refresh = state.decrease == 0
-        direction = jax.tree.map(lambda d: jnp.where(refresh, 0, d), direction)
+        whitened = jax.tree.map(lambda d: jnp.where(refresh, 0, d), whitened)
+        direction = state.whitening(whitened)
         expected = 0.5 * jnp.abs(optax.tree.vdot(direction, state.gradient))
         search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
         updates, found = search.update(
@@ -155,6 +165,8 @@ def _step(problem, tolerance, state, data, *, memory):
     theta, value, gradient, ((w, rows, basis), counts) = jax.tree.map(
         lambda n, o: jnp.where(better, n, o), new, old
     )
+    length = jnp.where(lower, found.learning_rate, 0)
+    position = jax.tree.map(lambda x, d: x - length * d, state.position, whitened)
     products, spent = (count.astype(jnp.int32) for count in counts)
     factor = start.factor._replace(basis=basis)
     projection = Projection(w, rows, factor, value, products, spent)
@@ -173,6 +185,8 @@ def _step(problem, tolerance, state, data, *, memory):
         gradient=gradient,
         decrease=jnp.select([refresh, lower], [exact, state.objective - value], 0),
         lbfgs=lbfgs,
+        whitening=state.whitening,
+        position=position,
         work_units=state.work_units + 2 * trials.astype(jnp.int32),
         status=status.astype(jnp.int32),
     )

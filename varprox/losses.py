@@ -31,6 +31,10 @@ class Loss:
         outputs)."""
         return jax.linearize(lambda p: self.gradient(p, targets), predictions)[1]
 
+    def curvature_root(self, predictions, targets, v):
+        """L v, (batch, outputs), for some L with L Lᵀ the second derivative of `value`."""
+        raise NotImplementedError
+
     def check(self, targets: np.ndarray) -> None:
         """Raises ValueError where targets lie outside what the loss is defined for."""
 
@@ -46,6 +50,11 @@ class ConvexLoss(Loss):
 
     def gradient(self, predictions, targets):
         return jax.vmap(jax.grad(self.fn))(predictions, targets) / len(predictions)
+
+    def curvature_root(self, predictions, targets, v):
+        eigenvalues, q = jnp.linalg.eigh(jax.vmap(jax.hessian(self.fn))(predictions, targets))
+        rooted = jnp.sqrt(jnp.maximum(eigenvalues, 0) / len(v)) * v
+        return jnp.squeeze(q @ rooted[..., None], -1)
 
     def check(self, targets):
         one = jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype)
@@ -66,6 +75,9 @@ class LeastSquares(Loss):
     def gradient(self, predictions, targets):
         return (predictions - targets) / len(predictions)
 
+    def curvature_root(self, predictions, targets, v):
+        return v / len(v) ** 0.5
+
 
 @dataclass(frozen=True)
 class SoftmaxCrossEntropy(Loss):
@@ -76,6 +88,12 @@ class SoftmaxCrossEntropy(Loss):
 
     def gradient(self, predictions, targets):
         return (jax.nn.softmax(predictions) - targets) / len(predictions)
+
+    def curvature_root(self, predictions, targets, v):
+        # diag(p) − p pᵀ = L Lᵀ for L = diag(√p) − p √pᵀ.
+        p = jax.nn.softmax(predictions)
+        scaled = jnp.sqrt(p) * v
+        return (scaled - p * jnp.sum(scaled, axis=1, keepdims=True)) / len(v) ** 0.5
 
     def check(self, targets):
         total = targets.sum(axis=1)
@@ -96,6 +114,10 @@ class Logistic(Loss):
 
     def gradient(self, predictions, targets):
         return (jax.nn.sigmoid(predictions) - targets) / len(predictions)
+
+    def curvature_root(self, predictions, targets, v):
+        p = jax.nn.sigmoid(predictions)
+        return jnp.sqrt(p * (1 - p) / len(v)) * v
 
     def check(self, targets):
         if targets.min() < 0 or targets.max() > 1:

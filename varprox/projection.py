@@ -16,7 +16,7 @@ from varprox import trust_region
 from varprox.least_squares import ridge, triangular_factor
 from varprox.model import Problem
 
-LIFETIME = 8  # products that a factor serves for, which take about as long as making it
+LIFETIME = 16  # products that a factor serves for, which take about as long as making it
 NO_FACTOR = 10**6  # products spent on a factor that is none
 RANK, FLAT, ITERATIONS = 24, 1e-2, 50  # of the Newton–Krylov iterations
 CHUNK = 512  # samples
@@ -180,7 +180,7 @@ def _newton(problem, rows, targets, start, tolerance):
             noisy = predicted < 1e3 * jnp.finfo(dtype).eps * jnp.abs(at.value)
             return jnp.where(noisy, by_gradient, at.value - value), (trial, value, gradient)
 
-        result = trust_region.iterate(
+        result, _ = trust_region.iterate(
             matvec,
             at.preconditioned,
             evaluate,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from varprox.krylov import Tridiagonal, lanczos
+from varprox.krylov import KrylovSpace, Tridiagonal, dense, lanczos
 
 ACCEPT, GROW = 1e-4, 0.75  # gain ratios from which a step is taken, and from which the radius grows
 
@@ -45,7 +45,7 @@ def solve_subproblem(t: Tridiagonal, start_norm: jax.Array, radius: jax.Array) -
     added. An infinite radius gives the unconstrained minimiser, or where there is none the step
     with |λ| in place of λ. Source: Conn, Gould, Toint, Trust-Region Methods, chapters 5 and 7.
     """
-    eigenvalues, q = jnp.linalg.eigh(_padded(t))
+    eigenvalues, q = jnp.linalg.eigh(dense(t))
     gradient = start_norm * q[0]
     tiny = jnp.finfo(gradient.dtype).tiny
     lowest = eigenvalues[0]
@@ -89,14 +89,6 @@ def solve_subproblem(t: Tridiagonal, start_norm: jax.Array, radius: jax.Array) -
     return Subproblem(q @ s, decrease, ~interior)
 
 
-def _padded(t: Tridiagonal) -> jax.Array:
-    """The tridiagonal matrix; its unused rows are decoupled and never hold the least eigenvalue."""
-    index = jnp.arange(len(t.diagonal), dtype=jnp.int32)
-    diagonal = jnp.where(index < t.size, t.diagonal, jnp.max(jnp.abs(t.diagonal)))
-    coupling = jnp.where(index < t.size - 1, t.off_diagonal, 0)[:-1]
-    return jnp.diag(diagonal) + jnp.diag(coupling, 1) + jnp.diag(coupling, -1)
-
-
 def iterate(
     matvec: Callable[[jax.Array], jax.Array],
     gradient: jax.Array,
@@ -108,7 +100,7 @@ def iterate(
     rank: int,
     flat: jax.Array | float,
     max_trials: int,
-) -> Iteration:
+) -> tuple[Iteration, KrylovSpace]:
     """Builds a Krylov space at `x`, then tries steps in it until one is accepted.
 
     `decrease, aux = evaluate(trial, predicted)` gives the decrease of the function from `x` to the
@@ -152,7 +144,7 @@ def iterate(
         )
 
     zero = jnp.zeros((), gradient.dtype)
-    return jax.lax.while_loop(
+    result = jax.lax.while_loop(
         lambda c: ~c.accepted & (c.trials < max_trials),
         attempt,
         Iteration(
@@ -160,3 +152,4 @@ def iterate(
             jnp.zeros((), jnp.int32),
         ),
     )  # fmt: skip
+    return result, space
