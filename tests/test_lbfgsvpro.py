@@ -13,11 +13,11 @@ from varprox.model import objective
 
 @losses
 def test_work_units_add_up(loss):
-    """2 for the start and 2 a trial point of the line search."""
+    """2 for the start, 2 for the whitening and 2 a trial point of the line search."""
     _, _, states, infos, *_ = run("lbfgsvpro", loss)
     trials = np.array([int(info.trials) for info in infos])
     work = np.array([int(state.work_units) for state in states])
-    assert work[0] == 2 and (trials >= 1).all()
+    assert work[0] == 4 and (trials >= 1).all()
     np.testing.assert_array_equal(np.diff(work), 2 * trials)
     assert np.median(trials) == 1
 

@@ -131,8 +131,6 @@ def test_w_and_the_objective_belong_to_theta(runs):
         expected, w = reference(runs.loss, state.theta, runs.data)
         assert -1e-13 <= state.objective - expected <= excess
     assert relative(runs.states[-1].w, w) < 1e-4
-    start = runs.states[0]
-    assert relative(start.w, reference(runs.loss, start.theta, runs.data)[1]) < 1e-8
 
 
 def reference(loss, theta, data):
@@ -268,8 +266,10 @@ def test_where_no_step_is_finite_the_start_comes_back(name, loss, x64):
     last = states[-1]
     assert last.status in (vp.Status.STALLED, vp.Status.NON_FINITE) and len(states) <= 4
     jax.tree.map(np.testing.assert_array_equal, last.theta, theta)
-    assert abs(last.objective - states[0].objective) < 1e-14
-    np.testing.assert_allclose(last.w, states[0].w, rtol=0, atol=1e-8)  # it was solved for again
+    # W alone may have been solved for again.
+    assert last.objective <= states[0].objective + 1e-14
+    expected, w = reference(loss, jax.tree.map(np.asarray, theta), data)
+    assert abs(last.objective - expected) < 1e-13 and relative(last.w, w) < 1e-8
 
 
 @methods

@@ -42,8 +42,11 @@ def recycle(old: Recycled, space: KrylovSpace) -> Recycled:
     curvature = jnp.abs(eigenvalues)
     directions = q.T @ space.basis
     used = jnp.sum(directions**2, axis=1) > 0.5
+    eps = jnp.finfo(curvature.dtype).eps
     least = jnp.min(curvature, initial=jnp.inf, where=used)
-    flattened = jnp.where(used, 1 - least / jnp.where(used, curvature, 1), 0)
+    # Less curvature than this is rounding.
+    least = jnp.maximum(least, eps**0.5 * jnp.max(curvature))
+    flattened = jnp.where(used & (curvature > least), 1 - least / curvature, 0)
     added = jnp.sqrt(flattened)[:, None] * jax.vmap(old.root)(directions)
 
     # Together they are Bᵀ B, whose eigenpairs follow from the small matrix B Bᵀ.
@@ -51,7 +54,6 @@ def recycle(old: Recycled, space: KrylovSpace) -> Recycled:
     shrinkage, q = jnp.linalg.eigh(together @ together.T)
     memory = len(old.shrinkage)
     shrinkage, q = shrinkage[len(shrinkage) - memory :], q[:, len(shrinkage) - memory :]
-    eps = jnp.finfo(shrinkage.dtype).eps
     known = shrinkage > 1e3 * eps
     basis = (q.T @ together) / jnp.sqrt(jnp.where(known, shrinkage, 1))[:, None]
     # Rounding blurs how little of a direction is left.
