@@ -46,6 +46,15 @@ def test_gradient_and_curvature_are_derivatives_of_the_value(loss, x64):
 
 
 @losses
+def test_curvature_root_squared_is_the_curvature(loss, x64):
+    predictions, targets = sample(loss)
+    units = np.broadcast_to(np.eye(OUTPUTS)[:, None], (OUTPUTS, *predictions.shape))
+    columns = jax.vmap(lambda v: LOSSES[loss].curvature_root(predictions, targets, v))(units)
+    squared = np.einsum("kno,knp->nop", columns, columns)
+    np.testing.assert_allclose(squared, loss_hessian(loss, predictions, targets), atol=1e-14)
+
+
+@losses
 def test_losses_are_means(loss, x64):
     predictions, targets = sample(loss)
     single = [

@@ -1,7 +1,7 @@
 """GNvpro: trust-region Gauss–Newton–Krylov on the reduced objective.
 
 Source: Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, algorithm 3.1. Imports the
-mathematics (reduced, curvature) and the trust region below it.
+mathematics (reduced, curvature, projection), the trust region and recycling below it.
 """
 
 from functools import partial
@@ -35,7 +35,7 @@ class State(NamedTuple):
     objective: jax.Array
     decrease: jax.Array  # of the objective, in the last accepted step
     radius: jax.Array
-    recycled: Recycled
+    recycled: Recycled  # from the Krylov spaces so far
     low: jax.Array  # iterations in a row whose gain ratio was low
     newton: jax.Array  # have Newton products taken over?
     work_units: jax.Array  # so far
@@ -79,10 +79,13 @@ def gnvpro(
 
     Each step builds a Krylov space of at most `rank` dimensions for the Gauss–Newton matrix of the
     reduced objective, ending earlier when a further product adds less than the fraction `flat` of
-    the model's decrease, and takes the trust-region step in it. When gain ratios stay low, products
-    with the full Hessian take over, unless `hand_over` is False. `w_curvature` False leaves α₂
-    J_WᵀJ_W out of the Gauss–Newton matrix, as the authors' implementation does under cross entropy.
-    The run has converged when the gradient's norm is at most `tolerance`.
+    the model's decrease, and takes the trust-region step in it. Up to `memory` directions in which
+    earlier Krylov spaces found the curvature large precondition the next one, and the trust region
+    is a ball in the variables so preconditioned; 0 starts every space anew, as published, and each
+    direction takes as much memory as θ. When gain ratios stay low, products with the full Hessian
+    take over, unless `hand_over` is False. `w_curvature` False leaves α₂ J_WᵀJ_W out of the
+    Gauss–Newton matrix, as the authors' implementation does under cross entropy. The run has
+    converged when the gradient's norm is at most `tolerance`.
 
     Work units: 2 a step, 2 a product (4 with the full Hessian), 1 a trial point. `data` is all of
     it at every step.

@@ -1,6 +1,7 @@
-"""LBFGSvpro: L-BFGS on the reduced objective, with optax's L-BFGS direction and line search.
+"""LBFGSvpro: L-BFGS on the reduced objective in whitened variables, with optax's L-BFGS direction
+and line search.
 
-Source: arXiv:2007.13171, section 3. Imports reduced and model below it.
+Source: arXiv:2007.13171, section 3. Imports projection, whitening and model below it.
 """
 
 from functools import partial
@@ -50,10 +51,12 @@ class Info(NamedTuple):
 def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> Method:
     """L-BFGS with `memory` pairs on the reduced objective; the cheapest full-batch iteration.
 
-    The run has converged when the gradient's norm is at most `tolerance`. Work units: 2 a trial
-    point of the line search, most steps needing one. Where W is solved for by iterations and a step
-    found nothing lower, the next one stays in place and solves to full accuracy; only if the step
-    after that fails, too, has the run stalled. `data` is all of it at every step.
+    It works in variables in which the Gauss–Newton matrix at the start is nearer to the identity:
+    see `varprox.whitening`. The run has converged when the gradient's norm is at most `tolerance`.
+    Work units: 2 for the start, 2 for the whitening and 2 a trial point of the line search, most
+    steps needing one. Where W is solved for by iterations and a step found nothing lower, the next
+    one stays in place and solves to full accuracy; only if the step after that fails, too, has the
+    run stalled. `data` is all of it at every step.
     """
     check_problem(problem)
     memory = check_integer("memory", memory, least=1)

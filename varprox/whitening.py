@@ -37,12 +37,13 @@ def whitening(problem: Problem, theta: Any, rows: jax.Array, w: jax.Array, data:
     """M for the Gauss–Newton matrix at θ with W held fixed; `rows` are those at θ.
 
     The samples are put into buckets, and each bucket gives one row of a count sketch S of the
-    square root of the Gauss–Newton matrix, H ≈ Gᵀ G with G = S √Q J: the derivative of the sum of
-    its predictions, weighted by random signs and by the root of the loss's curvature. For an array
-    of weights with k axes, Shampoo's bound for H is a product over the axes of (Σ Gᵢ Gᵢᵀ)^{1/k},
-    where Gᵢ unfolds what row i has for this array along the axis; M is the product of the
-    (Σ Gᵢ Gᵢᵀ + damping)^{−1/(2k)}. This costs about one forward and one reverse pass. Source:
-    Gupta, Koren, Singer, arXiv:1802.09568; Clarkson, Woodruff, J. ACM 63 (2017), for the sketch.
+    square root of the Gauss–Newton matrix, Gᵀ G ≈ H up to a factor with G = S √Q J: the derivative
+    of the sum of its predictions, weighted by signs, random but the same in every run, and by the
+    root of the loss's curvature. For an array of weights with k axes, Shampoo's bound of H is a
+    product over the axes of (Σ Gᵢ Gᵢᵀ)^{1/k}, where Gᵢ unfolds along the axis what row i has for
+    this array; M is the product of the (Σ Gᵢ Gᵢᵀ + damping)^{−1/(2k)}. This costs about one forward
+    and one reverse pass. Source: Gupta, Koren, Singer, arXiv:1802.09568; for the sketch Clarkson,
+    Woodruff, J. ACM 63 (2017).
     """
     inputs, targets = data
     for_order, for_signs = jax.random.split(jax.random.key(0))
