@@ -89,3 +89,12 @@ def test_readme_quotes_what_was_measured(table):
     for method, rows in readings.items():
         cells = " | ".join(f"{row['objective']:.3f}" for row in rows)
         assert f"| {method} | {cells} |" in readme
+
+
+def test_readme_quotes_the_medians_on_peaks():
+    result = ROOT / "benchmarks" / "results" / "peaks" / "result.json"
+    medians = json.loads(result.read_text(encoding="utf-8"))["results"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"as the median of five seeds, {medians['GNvpro']['median'][-1]:.1e}" in readme
+    for method in ("LBFGSvpro", "Adam", "L-BFGS", "GN"):
+        assert f"{method} {medians[method]['median'][-1]:.1e}" in readme

@@ -18,12 +18,12 @@ KINDS = ["definite", "indefinite", "clustered"]
 def renewed(matrix, start, old, rank):
     """P after a Krylov space of P^½ H P^½ from P^½ g, and that space."""
     product = lambda v: old.root(matrix @ old.root(v))  # noqa: E731
-    space = lanczos(product, old.root(start), rank, never, jnp.zeros(()))
+    space = lanczos(product, old.root(start), rank, never, jnp.zeros((), start.dtype))
     return recycle(old, space), space
 
 
 def root_of(recycled):
-    return np.asarray(jax.vmap(recycled.root)(jnp.eye(SIZE)))
+    return np.asarray(jax.vmap(recycled.root)(jnp.eye(SIZE, dtype=recycled.basis.dtype)))
 
 
 def after(root, matrix, space):

@@ -53,7 +53,10 @@ def test_it_equals_the_formula(x64):
     gradients = np.einsum("ni,j->nij", x, v)
     curvature = np.sum(gradients**2) / 15, len(x) * v.sum() ** 2
     mean = (15 * curvature[0] + curvature[1]) / 20  # of all of θ, of 20 entries
-    roots = [np.einsum("nij,nkj->ik", gradients, gradients), np.einsum("nij,nik->jk", *[gradients] * 2)]
+    roots = [
+        np.einsum("nij,nkj->ik", gradients, gradients),
+        np.einsum("nij,nik->jk", *[gradients] * 2),
+    ]
     roots = [
         power(square / (np.trace(square) / len(square)) + DAMPING * np.eye(len(square)), -0.25)
         for square in roots
@@ -75,7 +78,10 @@ def test_the_order_of_the_samples_does_not_matter(outputs, x64):
 
 
 def test_it_conditions_the_gauss_newton_matrix(x64):
-    """By much, for correlated inputs and from a sketch of many samples."""
+    """For correlated inputs, and from a sketch of many samples.
+
+    Where the matrix is one Kronecker product, the exponents leave the root of its spread.
+    """
     problem, theta, rows, w, data = make(samples=1000, inputs=8, outputs=2)
     whiten = whitening(problem, {"kernel": theta["kernel"], "shift": theta["shift"]}, rows, w, data)
     m = matrix_of(whiten, {"kernel": theta["kernel"], "shift": theta["shift"]})
@@ -94,7 +100,7 @@ def test_it_conditions_the_gauss_newton_matrix(x64):
         values = np.linalg.eigvalsh(matrix)[-16:]
         return values[-1] / np.median(values)
 
-    assert spread(m @ hessian @ m) < 0.1 * spread(hessian)
+    assert spread(m @ hessian @ m) < 2 * spread(hessian) ** 0.5 < 0.2 * spread(hessian)
 
 
 def test_long_axes_are_left_alone(x64):

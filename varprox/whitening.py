@@ -28,12 +28,13 @@ class Whitening(NamedTuple):
     def __call__(self, tree: Any) -> Any:
         """M applied to a pytree like θ."""
         leaves, structure = jax.tree.flatten(tree)
-        return structure.unflatten(
-            [_transform(leaf, *array) for leaf, array in zip(leaves, self.arrays, strict=True)]
-        )
+        arrays = zip(leaves, self.arrays, strict=True)
+        return jax.tree.unflatten(structure, [_transform(x, *array) for x, array in arrays])
 
 
-def whitening(problem: Problem, theta: Any, rows: jax.Array, w: jax.Array, data: tuple) -> Whitening:
+def whitening(
+    problem: Problem, theta: Any, rows: jax.Array, w: jax.Array, data: tuple
+) -> Whitening:
     """M for the Gauss–Newton matrix at θ with W held fixed; `rows` are those at θ.
 
     The samples are put into buckets, and each bucket gives one row of a count sketch S of the
@@ -95,7 +96,9 @@ def _whiten(curvature, squares, mean):
     """Scale and roots for an array of this mean curvature; `mean` is that of all of θ."""
     # An array on which nothing depends would get an infinite scale.
     scale = jax.lax.rsqrt(curvature + jnp.where(mean > 0, LEAST * mean, 1))
-    return scale, tuple(None if square is None else _root(square, len(squares)) for square in squares)
+    return scale, tuple(
+        None if square is None else _root(square, len(squares)) for square in squares
+    )
 
 
 def _root(square, axes):
