@@ -5,9 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import Case, dense_reference, direction, features, initial_theta, make_data, move
+from problems import (
+    Case,
+    dense_reference,
+    direction,
+    features,
+    initial_theta,
+    make_data,
+    move,
+    relative,
+)
 from scipy.optimize import minimize
-from test_method import METHODS, finish, losses, make, make_problem, plain_problem, run
+from test_method import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 
 import varprox as vp
 from varprox.model import objective
@@ -23,6 +32,12 @@ def test_work_units_add_up(loss):
         expected += 2 + (4 if info.newton else 2) * int(info.products) + int(info.trials)
         assert state.work_units == expected
         assert 1 <= info.products <= 8 and info.trials >= 1
+
+
+@losses
+def test_the_start_has_the_exact_w(loss):
+    _, data, (start, *_), *_ = run("gnvpro", loss)
+    assert relative(start.w, reference(loss, start.theta, data)[1]) < 1e-8
 
 
 @losses
@@ -168,6 +183,8 @@ def ellipse_run(seed):
         ({"rank": 2.5}, ValueError, "rank", "2.5"),
         ({"rank": True}, ValueError, "rank", "True"),
         ({"rank": "20"}, ValueError, "rank", "'20'"),
+        ({"memory": -1}, ValueError, "memory", "-1"),
+        ({"memory": 2.5}, ValueError, "memory", "2.5"),
         ({"flat": -0.1}, ValueError, "flat", "-0.1"),
         ({"flat": 1.0}, ValueError, "flat", "1.0"),
         ({"flat": float("nan")}, ValueError, "flat", "nan"),

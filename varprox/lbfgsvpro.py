@@ -72,14 +72,13 @@ def _init(problem, memory, theta, data, key=None):
 
 @partial(jax.jit, static_argnames="memory")
 def _start(problem, theta, data, *, memory):
-    rows = jax.eval_shape(problem.model.rows, theta, data[0])
-    start = start_projection(problem, rows, data[1])
+    shaped = jax.eval_shape(problem.model.rows, theta, data[0])
+    start = start_projection(problem, shaped, data[1])
     at_zero = problem.loss.value(jnp.zeros_like(data[1]), data[1])
     tolerance = ACCURACY**2 * jnp.abs(at_zero)
-    value, gradient, projection = _value_and_gradient(problem, theta, start, data, tolerance)
+    value, gradient, projection, rows = _value_and_gradient(problem, theta, start, data, tolerance)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     position = jax.tree.map(jnp.zeros_like, theta)
-    rows = problem.model.rows(theta, data[0])
     return State(
         theta=theta,
         projection=renew(problem, data[1], projection),
@@ -102,8 +101,8 @@ def _in_dtype(tree, dtype):
 
 
 def _value_and_gradient(problem, theta, start, data, tolerance):
-    """Φ_red(θ), its gradient and the projection, by one forward and one reverse pass of the
-    features."""
+    """Φ_red(θ), its gradient, the projection and the rows, by one forward and one reverse pass of
+    the features."""
     inputs, targets = data
     rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
     projection = project(problem, rows, targets, start, tolerance)
@@ -111,7 +110,7 @@ def _value_and_gradient(problem, theta, start, data, tolerance):
     (gradient,) = pullback(problem.loss.gradient(rows @ w, targets) @ w.T)
     penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)
     gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
-    return projection.value + penalty, gradient, projection
+    return projection.value + penalty, gradient, projection, rows
 
 
 @partial(jax.jit, static_argnames="memory")
@@ -128,7 +127,7 @@ def _step(problem, tolerance, state, data, *, memory):
     def reduced_forward(point):
         theta = _in_dtype(point[0], state.objective.dtype)
         accuracy = ACCURACY * jnp.minimum(state.decrease, expected)
-        value, gradient, found = _value_and_gradient(problem, theta, start, data, accuracy)
+        value, gradient, found, _ = _value_and_gradient(problem, theta, start, data, accuracy)
         return value, (gradient, belongings(found))
 
     def belongings(projection):

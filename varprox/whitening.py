@@ -35,7 +35,8 @@ class Whitening(NamedTuple):
 def whitening(
     problem: Problem, theta: Any, rows: jax.Array, w: jax.Array, data: tuple
 ) -> Whitening:
-    """M for the Gauss–Newton matrix at θ with W held fixed; `rows` are those at θ.
+    """M for the Gauss–Newton matrix at θ with W held fixed; `rows` are those at θ, by which the
+    samples are put in order.
 
     The samples are put into buckets, and each bucket gives one row of a count sketch S of the
     square root of the Gauss–Newton matrix, Gᵀ G ≈ H up to a factor with G = S √Q J: the derivative
@@ -46,26 +47,25 @@ def whitening(
     and one reverse pass. Source: Gupta, Koren, Singer, arXiv:1802.09568; for the sketch Clarkson,
     Woodruff, J. ACM 63 (2017).
     """
-    inputs, targets = data
     for_order, for_signs = jax.random.split(jax.random.key(0))
     # An order of the samples that does not depend on how they are given.
     order = jnp.argsort(rows @ jax.random.normal(for_order, rows.shape[1:], rows.dtype))
-    signs = jax.random.rademacher(for_signs, targets.shape, rows.dtype)
-    buckets = min(BUCKETS, len(targets))
+    signs = jax.random.rademacher(for_signs, data[1].shape, rows.dtype)
+    buckets = min(BUCKETS, len(rows))
 
     def split(x):
         size = len(x) // buckets  # a few samples may be left over
         return x[: size * buckets].reshape(size, buckets, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, bucket):
-        (x, z, c), sign = bucket
+        x, c, sign = bucket
+        z, pullback = jax.vjp(lambda theta: problem.model.rows(theta, x), theta)
         cotangent = problem.loss.curvature_root(z @ w, c, sign) @ w.T
-        _, pullback = jax.vjp(lambda theta: problem.model.rows(theta, x), theta)
         return jax.tree.map(jnp.add, total, _squares(*pullback(cotangent))), None
 
-    samples = jax.tree.map(lambda x: jnp.asarray(x)[order], (inputs, rows, targets))
+    inputs, targets = jax.tree.map(lambda x: jnp.asarray(x)[order], data)
     nothing = _squares(jax.tree.map(jnp.zeros_like, theta))
-    squares, _ = jax.lax.scan(add, nothing, jax.tree.map(split, (samples, signs)))
+    squares, _ = jax.lax.scan(add, nothing, jax.tree.map(split, (inputs, targets, signs)))
     sizes = [leaf.size for leaf in jax.tree.leaves(theta)]
     mean = sum(trace for trace, _ in squares) / sum(sizes)
     arrays = [
