@@ -12,7 +12,7 @@ import varprox as vp
 from varprox.curvature import linearise
 from varprox.lbfgsvpro import ACCURACY
 from varprox.model import Problem
-from varprox.projection import project, renew, start_projection
+from varprox.projection import project, start_projection
 from varprox.reduced import hessian_factor
 
 PRODUCTS = 10
@@ -85,7 +85,7 @@ def _rows(problem, theta, inputs):
 
 @jax.jit
 def _solve(problem, rows, targets, start, tolerance):
-    return renew(problem, targets, project(problem, rows, targets, start, tolerance))
+    return project(problem, rows, targets, start, tolerance)
 
 
 @jax.jit

@@ -82,8 +82,7 @@ def test_a_solve_starts_from_what_is_carried_over(x64):
     problem, rows, targets, _ = make("softmax_cross_entropy")
     start = projection.start_projection(problem, rows, targets)
     first = projection.project(problem, rows, targets, start, 1e-4)
-    first = projection.renew(problem, targets, first)
-    assert first.spent == 0
+    first = first._replace(spent=jnp.int32(0))
     change = np.random.default_rng(1).normal(size=(5, 5)) + 3 * np.eye(5)
     near = (rows + 0.1 * jnp.sin(3 * rows)) @ change
 
@@ -99,12 +98,32 @@ def test_a_solve_starts_from_what_is_carried_over(x64):
     assert np.linalg.norm(gradient) < 1e-10
 
 
-def test_a_worn_factor_is_renewed(x64):
+def test_a_worn_factor_is_replaced(x64):
+    """By one that belongs to W at the start of the solve; any other is kept."""
     problem, rows, targets, w = make("softmax_cross_entropy")
-    start = projection.start_projection(problem, rows, targets)._replace(w=w, rows=rows)
-    kept = projection.renew(problem, targets, start._replace(spent=jnp.int32(1)))
-    assert kept.spent == 1 and not kept.factor.blocks.any()
-    made = projection.renew(problem, targets, start)
-    assert made.spent == 0
+    start = projection.start_projection(problem, rows, targets)
+    start = start._replace(
+        w=w, rows=rows, factor=projection.factorise(problem, rows, 0 * w, targets)
+    )
+    aged = start._replace(spent=jnp.int32(projection.LIFETIME))
+    kept = projection.project(problem, rows, targets, aged, jnp.inf)
+    np.testing.assert_allclose(kept.factor.blocks, start.factor.blocks)
+    assert kept.products == 0 and kept.spent == projection.LIFETIME + 1
+
+    made = projection.project(problem, rows, targets, kept, jnp.inf)
     expected = projection.factorise(problem, rows, w, targets)
-    np.testing.assert_array_equal(made.factor.blocks, expected.blocks)
+    np.testing.assert_allclose(made.factor.blocks, expected.blocks, rtol=1e-6)
+    assert made.products == 0 and made.spent == 1
+
+
+def test_a_loose_solve_stops_where_it_may(x64):
+    """It takes fewer products than an exact one, and its excess is what was asked or less."""
+    problem, rows, targets, _ = make("softmax_cross_entropy")
+    start = projection.start_projection(problem, rows, targets)
+    exact = projection.project(problem, rows, targets, start)
+    products = [int(exact.products)]
+    for tolerance in (1e-8, 1e-4, 1e-2):
+        loose = projection.project(problem, rows, targets, start, tolerance)
+        assert 0 <= loose.value - exact.value <= 1.5 * tolerance
+        products.append(int(loose.products))
+    assert products == sorted(products, reverse=True) and products[-1] < products[0] / 2

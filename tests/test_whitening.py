@@ -50,8 +50,8 @@ def test_it_equals_the_formula(x64):
     found = matrix_of(whitening(problem, theta, rows, w, data), theta)
 
     x, v = np.asarray(data[0]), np.asarray(w)[:, 0]
-    gradients = np.einsum("ni,j->nij", x, v)
-    curvature = np.sum(gradients**2) / 15, len(x) * v.sum() ** 2
+    gradients = np.einsum("ni,j->nij", x, v) / len(x) ** 0.5
+    curvature = np.sum(gradients**2) / 15, v.sum() ** 2
     mean = (15 * curvature[0] + curvature[1]) / 20  # of all of θ, of 20 entries
     roots = [
         np.einsum("nij,nkj->ik", gradients, gradients),

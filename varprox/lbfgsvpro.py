@@ -14,7 +14,7 @@ import optax
 from varprox.checks import check_integer, check_number
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
-from varprox.projection import Projection, project, renew, start_projection
+from varprox.projection import Projection, project, start_projection
 from varprox.whitening import Whitening, whitening
 
 ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
@@ -53,10 +53,10 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> 
 
     It works in variables in which the Gauss–Newton matrix at the start is nearer to the identity:
     see `varprox.whitening`. The run has converged when the gradient's norm is at most `tolerance`.
-    Work units: 2 for the start, 2 for the whitening and 2 a trial point of the line search, most
-    steps needing one. Where W is solved for by iterations and a step found nothing lower, the next
-    one stays in place and solves to full accuracy; only if the step after that fails, too, has the
-    run stalled. `data` is all of it at every step.
+    Work units: 2 for the start, 2, an upper bound, for the whitening and 2 a trial point of the
+    line search, most steps needing one. Where W is solved for by iterations and a step found
+    nothing lower, the next one stays in place and solves to full accuracy; only if the step after
+    that fails, too, has the run stalled. `data` is all of it at every step.
     """
     check_problem(problem)
     memory = check_integer("memory", memory, least=1)
@@ -75,13 +75,13 @@ def _start(problem, theta, data, *, memory):
     shaped = jax.eval_shape(problem.model.rows, theta, data[0])
     start = start_projection(problem, shaped, data[1])
     at_zero = problem.loss.value(jnp.zeros_like(data[1]), data[1])
-    tolerance = ACCURACY**2 * jnp.abs(at_zero)
+    tolerance = ACCURACY * jnp.abs(at_zero)
     value, gradient, projection, rows = _value_and_gradient(problem, theta, start, data, tolerance)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     position = jax.tree.map(jnp.zeros_like, theta)
     return State(
         theta=theta,
-        projection=renew(problem, data[1], projection),
+        projection=projection,
         objective=value,
         gradient=gradient,
         decrease=value,
@@ -131,7 +131,7 @@ def _step(problem, tolerance, state, data, *, memory):
         return value, (gradient, belongings(found))
 
     def belongings(projection):
-        kept = (projection.w, projection.rows, projection.factor.basis)
+        kept = (projection.w, projection.rows, projection.factor)
         counts = (projection.products, projection.spent)
         return kept, jax.tree.map(lambda x: x.astype(state.objective.dtype), counts)
 
@@ -164,15 +164,13 @@ def _step(problem, tolerance, state, data, *, memory):
     better = lower | refresh
     new = optax.apply_updates(state.theta, updates[0]), found.value, *found.grad
     old = state.theta, state.objective, state.gradient, belongings(start)
-    theta, value, gradient, ((w, rows, basis), counts) = jax.tree.map(
+    theta, value, gradient, ((w, rows, factor), counts) = jax.tree.map(
         lambda n, o: jnp.where(better, n, o), new, old
     )
     length = jnp.where(lower, found.learning_rate, 0)
     position = jax.tree.map(lambda x, d: x - length * d, state.position, whitened)
     products, spent = (count.astype(jnp.int32) for count in counts)
-    factor = start.factor._replace(basis=basis)
     projection = Projection(w, rows, factor, value, products, spent)
-    projection = renew(problem, data[1], projection)
     gradient_norm = optax.tree.norm(gradient)
     exact = jnp.finfo(value.dtype).tiny  # the decrease noted after a refreshment
     stalled = ~better & (problem.loss.quadratic | (state.decrease == exact))

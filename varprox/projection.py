@@ -16,7 +16,7 @@ from varprox import trust_region
 from varprox.least_squares import ridge, triangular_factor
 from varprox.model import Problem
 
-LIFETIME = 16  # products that a factor serves for, which take about as long as making it
+LIFETIME = 20  # products that a factor serves for, which take about as long as making it
 NO_FACTOR = 10**6  # products spent on a factor that is none
 RANK, FLAT, ITERATIONS = 24, 1e-2, 50  # of the Newton–Krylov iterations
 CHUNK = 512  # samples
@@ -104,7 +104,7 @@ def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -
     in `start`, preconditioned with its factor, both carried over to these rows. They end when
     ‖∇_W Φ‖ ≤ eps^0.64 max(1, ‖∇_W Φ(0)‖) (1e-10 in float64), when rounding leaves nothing to gain,
     or earlier, when the estimated excess δ = Φ(W, θ) − Φ_red(θ) is below `tolerance`. A factor that
-    does badly is replaced, but what is returned keeps that of `start`: see `renew`.
+    is worn is replaced by one that belongs to the W found so far.
 
     An excess δ is harmless to the outer iteration, and this is why. Hold the inexact W fixed and
     let Ψ(ϑ) = Φ(W, ϑ) − Φ_red(ϑ). Then Ψ ≥ 0 everywhere, Ψ(θ) = δ and ∇Ψ(θ) is the error of the
@@ -114,7 +114,7 @@ def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -
         ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
 
     The methods ask for δ ≤ η² Δ, their `ACCURACY` being η² and Δ the decrease of their last step,
-    or that expected of this one if it is smaller; LBFGSvpro, before any step, asks for η⁴ times the
+    or that expected of this one if it is smaller; before any step LBFGSvpro asks for η² times the
     loss at W = 0. Then the objective is known to the fraction η² of what a step gains, and the
     error of the gradient is at most η √(2 L Δ). A steepest-descent step of length 1/L from θ gains
     ‖∇Φ_red‖²/(2L); where Δ is of this order, η bounds the relative error of the gradient.
@@ -189,6 +189,7 @@ def _newton(problem, rows, targets, start, tolerance):
             jnp.array(jnp.inf, dtype),
             rank=min(RANK, at.x.size),
             flat=FLAT,
+            enough=tolerance / 2,
             max_trials=20,
         )
         x, value, gradient = result.aux
@@ -203,17 +204,16 @@ def _newton(problem, rows, targets, start, tolerance):
         )
 
     def life_of_a_factor(carry):
-        at, products, made, _ = carry
-        kept = (made == 0) & (start.spent < NO_FACTOR)
+        at, factor, products, spent, _ = carry
+        worn = spent > LIFETIME
         factor = jax.lax.cond(
-            kept,
-            lambda: start.factor,
-            lambda: factorise(
-                problem, rows, to_w(at.x, columns), targets, whole=start.factor.whole
-            ),
+            worn,
+            lambda: factorise(problem, rows, to_w(at.x, columns), targets, whole=factor.whole),
+            lambda: factor,
         )
+        spent = jnp.where(worn, 0, spent)
         at = jax.lax.while_loop(
-            lambda at: ~close(at) & at.accepted & (at.products <= LIFETIME),
+            lambda at: ~close(at) & at.accepted & (spent + at.products <= LIFETIME),
             lambda at: iteration(factor, at),
             at._replace(
                 preconditioned=factor.transposed_root(at.gradient),
@@ -222,20 +222,21 @@ def _newton(problem, rows, targets, start, tolerance):
             ),
         )
         # With a new factor, a step that is not accepted has met rounding.
-        done = close(at) | (~kept & ~at.accepted)
-        return at, products + at.products, made + jnp.where(kept, 0, 1), done
+        done = close(at) | (worn & ~at.accepted)
+        spent = jnp.where(at.accepted, spent + at.products, NO_FACTOR)
+        return at, factor, products + at.products, spent, done
 
     x = to_flat(start.w)
     value, gradient = value_and_gradient(x)
     at = _Iterate(x, value, gradient, gradient, zero, true, zero)
-    at, products, made, _ = jax.lax.while_loop(
+    at, factor, products, spent, _ = jax.lax.while_loop(
         lambda carry: ~carry[-1] & jnp.isfinite(carry[0].value),
         life_of_a_factor,
-        (at, zero, zero, ~true),
+        (at, start.factor, zero, start.spent, ~true),
     )
-    spent = jnp.where(made > 0, NO_FACTOR, start.spent + products + 1)
+    # Even a factor that is not used grows old, as θ moves.
     return start._replace(
-        w=to_w(at.x, columns), value=at.value, products=products, spent=spent.astype(jnp.int32)
+        w=to_w(at.x, columns), factor=factor, value=at.value, products=products, spent=spent + 1
     )
 
 
@@ -255,19 +256,6 @@ def carry_over(problem: Problem, start: Projection, rows) -> Projection:
     change = jax.scipy.linalg.solve(gram + damping, rows.T @ start.rows + damping, assume_a="pos")
     factor = start.factor._replace(basis=change @ start.factor.basis)
     return start._replace(w=change @ start.w, rows=rows, factor=factor)
-
-
-def renew(problem: Problem, targets, projection: Projection) -> Projection:
-    """The projection, with a new factor if the old one is worn."""
-    if problem.loss.quadratic:
-        return projection
-    worn = projection.spent > LIFETIME
-    factor = jax.lax.cond(
-        worn,
-        lambda: factorise(problem, projection.rows, projection.w, targets),
-        lambda: projection.factor,
-    )
-    return projection._replace(factor=factor, spent=jnp.where(worn, 0, projection.spent))
 
 
 def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Factor:

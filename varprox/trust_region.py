@@ -99,23 +99,26 @@ def iterate(
     *,
     rank: int,
     flat: jax.Array | float,
+    enough: jax.Array | float = 0.0,
     max_trials: int,
 ) -> tuple[Iteration, KrylovSpace]:
     """Builds a Krylov space at `x`, then tries steps in it until one is accepted.
 
     `decrease, aux = evaluate(trial, predicted)` gives the decrease of the function from `x` to the
     trial point and whatever belongs to that point. The space stops growing when its last vector
-    added less than the fraction `flat` of the model's decrease. A rejected step shrinks the radius
-    and reuses the space; an accepted one on the boundary with gain ratio above 0.75 doubles it. An
-    infinite radius is set by the first step.
+    added less than the fraction `flat` of the model's decrease, or half the squared norm of
+    the model's gradient has fallen below `enough`. A rejected step shrinks the radius and reuses
+    the space; an accepted one on the boundary with gain ratio above 0.75 doubles it. An infinite
+    radius is set by the first step.
     """
 
-    def flattened(t, previous):
-        start_norm = jnp.linalg.norm(gradient)
-        decrease = solve_subproblem(t, start_norm, radius).decrease
-        return decrease - previous < flat * decrease, decrease
+    def finished(t, previous):
+        sub = solve_subproblem(t, jnp.linalg.norm(gradient), radius)
+        flattened = sub.decrease - previous < flat * sub.decrease
+        residual = t.off_diagonal[t.size - 1] * sub.coefficients[t.size - 1]
+        return flattened | (0.5 * residual**2 < enough), sub.decrease
 
-    space = lanczos(matvec, gradient, rank, flattened, jnp.zeros((), gradient.dtype))
+    space = lanczos(matvec, gradient, rank, finished, jnp.zeros((), gradient.dtype))
 
     def attempt(carry: Iteration) -> Iteration:
         sub = solve_subproblem(space.tridiagonal, space.start_norm, carry.radius)

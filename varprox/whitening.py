@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from varprox.model import Problem
 
-BUCKETS = 64  # of the sketch
+BUCKETS, SAMPLES = 64, 1024  # of the sketch, at most
 LONGEST = 256  # axis that is whitened
 DAMPING, LEAST = 0.1, 1e-3  # in units of an array's mean curvature, and of that of all of θ
 
@@ -38,34 +39,34 @@ def whitening(
     """M for the Gauss–Newton matrix at θ with W held fixed; `rows` are those at θ, by which the
     samples are put in order.
 
-    The samples are put into buckets, and each bucket gives one row of a count sketch S of the
-    square root of the Gauss–Newton matrix, Gᵀ G ≈ H up to a factor with G = S √Q J: the derivative
-    of the sum of its predictions, weighted by signs, random but the same in every run, and by the
-    root of the loss's curvature. For an array of weights with k axes, Shampoo's bound of H is a
-    product over the axes of (Σ Gᵢ Gᵢᵀ)^{1/k}, where Gᵢ unfolds along the axis what row i has for
-    this array; M is the product of the (Σ Gᵢ Gᵢᵀ + damping)^{−1/(2k)}. This costs about one forward
-    and one reverse pass. Source: Gupta, Koren, Singer, arXiv:1802.09568; for the sketch Clarkson,
-    Woodruff, J. ACM 63 (2017).
+    Some samples are put into buckets, and each bucket gives one row of a count sketch S of the
+    square root of the Gauss–Newton matrix, Gᵀ G ≈ H with G = S √Q J: the derivative of the sum of
+    its predictions, weighted by signs, random but the same in every run, and by the root of the
+    loss's curvature. For an array of weights with k axes, Shampoo's bound of H is a product over
+    the axes of (Σ Gᵢ Gᵢᵀ)^{1/k}, where Gᵢ unfolds along the axis what row i has for this array; M
+    is the product of the (Σ Gᵢ Gᵢᵀ + damping)^{−1/(2k)}. This costs one forward and one reverse
+    pass of at most `SAMPLES` samples. Source: Gupta, Koren, Singer, arXiv:1802.09568; for the
+    sketch Clarkson, Woodruff, J. ACM 63 (2017).
     """
     for_order, for_signs = jax.random.split(jax.random.key(0))
     # An order of the samples that does not depend on how they are given.
     order = jnp.argsort(rows @ jax.random.normal(for_order, rows.shape[1:], rows.dtype))
-    signs = jax.random.rademacher(for_signs, data[1].shape, rows.dtype)
     buckets = min(BUCKETS, len(rows))
+    size = min(SAMPLES, len(rows)) // buckets
+    chosen = order[np.arange(size * buckets) * len(rows) // (size * buckets)]
+    signs = jax.random.rademacher(for_signs, (buckets, size, data[1].shape[1]), rows.dtype)
 
     def split(x):
-        size = len(x) // buckets  # a few samples may be left over
-        return x[: size * buckets].reshape(size, buckets, *x.shape[1:]).swapaxes(0, 1)
+        return jnp.asarray(x)[chosen].reshape(size, buckets, *x.shape[1:]).swapaxes(0, 1)
 
     def add(total, bucket):
         x, c, sign = bucket
         z, pullback = jax.vjp(lambda theta: problem.model.rows(theta, x), theta)
-        cotangent = problem.loss.curvature_root(z @ w, c, sign) @ w.T
+        cotangent = problem.loss.curvature_root(z @ w, c, sign / buckets**0.5) @ w.T
         return jax.tree.map(jnp.add, total, _squares(*pullback(cotangent))), None
 
-    inputs, targets = jax.tree.map(lambda x: jnp.asarray(x)[order], data)
     nothing = _squares(jax.tree.map(jnp.zeros_like, theta))
-    squares, _ = jax.lax.scan(add, nothing, jax.tree.map(split, (inputs, targets, signs)))
+    squares, _ = jax.lax.scan(add, nothing, (*jax.tree.map(split, data), signs))
     sizes = [leaf.size for leaf in jax.tree.leaves(theta)]
     mean = sum(trace for trace, _ in squares) / sum(sizes)
     arrays = [
