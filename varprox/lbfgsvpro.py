@@ -54,9 +54,9 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> 
     It works in variables in which the Gauss–Newton matrix at the start is nearer to the identity:
     see `varprox.whitening`. The run has converged when the gradient's norm is at most `tolerance`.
     Work units: 2 for the start, 2, an upper bound, for the whitening and 2 a trial point of the
-    line search, most steps needing one. Where W is solved for by iterations and a step found
-    nothing lower, the next one stays in place and solves to full accuracy; only if the step after
-    that fails, too, has the run stalled. `data` is all of it at every step.
+    line search, most steps needing one. Where a step found nothing lower, the next one stays in
+    place, solves for W to full accuracy and forgets the pairs; only if the step after that, along
+    the gradient, fails, too, has the run stalled. `data` is all of it at every step.
     """
     check_problem(problem)
     memory = check_integer("memory", memory, least=1)
@@ -75,7 +75,7 @@ def _start(problem, theta, data, *, memory):
     shaped = jax.eval_shape(problem.model.rows, theta, data[0])
     start = start_projection(problem, shaped, data[1])
     at_zero = problem.loss.value(jnp.zeros_like(data[1]), data[1])
-    tolerance = ACCURACY * jnp.abs(at_zero)
+    tolerance = ACCURACY**2 * jnp.abs(at_zero)
     value, gradient, projection, rows = _value_and_gradient(problem, theta, start, data, tolerance)
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     position = jax.tree.map(jnp.zeros_like, theta)
@@ -146,9 +146,14 @@ def _step(problem, tolerance, state, data, *, memory):
             state.whitening(state.gradient), state.lbfgs, state.position
         )
         whitened, lbfgs = _in_dtype((whitened, lbfgs), state.objective.dtype)
-        # Where the last step failed, this one stays, and solves for W to full accuracy.
+        # Where the last step failed, this one stays, solves for W to full accuracy and forgets the
+        # pairs, which may have come from where the objective bends otherwise.
         refresh = state.decrease == 0
         whitened = jax.tree.map(lambda d: jnp.where(refresh, 0, d), whitened)
+        forgotten = _in_dtype(
+            optax.scale_by_lbfgs(memory).init(state.position), state.objective.dtype
+        )
+        lbfgs = jax.tree.map(lambda f, kept: jnp.where(refresh, f, kept), forgotten, lbfgs)
         direction = state.whitening(whitened)
         expected = 0.5 * jnp.abs(optax.tree.vdot(direction, state.gradient))
         search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
@@ -173,7 +178,7 @@ def _step(problem, tolerance, state, data, *, memory):
     projection = Projection(w, rows, factor, value, products, spent)
     gradient_norm = optax.tree.norm(gradient)
     exact = jnp.finfo(value.dtype).tiny  # the decrease noted after a refreshment
-    stalled = ~better & (problem.loss.quadratic | (state.decrease == exact))
+    stalled = ~better & (state.decrease == exact)
     status = jnp.select(
         [gradient_norm <= tolerance, stalled], [Status.CONVERGED, Status.STALLED], Status.RUNNING
     )
