@@ -114,7 +114,7 @@ def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -
         ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
 
     The methods ask for δ ≤ η² Δ, their `ACCURACY` being η² and Δ the decrease of their last step,
-    or that expected of this one if it is smaller; before any step LBFGSvpro asks for η² times the
+    or that expected of this one if it is smaller; before any step LBFGSvpro asks for η⁴ times the
     loss at W = 0. Then the objective is known to the fraction η² of what a step gains, and the
     error of the gradient is at most η √(2 L Δ). A steepest-descent step of length 1/L from θ gains
     ‖∇Φ_red‖²/(2L); where Δ is of this order, η bounds the relative error of the gradient.
