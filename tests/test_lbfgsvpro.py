@@ -42,6 +42,29 @@ def test_gradient_is_that_of_the_reduced_objective(loss, x64):
         assert info.objective == state.objective
 
 
+@losses
+def test_after_a_failure_it_stays_and_then_follows_the_gradient(loss, x64):
+    """The whitened gradient, whatever the pairs before the failure were."""
+    _, data, states, *_ = run("lbfgsvpro", loss)
+    step = vp.lbfgsvpro(make_problem(loss), memory=8).step
+    failed = states[6]._replace(decrease=0 * states[6].decrease)
+    stayed, _ = step(failed, data)
+    jax.tree.map(np.testing.assert_array_equal, stayed.theta, failed.theta)
+    moved, info = step(stayed, data)
+    assert moved.objective < stayed.objective and info.trials >= 1
+
+    def direction(old, new):
+        change = ravel_pytree(new.theta)[0] - ravel_pytree(old.theta)[0]
+        return change / np.linalg.norm(change)
+
+    whiten = stayed.whitening
+    downhill = -ravel_pytree(whiten(whiten(stayed.gradient)))[0]
+    downhill = downhill / np.linalg.norm(downhill)
+    np.testing.assert_allclose(direction(stayed, moved), downhill, atol=1e-8)
+    # Without a failure the pairs turn the step.
+    assert np.linalg.norm(direction(states[6], states[7]) - downhill) > 1e-2
+
+
 @pytest.mark.parametrize(
     "options, error, named, came",
     [

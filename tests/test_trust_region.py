@@ -169,6 +169,20 @@ def test_a_convex_quadratic_is_minimised_in_one_step(x64):
     assert abs(run.result.aux - run.result.x.sum()) < 1e-12
 
 
+def test_the_space_grows_until_its_gradient_is_small_enough(x64):
+    matrix, b = quadratic()
+
+    def left(run):
+        return 0.5 * np.sum((matrix @ np.asarray(run.result.x) - b) ** 2)
+
+    sizes = [left(Run(matrix, b, rank=rank)) for rank in range(1, SIZE)]
+    for enough in (3 * sizes[-1], 3 * sizes[-2], 1.1 * max(sizes)):
+        run = Run(matrix, b, enough=enough)
+        products = int(run.result.products)
+        assert products < SIZE and left(run) < enough
+        assert all(size >= enough for size in sizes[: products - 1])
+
+
 def test_first_radius_is_that_of_the_first_step(x64):
     """Gain ratio one: the radius is the length of the step, twice it after so good a step."""
     matrix, b = quadratic()

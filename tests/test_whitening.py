@@ -111,7 +111,7 @@ def test_long_axes_are_left_alone(x64):
     assert np.isfinite(whiten(theta)["kernel"]).all()
 
 
-@pytest.mark.parametrize("samples", [1, module.BUCKETS + 1, 2 * module.BUCKETS])
+@pytest.mark.parametrize("samples", [1, module.BUCKETS + 1, 2 * module.BUCKETS, module.SAMPLES + 5])
 def test_any_number_of_samples(samples, x64):
     """Some may be left over."""
     problem, theta, rows, w, data = make(samples=samples)

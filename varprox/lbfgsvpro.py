@@ -150,10 +150,10 @@ def _step(problem, tolerance, state, data, *, memory):
         # pairs, which may have come from where the objective bends otherwise.
         refresh = state.decrease == 0
         whitened = jax.tree.map(lambda d: jnp.where(refresh, 0, d), whitened)
-        forgotten = _in_dtype(
-            optax.scale_by_lbfgs(memory).init(state.position), state.objective.dtype
+        lbfgs = lbfgs._replace(
+            count=jnp.where(refresh, 0, lbfgs.count),
+            weights_memory=jnp.where(refresh, 0, lbfgs.weights_memory),
         )
-        lbfgs = jax.tree.map(lambda f, kept: jnp.where(refresh, f, kept), forgotten, lbfgs)
         direction = state.whitening(whitened)
         expected = 0.5 * jnp.abs(optax.tree.vdot(direction, state.gradient))
         search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")

@@ -106,10 +106,10 @@ def iterate(
 
     `decrease, aux = evaluate(trial, predicted)` gives the decrease of the function from `x` to the
     trial point and whatever belongs to that point. The space stops growing when its last vector
-    added less than the fraction `flat` of the model's decrease, or half the squared norm of
-    the model's gradient has fallen below `enough`. A rejected step shrinks the radius and reuses
-    the space; an accepted one on the boundary with gain ratio above 0.75 doubles it. An infinite
-    radius is set by the first step.
+    added less than the fraction `flat` of the model's decrease, or when half the squared norm of
+    what the model's gradient has outside the space is below `enough`. A rejected step shrinks the
+    radius and reuses the space; an accepted one on the boundary with gain ratio above 0.75 doubles
+    it. An infinite radius is set by the first step.
     """
 
     def finished(t, previous):
