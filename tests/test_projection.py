@@ -127,3 +127,16 @@ def test_a_loose_solve_stops_where_it_may(x64):
         assert 0 <= loose.value - exact.value <= tolerance
         products.append(int(loose.products))
     assert products == sorted(products, reverse=True) and products[-1] < products[0] / 2
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1.0])
+def test_a_solve_to_a_fraction_of_its_gain(unit, x64):
+    """Rows nearly the same for every class let W gain little, and then little excess is allowed."""
+    problem, rows, targets, _ = make("softmax_cross_entropy")
+    rows = unit**0.5 * rows
+    start = projection.start_projection(problem, rows, targets)
+    exact = projection.project(problem, rows, targets, start)
+    gain = problem.w_objective(start.w, rows, targets) - exact.value
+    loose = projection.project(problem, rows, targets, start, relative=1e-2)
+    assert 0 <= loose.value - exact.value <= 1e-2 * gain
+    assert 0 < loose.products <= exact.products

@@ -74,9 +74,9 @@ def _init(problem, memory, theta, data, key=None):
 def _start(problem, theta, data, *, memory):
     shaped = jax.eval_shape(problem.model.rows, theta, data[0])
     start = start_projection(problem, shaped, data[1])
-    at_zero = problem.loss.value(jnp.zeros_like(data[1]), data[1])
-    tolerance = ACCURACY**2 * jnp.abs(at_zero)
-    value, gradient, projection, rows = _value_and_gradient(problem, theta, start, data, tolerance)
+    value, gradient, projection, rows = _value_and_gradient(
+        problem, theta, start, data, relative=ACCURACY
+    )
     finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
     position = jax.tree.map(jnp.zeros_like, theta)
     return State(
@@ -100,12 +100,12 @@ def _in_dtype(tree, dtype):
     )
 
 
-def _value_and_gradient(problem, theta, start, data, tolerance):
+def _value_and_gradient(problem, theta, start, data, tolerance=0.0, relative=0.0):
     """Φ_red(θ), its gradient, the projection and the rows, by one forward and one reverse pass of
     the features."""
     inputs, targets = data
     rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
-    projection = project(problem, rows, targets, start, tolerance)
+    projection = project(problem, rows, targets, start, tolerance, relative)
     w = projection.w
     (gradient,) = pullback(problem.loss.gradient(rows @ w, targets) @ w.T)
     penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)

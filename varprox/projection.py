@@ -97,14 +97,17 @@ def start_projection(problem: Problem, rows, targets) -> Projection:
     )
 
 
-def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -> Projection:
+def project(
+    problem: Problem, rows, targets, start: Projection, tolerance=0.0, relative=0.0
+) -> Projection:
     """Minimises Φ over W for given rows.
 
     Least squares is solved directly. Under other losses Newton–Krylov iterations start from the W
     in `start`, preconditioned with its factor, both carried over to these rows. They end when
     ‖∇_W Φ‖ ≤ eps^0.64 max(1, ‖∇_W Φ(0)‖) (1e-10 in float64), when rounding leaves nothing to gain,
-    or earlier, when the estimated excess δ = Φ(W, θ) − Φ_red(θ) is below `tolerance`. A factor that
-    is worn is replaced by one that belongs to the W found so far.
+    or earlier, when the estimated excess δ = Φ(W, θ) − Φ_red(θ) is below `tolerance` plus the
+    fraction `relative` of what this solve has gained. A factor that is worn is replaced by one that
+    belongs to the W found so far.
 
     An excess δ is harmless to the outer iteration, and this is why. Hold the inexact W fixed and
     let Ψ(ϑ) = Φ(W, ϑ) − Φ_red(ϑ). Then Ψ ≥ 0 everywhere, Ψ(θ) = δ and ∇Ψ(θ) is the error of the
@@ -114,14 +117,14 @@ def project(problem: Problem, rows, targets, start: Projection, tolerance=0.0) -
         ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
 
     The methods ask for δ ≤ η² Δ, their `ACCURACY` being η² and Δ the decrease of their last step,
-    or that expected of this one if it is smaller; before any step LBFGSvpro asks for η⁴ times the
-    loss at W = 0. Then the objective is known to the fraction η² of what a step gains, and the
-    error of the gradient is at most η √(2 L Δ). A steepest-descent step of length 1/L from θ gains
-    ‖∇Φ_red‖²/(2L); where Δ is of this order, η bounds the relative error of the gradient.
+    or that expected of this one if it is smaller; before any step, LBFGSvpro asks for η² times what
+    the solve gains over W = 0. Then the objective is known to the fraction η² of what a step gains,
+    and the error of the gradient is at most η √(2 L Δ). A steepest-descent step of length 1/L from
+    θ gains ‖∇Φ_red‖²/(2L); where Δ is of this order, η bounds the relative error of the gradient.
     """
     if problem.loss.quadratic:
         return _ridge(problem, rows, targets)
-    return _newton(problem, rows, targets, start, tolerance)
+    return _newton(problem, rows, targets, start, tolerance, relative)
 
 
 def _ridge(problem, rows, targets):
@@ -144,7 +147,7 @@ class _Iterate(NamedTuple):
     iterations: jax.Array
 
 
-def _newton(problem, rows, targets, start, tolerance):
+def _newton(problem, rows, targets, start, tolerance, relative):
     loss, alpha = problem.loss, problem.w_penalty
     start = carry_over(problem, start, rows)
     columns = len(start.w)
@@ -161,9 +164,12 @@ def _newton(problem, rows, targets, start, tolerance):
     scale = jnp.linalg.norm(rows.T @ loss.gradient(jnp.zeros_like(targets), targets))
     limit = jnp.finfo(dtype).eps ** 0.64 * jnp.maximum(scale, 1)
 
+    def asked(value):
+        return tolerance + relative * (start_value - value)
+
     def close(at):
         excess = 0.5 * jnp.sum(at.preconditioned**2)
-        small = (jnp.linalg.norm(at.gradient) <= limit) | (excess <= tolerance)
+        small = (jnp.linalg.norm(at.gradient) <= limit) | (excess <= asked(at.value))
         return small | ~jnp.isfinite(at.value) | (at.iterations >= ITERATIONS)
 
     def iteration(factor, at):
@@ -189,7 +195,7 @@ def _newton(problem, rows, targets, start, tolerance):
             jnp.array(jnp.inf, dtype),
             rank=min(RANK, at.x.size),
             flat=FLAT,
-            enough=tolerance / 2,
+            enough=asked(at.value) / 2,
             max_trials=20,
         )
         x, value, gradient = result.aux
@@ -227,8 +233,8 @@ def _newton(problem, rows, targets, start, tolerance):
         return at, factor, products + at.products, spent, done
 
     x = to_flat(start.w)
-    value, gradient = value_and_gradient(x)
-    at = _Iterate(x, value, gradient, gradient, zero, true, zero)
+    start_value, gradient = value_and_gradient(x)
+    at = _Iterate(x, start_value, gradient, gradient, zero, true, zero)
     at, factor, products, spent, _ = jax.lax.while_loop(
         lambda carry: ~carry[-1] & jnp.isfinite(carry[0].value),
         life_of_a_factor,
