@@ -290,18 +290,24 @@ def _gn_step(problem, flat, state, data, *, rank):
         reached = _phi(problem, unravel(trial), data)
         return value - reached, reached
 
-    result, _ = trust_region.iterate(
+    space = trust_region.krylov_space(
         lambda v: ravel_pytree(product(unravel(v)))[0],
         gradient,
+        state.memory,
+        rank=rank,
+        flat=flat,
+    )
+    result = trust_region.search(
+        lambda radius, shift: trust_region.krylov_step(space, radius),
         trial_value,
         x,
         value,
         state.memory,
-        rank=rank,
-        flat=flat,
+        jnp.zeros_like(value),
         max_trials=MAX_TRIALS,
     )
-    work_units = state.work_units + 2 + 2 * result.products + result.trials
+    products = space.tridiagonal.size
+    work_units = state.work_units + 2 + 2 * products + result.trials
     status = jnp.where(result.accepted, Status.RUNNING, Status.STALLED).astype(jnp.int32)
     info = GnInfo(
         objective=result.aux,
@@ -309,7 +315,7 @@ def _gn_step(problem, flat, state, data, *, rank):
         radius=state.memory,
         ratio=result.ratio,
         accepted=result.accepted,
-        products=result.products,
+        products=products,
         trials=result.trials,
     )
     return State(*unravel(result.x), result.aux, result.radius, work_units, status), info

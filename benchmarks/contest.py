@@ -117,7 +117,7 @@ def train_scipy(task: Task, start: str, work: float) -> Run:
         task.theta,
         STARTS[start](task.problem, task.theta, task.train, key),
         task.train,
-        max_work=work,
+        stop=lambda objective, work_units, seconds: work_units >= work,
         validation=task.validation,
         metrics=task.metrics,
     )

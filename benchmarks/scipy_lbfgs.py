@@ -32,11 +32,12 @@ def scipy_lbfgs(
     w: jax.Array,
     data: tuple,
     *,
-    max_work: float,
+    stop: Callable[[float, float, float], bool],
     validation: tuple | None = None,
     metrics: Mapping[str, Callable] | None = None,
 ) -> Solution:
-    """L-BFGS-B with 20 pairs on (θ, W) from the given weights, with the history that `fit` keeps.
+    """L-BFGS-B with 20 pairs on (θ, W) from the given weights, with the history that `fit` keeps,
+    until `stop(objective, work units, seconds)`.
 
     Φ and its gradient are one compiled function, 2 work units a call, in the dtype of θ; SciPy's
     own arithmetic is in double precision. `seconds` counts both; the columns that need further
@@ -60,7 +61,7 @@ def scipy_lbfgs(
         spent = time.perf_counter() - begin
         found = intermediate_result
         path.append((found.x.copy(), float(found.fun), 2 * evaluations, spent))
-        if 2 * evaluations >= max_work:
+        if stop(*path[-1][1:]):
             raise StopIteration
 
     times = [time.perf_counter()]
@@ -87,5 +88,5 @@ def scipy_lbfgs(
         row = {"objective": value, "work_units": work_units, "seconds": seconds}
         rows.append(row | evaluate(problem, *weights, sets, metrics or {}))
     history = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
-    status = Status.BUDGET if path[-1][2] >= max_work else Status.STALLED
+    status = Status.BUDGET if stop(*path[-1][1:]) else Status.STALLED
     return Solution(*weights, history, status, max(first - second, 0.0))

@@ -13,8 +13,10 @@ import varprox as vp
 from varprox.lbfgsvpro import ACCURACY
 
 METHODS = {
-    "gnvpro": lambda problem, **options: vp.gnvpro(problem, **({"rank": 8} | options)),
-    "lbfgsvpro": lambda problem, **options: vp.lbfgsvpro(problem, **({"memory": 8} | options)),
+    "gnvpro-krylov": functools.partial(vp.gnvpro, curvature="krylov", rank=8),
+    "gnvpro-dense": functools.partial(vp.gnvpro, curvature="dense"),
+    "gnvpro-kernel": functools.partial(vp.gnvpro, curvature="kernel"),
+    "lbfgsvpro": functools.partial(vp.lbfgsvpro, memory=8),
 }
 LOSSES = {"least_squares": vp.least_squares(), "softmax_cross_entropy": vp.softmax_cross_entropy()}
 PENALTY, W_PENALTY = 3e-2, 3e-2
@@ -206,8 +208,12 @@ def test_vmap_over_starts_equals_a_loop(name, x64):
 
 
 @pytest.mark.parametrize("name, loss, enabled", [
-    ("gnvpro", "least_squares", False),
-    ("gnvpro", "softmax_cross_entropy", True),
+    ("gnvpro-krylov", "least_squares", False),
+    ("gnvpro-krylov", "softmax_cross_entropy", True),
+    ("gnvpro-dense", "least_squares", False),
+    ("gnvpro-dense", "softmax_cross_entropy", True),
+    ("gnvpro-kernel", "softmax_cross_entropy", False),
+    ("gnvpro-kernel", "least_squares", True),
     ("lbfgsvpro", "softmax_cross_entropy", False),
     ("lbfgsvpro", "least_squares", True),
     ("lbfgsvpro", "softmax_cross_entropy", True),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from varprox import trust_region
-from varprox.krylov import Tridiagonal
+from varprox.krylov import KrylovSpace, Tridiagonal
 
 SIZE = 6
 
@@ -52,7 +52,8 @@ SPECTRA = {
 
 @jax.jit
 def solve(diagonal, off, size, start_norm, radius):
-    return trust_region.solve_subproblem(Tridiagonal(diagonal, off, size), start_norm, radius)
+    space = KrylovSpace(jnp.eye(SIZE, dtype=off.dtype), Tridiagonal(diagonal, off, size), start_norm)
+    return trust_region.krylov_step(space, radius)
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
@@ -62,12 +63,15 @@ def test_subproblem_is_solved_as_a_dense_bisection_does(spectrum, radius, x64):
     diagonal, off = SPECTRA[spectrum]
     matrix, gradient = dense(diagonal, off), 2.0 * np.eye(SIZE)[0]
     result = solve(diagonal, off, np.int32(SIZE), 2.0, radius)
-    s = np.asarray(result.coefficients)
+    s = np.asarray(result.step)
     value = gradient @ s + 0.5 * s @ matrix @ s
     best = reference(matrix, gradient, radius)
     assert np.linalg.norm(s) <= radius * (1 + 1e-8)
     assert abs(value - best) <= 1e-8 * abs(best)
     assert abs(result.decrease + value) <= 1e-8 * abs(best)
+    if result.shift > 0 and np.linalg.eigvalsh(matrix)[0] + result.shift > 1e-8:
+        shifted = matrix + result.shift * np.eye(SIZE)
+        np.testing.assert_allclose(shifted @ s, -gradient, atol=1e-7)
     minimum = np.linalg.eigvalsh(matrix)[0]
     if minimum > 1e-8:
         inside = np.linalg.norm(np.linalg.solve(matrix, gradient)) < radius
@@ -81,7 +85,7 @@ def test_unused_rows_play_no_part(size, x64):
     diagonal, off = SPECTRA["indefinite"]
     used = np.arange(SIZE) < size
     result = solve(np.where(used, diagonal, 0), np.where(used, off, 0), np.int32(size), 2.0, 0.5)
-    s = np.asarray(result.coefficients)
+    s = np.asarray(result.step)
     assert not s[size:].any()
     matrix = dense(diagonal[:size], off[:size])
     best = reference(matrix, 2.0 * np.eye(size)[0], 0.5)
@@ -92,7 +96,7 @@ def test_infinite_radius_gives_the_newton_step(x64):
     diagonal, off = SPECTRA["definite"]
     matrix, gradient = dense(diagonal, off), 2.0 * np.eye(SIZE)[0]
     result = solve(diagonal, off, np.int32(SIZE), 2.0, np.inf)
-    np.testing.assert_allclose(result.coefficients, -np.linalg.solve(matrix, gradient), rtol=1e-9)
+    np.testing.assert_allclose(result.step, -np.linalg.solve(matrix, gradient), rtol=1e-9)
     expected = 0.5 * gradient @ np.linalg.solve(matrix, gradient)
     assert abs(result.decrease - expected) < 1e-9 * expected
 
@@ -100,7 +104,7 @@ def test_infinite_radius_gives_the_newton_step(x64):
 def test_infinite_radius_of_an_indefinite_model_gives_a_finite_descent_step(x64):
     diagonal, off = SPECTRA["indefinite"]
     result = solve(diagonal, off, np.int32(SIZE), 2.0, np.inf)
-    s = np.asarray(result.coefficients)
+    s = np.asarray(result.step)
     eigenvalues, q = np.linalg.eigh(dense(diagonal, off))
     length = np.linalg.norm(2.0 * q[0] / np.abs(eigenvalues))
     assert np.linalg.norm(s) <= length * (1 + 1e-8)
@@ -126,6 +130,58 @@ def test_subproblem_in_single_precision(radius):
     assert abs(result.decrease + best) < 1e-4 * abs(best)
 
 
+# The subproblem from a matrix
+
+
+@jax.jit
+def solve_matrix(matrix, gradient, radius, shift):
+    return trust_region.matrix_step(matrix, gradient, radius, shift)
+
+
+@pytest.mark.parametrize("spectrum", ["definite", "singular", "tiny"])
+@pytest.mark.parametrize("radius", [1e-6, 0.1, 1.0, 30.0, 1e6])
+@pytest.mark.parametrize("shift", [0.0, 1e-6, 1e3])
+def test_matrix_step_is_exact_for_a_radius_near_the_one_asked(spectrum, radius, shift, x64):
+    """Whatever the shift it begins with, the step has its length within a tenth of the radius, and
+    of all steps so long none is better."""
+    diagonal, off = SPECTRA[spectrum]
+    matrix, gradient = dense(diagonal, off), 2.0 * np.arange(1.0, SIZE + 1)
+    result = solve_matrix(matrix, gradient, radius, shift)
+    s = np.asarray(result.step)
+    length = np.linalg.norm(s)
+    value = gradient @ s + 0.5 * s @ matrix @ s
+    assert abs(result.decrease + value) <= 1e-8 * abs(value)
+    assert abs(value - reference(matrix, gradient, length)) <= 1e-8 * abs(value)
+    if result.on_boundary:
+        assert 0.9 * radius <= length <= 1.1 * radius
+    else:
+        assert result.shift == 0 and length <= radius
+        np.testing.assert_allclose(matrix @ s, -gradient, rtol=1e-8)
+
+
+def test_matrix_step_can_be_exact(x64, monkeypatch):
+    monkeypatch.setattr(trust_region, "CLOSE", 1e-12)
+    matrix, gradient = dense(*SPECTRA["definite"]), np.arange(1.0, SIZE + 1)
+    result = trust_region.matrix_step(matrix, gradient, jnp.array(0.3), jnp.array(0.0))
+    value = reference(matrix, gradient, 0.3)
+    assert abs(np.linalg.norm(result.step) - 0.3) < 1e-12
+    assert abs(result.decrease + value) <= 1e-12 * abs(value)
+
+
+@pytest.mark.parametrize("radius", [0.5, np.inf])
+def test_matrix_step_where_rounding_leaves_no_definite_matrix(radius):
+    """In single precision, and of half the rank."""
+    root = np.random.default_rng(0).normal(size=(40, 80)).astype(np.float32)
+    matrix, gradient = root.T @ root - 1e-6 * np.eye(80, dtype=np.float32), root[0]
+    assert not np.isfinite(jnp.linalg.cholesky(matrix)).all()
+    result = solve_matrix(matrix, gradient, np.float32(radius), np.float32(0))
+    s = np.asarray(result.step)
+    assert np.isfinite(s).all() and result.shift > 0
+    assert np.linalg.norm(s) <= 1.1 * radius
+    value = gradient @ s + 0.5 * s @ matrix @ s
+    assert value < 0 and abs(result.decrease + value) < 1e-3 * abs(value)
+
+
 # One iteration
 
 
@@ -135,8 +191,18 @@ def quadratic(seed=0, shift=0.5):
     return root @ root.T + shift * np.eye(SIZE), rng.normal(size=SIZE)
 
 
+def iterate(matvec, gradient, evaluate, x, aux, radius, *, max_trials=10, **space):
+    """Builds a Krylov space and tries steps in it; returns what came of it and the products."""
+    space = trust_region.krylov_space(matvec, gradient, radius, **space)
+    result = trust_region.search(
+        lambda radius, shift: trust_region.krylov_step(space, radius),
+        evaluate, x, aux, radius, jnp.zeros_like(radius), max_trials=max_trials,
+    )  # fmt: skip
+    return result, space.tridiagonal.size
+
+
 class Run:
-    """`iterate` on ½ xᵀAx − bᵀx plus `extra(x)`, from x = 1; counts what it costs."""
+    """One iteration on ½ xᵀAx − bᵀx plus `extra(x)`, from x = 1; counts what it costs."""
 
     def __init__(self, matrix, b, extra=lambda x: 0.0, **options):
         self.x = jnp.ones(SIZE)
@@ -147,11 +213,11 @@ class Run:
         def evaluate(trial, predicted):
             return value(self.x) - value(trial), trial.sum()
 
-        settings = {"rank": SIZE, "flat": 0.0, "max_trials": 10, "radius": jnp.inf} | options
+        settings = {"rank": SIZE, "flat": 0.0, "radius": jnp.inf} | options
         radius = jnp.asarray(settings.pop("radius"), jnp.float64)
         self.start = float(value(self.x))
-        self.result, _ = jax.jit(
-            lambda radius: trust_region.iterate(
+        self.result, self.products = jax.jit(
+            lambda radius: iterate(
                 lambda v: matrix @ v, matrix @ self.x - b, evaluate, self.x, self.x.sum(), radius,
                 **settings,
             )
@@ -163,7 +229,7 @@ def test_a_convex_quadratic_is_minimised_in_one_step(x64):
     matrix, b = quadratic()
     run = Run(matrix, b)
     np.testing.assert_allclose(run.result.x, np.linalg.solve(matrix, b), rtol=1e-9)
-    assert run.result.accepted and run.result.trials == 1 and run.result.products == SIZE
+    assert run.result.accepted and run.result.trials == 1 and run.products == SIZE
     assert abs(run.result.ratio - 1) < 1e-9
     assert abs(run.result.predicted - (run.start - run.end)) < 1e-9 * abs(run.start)
     assert abs(run.result.aux - run.result.x.sum()) < 1e-12
@@ -178,7 +244,7 @@ def test_the_space_grows_until_its_gradient_is_small_enough(x64):
     sizes = [left(Run(matrix, b, rank=rank)) for rank in range(1, SIZE)]
     for enough in (3 * sizes[-1], 3 * sizes[-2], 1.1 * max(sizes)):
         run = Run(matrix, b, enough=enough)
-        products = int(run.result.products)
+        products = int(run.products)
         assert products < SIZE and left(run) < enough
         assert all(size >= enough for size in sizes[: products - 1])
 
@@ -206,7 +272,7 @@ def test_rejected_steps_shrink_the_radius_and_cost_no_product(x64):
     """A wall away from the start turns long steps down."""
     wall = lambda x: 1e3 * jnp.maximum(jnp.sum((x - 1) ** 2) - 0.01, 0)  # noqa: E731
     free, walled = Run(*quadratic()), Run(*quadratic(), wall)
-    assert free.result.products == walled.result.products == SIZE
+    assert free.products == walled.products == SIZE
     assert walled.result.accepted and walled.result.trials > 1
     assert walled.result.first_ratio < 0 < walled.result.ratio
     assert walled.end < walled.start
@@ -235,12 +301,12 @@ def test_flat_ends_the_space_early(x64):
     matrix, b = np.diag(np.logspace(3, 0, SIZE)), np.zeros(SIZE)
     exact = Run(matrix, b)
     early = Run(matrix, b, flat=0.5)
-    assert 1 <= early.result.products < exact.result.products == SIZE
+    assert 1 <= early.products < exact.products == SIZE
     assert early.start - early.end > 0.25 * (exact.start - exact.end)
 
 
 def test_rank_caps_the_products(x64):
-    assert Run(*quadratic(), rank=3).result.products == 3
+    assert Run(*quadratic(), rank=3).products == 3
 
 
 def test_an_indefinite_function_is_decreased(x64):
@@ -258,9 +324,9 @@ def test_iterating_minimises_the_rosenbrock_function(x64):
     def step(x, radius):
         here, gradient = jax.value_and_grad(rosenbrock)(x)
         matvec = functools.partial(jnp.matmul, jax.hessian(rosenbrock)(x))
-        result, _ = trust_region.iterate(
+        result, _ = iterate(
             matvec, gradient, lambda trial, _: (here - rosenbrock(trial), ()), x, (), radius,
-            rank=2, flat=0.0, max_trials=10,
+            rank=2, flat=0.0,
         )  # fmt: skip
         return result.x, result.radius
 

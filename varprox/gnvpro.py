@@ -1,7 +1,7 @@
 """GNvpro: trust-region Gauss–Newton–Krylov on the reduced objective.
 
 Source: Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, algorithm 3.1. Imports the
-mathematics (reduced, curvature, projection), the trust region and recycling below it.
+mathematics (quadratic, reduced, projection) and the trust region below it.
 """
 
 from functools import partial
@@ -11,13 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from varprox import trust_region
+from varprox import quadratic, trust_region
 from varprox.checks import check_integer, check_number
-from varprox.curvature import linearise
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
-from varprox.projection import Projection, project, start_projection
-from varprox.recycling import Recycled, nothing_yet, recycle
+from varprox.penalties import tikhonov_weight
+from varprox.projection import Projection, factorise, project, start_projection
+from varprox.quadratic import Form
+from varprox.recycling import Recycled, nothing_yet
 from varprox.reduced import hessian_factor
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
@@ -35,6 +36,7 @@ class State(NamedTuple):
     objective: jax.Array
     decrease: jax.Array  # of the objective, in the last accepted step
     radius: jax.Array
+    shift: jax.Array  # σ of the last step
     recycled: Recycled  # from the Krylov spaces so far
     low: jax.Array  # iterations in a row whose gain ratio was low
     newton: jax.Array  # have Newton products taken over?
@@ -55,6 +57,7 @@ class Info(NamedTuple):
     trials: jax.Array
     w_products: jax.Array
     newton: jax.Array
+    curvature: jax.Array  # a number of `varprox.quadratic.Form`
 
 
 class Options(NamedTuple):
@@ -68,6 +71,7 @@ class Options(NamedTuple):
 def gnvpro(
     problem: Problem,
     *,
+    curvature: str = "auto",
     rank: int = 20,
     memory: int = 100,
     flat: float = 0.03,
@@ -77,51 +81,70 @@ def gnvpro(
 ) -> Method:
     """The full-batch method of choice for small and medium problems.
 
-    Each step builds a Krylov space of at most `rank` dimensions for the Gauss–Newton matrix of the
-    reduced objective, ending earlier when a further product adds less than the fraction `flat` of
-    the model's decrease, and takes the trust-region step in it. Up to `memory` directions in which
-    earlier Krylov spaces found the curvature large precondition the next one, and the trust region
-    is a ball in the variables so preconditioned; 0 starts every space anew, as published, and each
-    direction takes as much memory as θ. When gain ratios stay low, products with the full Hessian
-    take over, unless `hand_over` is False. `w_curvature` False leaves α₂ J_WᵀJ_W out of the
-    Gauss–Newton matrix, as the authors' implementation does under cross entropy. The run has
-    converged when the gradient's norm is at most `tolerance`.
+    Each step minimises the Gauss–Newton model of the reduced objective in a trust region.
+    `curvature` says how, and leads to the same step where the Krylov space is full:
 
-    Work units: 2 a step, 2 a product (4 with the full Hessian), 1 a trial point. `data` is all of
-    it at every step.
+    - "krylov": in a Krylov space of at most `rank` dimensions, ending earlier when a further
+      product adds less than the fraction `flat` of the model's decrease. Up to `memory` directions
+      in which earlier Krylov spaces found the curvature large precondition the next one, and the
+      trust region is a ball in the variables so preconditioned; 0 starts every space anew, as
+      published, and each direction takes as much memory as θ. When gain ratios stay low, products
+      with the full Hessian take over, unless `hand_over` is False. `w_curvature` False leaves α₂
+      J_WᵀJ_W out of the Gauss–Newton matrix, as the authors' implementation does under cross
+      entropy.
+    - "dense": from the whole matrix, formed by rows, one for each sample and output; the features
+      must treat every sample by itself. For up to some thousand weights, and for high accuracy.
+    - "kernel": the same from the singular values of these rows, where they are fewer than the
+      weights; it needs a Tikhonov penalty on all of θ, or none.
+    - "auto": the one of the three with the fewest operations a step. The method's info holds the
+      number it has in `varprox.quadratic.Form`.
+
+    The run has converged when the gradient's norm is at most `tolerance`. Work units: in a Krylov
+    space 2 a step and 2 a product (4 with the full Hessian), with rows 1 a step, 1 an output and 1
+    an entry of W; 1 a trial point. `data` is all of it at every step.
     """
     check_problem(problem)
+    forms = ["auto", *(form.name.lower() for form in Form)]
+    if curvature not in forms:
+        raise ValueError(f"curvature: expected one of {forms}, got {curvature!r}")
+    if curvature == "kernel" and tikhonov_weight(problem.theta_penalty) is None:
+        raise ValueError(
+            "curvature: expected 'kernel' only where the penalty on all of theta is Tikhonov's, or "
+            f"none, got {curvature!r} with theta_penalty={problem.theta_penalty!r}"
+        )
     rank = check_integer("rank", rank, least=1)
     memory = check_integer("memory", memory, least=0)
     check_number("flat", flat, below=1)
     check_number("tolerance", tolerance)
     options = Options(float(flat), float(tolerance), hand_over)
-    step = partial(_step, problem, options, rank=rank, w_curvature=w_curvature)
-    return Method(partial(_init, problem, memory), step, problem)
+    static = {"curvature": curvature, "rank": rank}
+    init = partial(_init, problem, memory=memory, **static)
+    step = partial(_step, problem, options, w_curvature=w_curvature, **static)
+    return Method(init, step, problem)
 
 
-def _init(problem, memory, theta, data, key=None):
+def _init(problem, theta, data, key=None, **static):
     check_data(problem, theta, data)
-    return _start(problem, theta, data, memory=memory)
+    return _start(problem, theta, data, **static)
 
 
-@partial(jax.jit, static_argnames="memory")
-def _start(problem, theta, data, *, memory):
+@partial(jax.jit, static_argnames=("curvature", "rank", "memory"))
+def _start(problem, theta, data, *, curvature, rank, memory):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
-    start = start_projection(problem, rows, targets)
-    projection = project(problem, rows, targets, start)
-    factor = hessian_factor(problem, rows, projection.w, targets)
-    projection = projection._replace(factor=factor)
+    projection = project(problem, rows, targets, start_projection(problem, rows, targets))
+    form = _form(problem, theta, projection.w, targets, curvature, rank)
+    factor = _factor(problem, rows, projection.w, targets, form)
     value = projection.value + problem.penalty(theta)
     return State(
         theta=theta,
         w=projection.w,
-        projection=projection,
+        projection=projection._replace(factor=factor),
         objective=value,
         decrease=value,
         radius=jnp.full_like(value, jnp.inf),
-        recycled=nothing_yet(memory, ravel_pytree(theta)[0]),
+        shift=jnp.zeros_like(value),
+        recycled=nothing_yet(memory if form is Form.KRYLOV else 0, ravel_pytree(theta)[0]),
         low=jnp.zeros((), jnp.int32),
         newton=jnp.array(False),
         work_units=jnp.ones((), jnp.int32),
@@ -129,76 +152,85 @@ def _start(problem, theta, data, *, memory):
     )
 
 
-@partial(jax.jit, static_argnames=("rank", "w_curvature"))
-def _step(problem, options, state, data, *, rank, w_curvature):
+def _form(problem, theta, w, targets, curvature, rank):
+    if curvature == "auto":
+        return quadratic.choose(problem, theta, w, targets, rank)
+    return Form[curvature.upper()]
+
+
+def _factor(problem, rows, w, targets, form):
+    """That of ∇²_W Φ, which a formed model needs exactly even where W is large."""
+    if form is Form.KRYLOV:
+        return hessian_factor(problem, rows, w, targets)
+    return factorise(problem, rows, w, targets, whole=True)
+
+
+@partial(jax.jit, static_argnames=("curvature", "rank", "w_curvature"))
+def _step(problem, options, state, data, *, curvature, rank, w_curvature):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
-    root = state.recycled.root
+    form = _form(problem, state.theta, state.w, targets, curvature, rank)
 
-    def flat(tree):
-        return ravel_pytree(tree)[0]
-
-    def iteration(full):
-        factor = state.projection.factor if problem.loss.quadratic else None
-        curvature = linearise(
-            problem, state.theta, data, state.w, factor, full=full, w_curvature=w_curvature
+    factor = state.projection.factor
+    if not problem.loss.quadratic:
+        factor = _factor(problem, state.projection.rows, state.w, targets, form)
+    at = problem, state.theta, data, state.w, factor, state.recycled
+    if form is Form.KRYLOV:
+        model = quadratic.krylov(
+            *at, state.radius, state.newton, rank=rank, flat=options.flat, w_curvature=w_curvature
         )
-        projection = state.projection._replace(factor=curvature.factor, spent=jnp.int32(0))
+    else:
+        model = quadratic.dense(*at) if form is Form.DENSE else quadratic.kernel(*at)
 
-        def evaluate(step, predicted):
-            trial = theta + root(step)
-            rows = problem.model.rows(unravel(trial), inputs)
-            tolerance = ACCURACY * jnp.minimum(predicted, state.decrease)
-            solved = project(problem, rows, targets, projection, tolerance)
-            value = solved.value + problem.penalty(unravel(trial))
-            return curvature.value - value, (value, solved)
+    projection = state.projection._replace(factor=factor, spent=jnp.int32(0))
 
-        gradient = flat(curvature.gradient)
-        result, space = trust_region.iterate(
-            lambda v: root(flat(curvature.matvec(unravel(root(v))))),
-            root(gradient),
-            evaluate,
-            jnp.zeros_like(theta),
-            (curvature.value, projection),
-            state.radius,
-            rank=rank,
-            flat=options.flat,
-            max_trials=MAX_TRIALS,
-        )
-        return jnp.linalg.norm(gradient), result, space
+    def evaluate(y, predicted):
+        trial = unravel(theta + model.root(y))
+        rows = problem.model.rows(trial, inputs)
+        tolerance = ACCURACY * jnp.minimum(predicted, state.decrease)
+        solved = project(problem, rows, targets, projection, tolerance)
+        value = solved.value + problem.penalty(trial)
+        return state.objective - value, (value, solved)
 
-    gradient_norm, result, space = jax.lax.cond(
-        state.newton, lambda: iteration(True), lambda: iteration(False)
+    result = trust_region.search(
+        model.step,
+        evaluate,
+        jnp.zeros_like(theta),
+        (state.objective, projection),
+        state.radius,
+        state.shift,
+        max_trials=MAX_TRIALS,
     )
     value, projection = result.aux
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
-    newton = state.newton | (options.hand_over & (low >= PATIENCE))
+    newton = state.newton | (options.hand_over & (form is Form.KRYLOV) & (low >= PATIENCE))
     # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.
     radius = jnp.where(newton & ~state.newton, jnp.inf, result.radius)
-    per_product = jnp.where(state.newton, 4, 2)
     info = Info(
         objective=value,
-        gradient_norm=gradient_norm,
+        gradient_norm=model.gradient_norm,
         radius=state.radius,
         ratio=result.ratio,
         accepted=result.accepted,
-        products=result.products,
+        products=model.products,
         trials=result.trials,
         w_products=projection.products,
         newton=state.newton,
+        curvature=jnp.int32(form),
     )
     state = State(
-        theta=unravel(theta + root(result.x)),
+        theta=unravel(theta + model.root(result.x)),
         w=projection.w,
         projection=projection,
         objective=value,
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
         radius=radius,
-        recycled=recycle(state.recycled, space),
+        shift=result.shift,
+        recycled=model.recycled,
         low=low,
         newton=newton,
-        work_units=state.work_units + 2 + per_product * result.products + result.trials,
-        status=_status(value, gradient_norm, result.accepted, options.tolerance),
+        work_units=state.work_units + model.work + result.trials,
+        status=_status(value, model.gradient_norm, result.accepted, options.tolerance),
     )
     return state, info
 

@@ -191,13 +191,13 @@ class AntisymmetricResNet(_Flow):
 
     def kernels(self) -> jax.Array:
         """K at the nodes and midpoints, (2 steps + 1, width, width)."""
-        width = self.bias.shape[1]
+        width, lower = self.bias.shape[1], self.lower[...]
         rows, columns = np.tril_indices(width, -1)
-        entry = np.zeros((width, width), int)
-        entry[rows, columns] = entry[columns, rows] = np.arange(rows.size)
-        below = np.tri(width, k=-1)
-        lower = self.lower[...]
-        kernels = lower[:, entry] * (below - below.T).astype(lower.dtype)
+        # A product, not an index, whose derivative for each sample would be a scatter: slow on CPU.
+        place = np.zeros((rows.size, width, width))
+        place[np.arange(rows.size), rows, columns] = 1
+        place = (place - place.mT).reshape(rows.size, -1).astype(lower.dtype)
+        kernels = (lower @ place).reshape(-1, width, width)
         return kernels - self.gamma * jnp.eye(width, dtype=lower.dtype)
 
     def flow(self, z: jax.Array) -> jax.Array:

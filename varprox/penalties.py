@@ -54,6 +54,13 @@ def as_penalty(name: str, penalty: Any) -> tuple[Penalty, ...]:
     return (Partial(_tikhonov, Partial(_everything), check_number(name, penalty)),)
 
 
+def tikhonov_weight(penalties: tuple[Penalty, ...]) -> Any:
+    """α, if the penalties add up to ½ α ‖θ‖² by their construction; else None."""
+    if any(p.func is not _tikhonov or p.args[0].func is not _everything for p in penalties):
+        return None
+    return sum(p.args[1] for p in penalties)
+
+
 def _where(where):
     if not callable(where):
         raise TypeError(f"where: expected a function of theta, got {where!r}")

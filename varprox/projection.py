@@ -186,16 +186,22 @@ def _newton(problem, rows, targets, start, tolerance, relative):
             noisy = predicted < 1e3 * jnp.finfo(dtype).eps * jnp.abs(at.value)
             return jnp.where(noisy, by_gradient, at.value - value), (trial, value, gradient)
 
-        result, _ = trust_region.iterate(
+        infinite = jnp.array(jnp.inf, dtype)
+        space = trust_region.krylov_space(
             matvec,
             at.preconditioned,
-            evaluate,
-            jnp.zeros_like(at.x),
-            (at.x, at.value, at.gradient),
-            jnp.array(jnp.inf, dtype),
+            infinite,
             rank=min(RANK, at.x.size),
             flat=FLAT,
             enough=asked(at.value) / 2,
+        )
+        result = trust_region.search(
+            lambda radius, shift: trust_region.krylov_step(space, radius),
+            evaluate,
+            jnp.zeros_like(at.x),
+            (at.x, at.value, at.gradient),
+            infinite,
+            jnp.zeros((), dtype),
             max_trials=20,
         )
         x, value, gradient = result.aux
@@ -204,7 +210,7 @@ def _newton(problem, rows, targets, start, tolerance, relative):
             value,
             gradient,
             factor.transposed_root(gradient),
-            at.products + result.products,
+            at.products + space.tridiagonal.size,
             result.accepted,
             at.iterations + 1,
         )

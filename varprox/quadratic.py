@@ -1,0 +1,157 @@
+"""The quadratic model of the reduced objective at θ, in one of three forms.
+
+Seen in a Krylov space, as a matrix, or as the eigenpairs of its kernel: each form knows how to
+minimise itself in a ball. Imports curvature, jacobian, recycling and the trust region.
+"""
+
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from varprox import trust_region
+from varprox.curvature import linearise
+from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
+from varprox.model import Problem
+from varprox.penalties import tikhonov_weight
+from varprox.projection import Factor
+from varprox.recycling import Recycled, recycle
+
+PASS = 50  # operations that a matrix product does in the time of one of a network's pass
+LARGEST = 2**28  # entries of a matrix that is formed unasked
+
+
+class Form(IntEnum):
+    """The forms of the model, as `varprox.gnvpro` names them."""
+
+    KRYLOV = 0
+    DENSE = 1
+    KERNEL = 2
+
+
+class Quadratic(NamedTuple):
+    """The model gᵀs + ½ sᵀHs for steps s = root(y) of θ, in variables y in which the trust region is
+    a ball."""
+
+    gradient_norm: jax.Array  # in θ
+    root: Callable[[jax.Array], jax.Array]
+    step: Callable[[jax.Array, jax.Array], trust_region.Step]  # of radius and a guess at the shift
+    products: jax.Array
+    work: jax.Array  # units spent
+    recycled: Recycled  # for the next model
+
+
+def choose(problem: Problem, theta: Any, w: jax.Array, targets: jax.Array, rank: int) -> Form:
+    """The form whose steps take the fewest operations, counted for a full Krylov space."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(theta))
+    samples, outputs = targets.shape
+    rows = targets.size + w.size
+    in_pass = PASS * samples * size
+    in_rows = (2 + outputs + w.size) * in_pass
+    costs = {Form.KRYLOV: (2 + 2 * rank) * in_pass}
+    if size**2 <= LARGEST:
+        costs[Form.DENSE] = in_rows + targets.size * size**2 + size**3
+    if rows * size <= LARGEST and tikhonov_weight(problem.theta_penalty) is not None:
+        costs[Form.KERNEL] = in_rows + 2 * size * rows**2 + 20 * rows**3
+    return min(costs, key=costs.__getitem__)
+
+
+def krylov(
+    problem: Problem,
+    theta: Any,
+    data: tuple,
+    w: jax.Array,
+    factor: Factor,
+    recycled: Recycled,
+    radius: jax.Array,
+    newton: jax.Array,
+    *,
+    rank: int,
+    flat: jax.Array,
+    w_curvature: bool,
+) -> Quadratic:
+    """The model in a Krylov space for the Gauss–Newton matrix, or for the Hessian if `newton`.
+
+    The space is built in variables that `recycled` makes of θ, and ends where a product adds less
+    than the fraction `flat` of the model's decrease in the ball of the given radius.
+    """
+    _, unravel = ravel_pytree(theta)
+    in_theta = recycled.root
+
+    def space(full):
+        curvature = linearise(problem, theta, data, w, factor, full=full, w_curvature=w_curvature)
+        gradient = ravel_pytree(curvature.gradient)[0]
+
+        def matvec(v):
+            return in_theta(ravel_pytree(curvature.matvec(unravel(in_theta(v))))[0])
+
+        found = trust_region.krylov_space(
+            matvec, in_theta(gradient), radius, rank=rank, flat=flat
+        )
+        return jnp.linalg.norm(gradient), found
+
+    gradient_norm, found = jax.lax.cond(newton, lambda: space(True), lambda: space(False))
+    products = found.tridiagonal.size
+    return Quadratic(
+        gradient_norm,
+        in_theta,
+        lambda radius, shift: trust_region.krylov_step(found, radius),
+        products,
+        2 + jnp.where(newton, 4, 2) * products,
+        recycle(recycled, found),
+    )
+
+
+def dense(
+    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, recycled: Recycled
+) -> Quadratic:
+    """The model as a matrix, in θ itself."""
+    gradient, matrix = gauss_newton_matrix(problem, theta, data, w, factor)
+
+    def step(radius, shift):
+        return trust_region.matrix_step(matrix, gradient, radius, shift)
+
+    return _formed(gradient, step, data[1], w, recycled)
+
+
+def kernel(
+    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, recycled: Recycled
+) -> Quadratic:
+    """The model as the singular values of M, where Mᵀ M + α I is the Gauss–Newton matrix.
+
+    What the gradient has outside the span of M's rows makes one more eigenvector, of eigenvalue α.
+    """
+    gradient, root = gauss_newton_root(problem, theta, data, w, factor)
+    _, singular, basis = jnp.linalg.svd(root, full_matrices=False)
+    singular, basis = singular[::-1], basis[::-1]  # in ascending order
+    inside = basis @ gradient
+    outside = gradient - inside @ basis
+    rest = jnp.linalg.norm(outside)
+    beyond = outside / jnp.where(rest > 0, rest, 1)
+
+    eigenvalues = jnp.concatenate([jnp.zeros_like(singular[:1]), singular**2])
+    eigenvalues = eigenvalues + tikhonov_weight(problem.theta_penalty)
+    # What is known to be zero only up to rounding would make a step of any length.
+    eigenvalues = jnp.maximum(eigenvalues, jnp.finfo(rest.dtype).eps * eigenvalues[-1])
+    coefficients = jnp.concatenate([rest[None], inside])
+    basis = jnp.concatenate([beyond[None], basis])
+
+    def step(radius, shift):
+        found = trust_region.spectral_step(eigenvalues, coefficients, radius)
+        return found._replace(step=found.step @ basis)
+
+    return _formed(gradient, step, data[1], w, recycled)
+
+
+def _formed(gradient, step, targets, w, recycled):
+    return Quadratic(
+        gradient_norm=jnp.linalg.norm(gradient),
+        root=lambda y: y,
+        step=step,
+        products=jnp.zeros((), jnp.int32),
+        work=jnp.int32(1 + targets.shape[1] + w.size),
+        recycled=recycled,
+    )
