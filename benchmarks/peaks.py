@@ -62,9 +62,9 @@ def run(
     write(output, "peaks", [summary_table(results, budgets)], settings, results, runs)
 
 
-def make_task(seed: int) -> Task:
-    """2000 points and a network, both drawn from `seed`."""
-    data = vp.datasets.peaks(2000, seed=seed)
+def make_task(seed: int, points: int = 2000) -> Task:
+    """So many points and a network, both drawn from `seed`."""
+    data = vp.datasets.peaks(points, seed=seed)
     net = vp.networks.AntisymmetricResNet(
         2, 8, 1, steps=7, final_time=5.0, bias_scale=2.0, rngs=nnx.Rngs(seed)
     )

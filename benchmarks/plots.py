@@ -21,6 +21,14 @@ COLOURS = {
     "Adam": "#009e73",
     "L-BFGS": "#555555",
     "GN": "#cc79a7",
+    "GNvpro dense": "#0072b2",
+    "GNvpro krylov": "#56b4e9",
+    "GNvpro kernel": "#004166",
+    "Adam, cosine": "#8fd4a8",
+    "L-BFGS (SciPy)": "#222222",
+    "L-BFGS (optax)": "#888888",
+    "LM (optimistix)": "#cc79a7",
+    "trf (SciPy)": "#b8860b",
 }
 # Sixteen colours that can be told apart, light and dark neighbours taking turns.
 CLASSES = (
@@ -67,6 +75,31 @@ def convergence(
     _save(figure, path)
 
 
+def race(path: Path, courses: Mapping[str, Mapping[str, Sequence[Run]]]) -> None:
+    """A row a course: the objective of each method against work units and seconds, as in
+    `convergence`."""
+    shape = len(courses), 2
+    size = 10, 2.9 * len(courses) + 0.8
+    figure, grid = plt.subplots(*shape, figsize=size, squeeze=False, layout="constrained")
+    handles = {}
+    for row, (course, groups) in zip(grid, courses.items(), strict=True):
+        for ax, axis in zip(row, AXES, strict=True):
+            spent = [run.history[axis] for runs in groups.values() for run in runs]
+            limit = max(column[-1] for column in spent)
+            for method, runs in groups.items():
+                x, (curve,) = _curves(runs, axis, limit, ["objective"])
+                _draw(ax, method, x, curve)
+            ax.set(xscale="log", yscale="log", xlabel=AXES[axis])
+            ax.grid(alpha=0.3, linewidth=0.6)
+            handles |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
+        row[0].set(ylabel="objective", title=course)
+    figure.legend(
+        handles.values(), handles, loc="outside upper center", ncols=min(5, len(handles)),
+        frameon=False,
+    )  # fmt: skip
+    _save(figure, path)
+
+
 def _curves(runs, axis, limit, columns):
     """Points along `axis`, and there for each column the values of the best run, seed by seed."""
     seeds = by_seed(runs).values()
@@ -85,7 +118,7 @@ def _plain_ticks(axis):
 
 
 def _draw(ax, method, x, curve):
-    style = {"color": COLOURS[method], "linestyle": "-" if method in PROJECTED else "--"}
+    style = {"color": COLOURS[method], "linestyle": "-" if method.startswith(PROJECTED) else "--"}
     style |= {"label": method, "linewidth": 1.8, "drawstyle": "steps-post"}
     ax.plot(x, np.median(curve, axis=0), **style)
     if len(curve) > 1:

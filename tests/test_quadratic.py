@@ -11,45 +11,69 @@ import varprox as vp
 from varprox import quadratic, trust_region
 from varprox.projection import factorise
 from varprox.quadratic import Form
-from varprox.recycling import nothing_yet
 
-RADII = (np.inf, 0.3, 1e-3)
+RADII = (np.inf, 1e-2, 1e-4)
+CASE = Case("softmax_cross_entropy", outputs=2)
 
 
 @jax.jit
 def steps(problem, theta, data, w):
-    """Of every form, the Krylov space being full, the steps for all radii."""
+    """Of every form the steps s for all radii, and what it measures their length by; the Krylov
+    space is full."""
     inputs, targets = data
-    factor = factorise(problem, problem.model.rows(theta, inputs), w, targets, whole=True)
-    like = ravel_pytree(theta)[0]
-    arguments = problem, theta, data, w, factor, nothing_yet(0, like)
-    options = {"rank": like.size, "flat": 0.0, "w_curvature": True}
-    models = {
-        "krylov": quadratic.krylov(*arguments, jnp.inf, jnp.array(False), **options),
-        "dense": quadratic.dense(*arguments),
-        "kernel": quadratic.kernel(*arguments),
-    }
-    return {
-        name: [model.step(jnp.array(radius), jnp.array(0.0)) for radius in RADII]
-        for name, model in models.items()
-    }
+    rows = problem.model.rows(theta, inputs)
+    factor = factorise(problem, rows, w, targets, whole=True)
+    size = ravel_pytree(theta)[0].size
+    options = {"rank": size, "flat": 0.0, "w_curvature": True}
+    found = {}
+    for form in Form:
+        norm = quadratic.start_norm(form, problem, theta, rows, w, data, 0, True)
+        arguments = problem, theta, data, w, factor, norm
+        if form is Form.KRYLOV:
+            model = quadratic.krylov(*arguments, jnp.inf, jnp.array(False), **options)
+        else:
+            model = {Form.DENSE: quadratic.dense, Form.KERNEL: quadratic.kernel}[form](*arguments)
+        made = [model.step(jnp.array(radius), jnp.array(0.0)) for radius in RADII]
+        root = jax.vmap(model.root, out_axes=1)(jnp.eye(size))
+        found[form] = [step._replace(step=model.root(step.step)) for step in made], root
+    return found
 
 
 @pytest.mark.parametrize("samples", [5, 16])
 @pytest.mark.parametrize("loss", ["least_squares", "softmax_cross_entropy", "pseudo_huber"])
-def test_all_forms_give_the_same_steps(loss, samples, x64, monkeypatch):
-    """Inside the ball and on its boundary, with fewer rows than the 24 weights and with more."""
+def test_all_forms_solve_the_same_problem(loss, samples, x64, monkeypatch):
+    """With fewer rows than the 24 weights and with more. Where the ball is large enough all steps
+    are the same; elsewhere each is the best in its own norm: (H + σ R⁻ᵀR⁻¹) s = −g for s = R y."""
     monkeypatch.setattr(trust_region, "CLOSE", 1e-13)
     case, theta = Case(loss, outputs=2), initial_theta()
     data = tuple(x[:samples] for x in case.data)
-    w = dense_reference(case, theta, data).w
-    found = steps(case.problem, theta, data, w)
-    for krylov, dense, kernel in zip(*found.values(), strict=True):
-        for other in (dense, kernel):
-            assert relative(other.step, krylov.step) < 1e-8
-            assert abs(other.decrease - krylov.decrease) < 1e-8 * krylov.decrease
-            assert other.on_boundary == krylov.on_boundary
-    assert [bool(step.on_boundary) for step in found["dense"]] == [False, True, True]
+    reference = dense_reference(case, theta, data)
+    newton = np.linalg.solve(reference.gauss_newton, -reference.gradient)
+    for (inside, *shorter), root in steps(case.problem, theta, data, reference.w).values():
+        assert relative(inside.step, newton) < 1e-8
+        assert abs(inside.decrease + 0.5 * reference.gradient @ newton) < 1e-8 * inside.decrease
+        assert not inside.on_boundary
+        metric = np.linalg.inv(root @ root.T)
+        for step, radius in zip(shorter, RADII[1:], strict=True):
+            assert step.on_boundary
+            assert abs(step.step @ metric @ step.step - radius**2) < 1e-8 * radius**2
+            shifted = reference.gauss_newton + step.shift * metric
+            assert relative(shifted @ step.step, -reference.gradient) < 1e-7
+
+
+def test_the_dense_norm_follows_the_diagonal_and_its_mean(x64):
+    """And only ever grows."""
+    theta, reference = initial_theta(), dense_reference(CASE, initial_theta(), CASE.data)
+    _, root = steps(CASE.problem, theta, CASE.data, reference.w)[Form.DENSE]
+    diagonal = np.diag(reference.gauss_newton)
+    np.testing.assert_allclose(np.diag(root), (diagonal + diagonal.mean()) ** -0.5, rtol=1e-8)
+
+    method = vp.gnvpro(CASE.problem, curvature="dense")
+    states = [method.init(theta, CASE.data)]
+    for _ in range(6):
+        states.append(method.step(states[-1], CASE.data)[0])
+    norms = np.array([state.norm for state in states])
+    assert (np.diff(norms, axis=0) >= 0).all() and (norms[-1] > norms[1]).any()
 
 
 def choose(samples, size, outputs=1, columns=9, penalty=1e-10):

@@ -52,7 +52,9 @@ SPECTRA = {
 
 @jax.jit
 def solve(diagonal, off, size, start_norm, radius):
-    space = KrylovSpace(jnp.eye(SIZE, dtype=off.dtype), Tridiagonal(diagonal, off, size), start_norm)
+    space = KrylovSpace(
+        jnp.eye(SIZE, dtype=off.dtype), Tridiagonal(diagonal, off, size), start_norm
+    )
     return trust_region.krylov_step(space, radius)
 
 

@@ -18,7 +18,6 @@ from varprox.model import Problem, check_data, check_problem
 from varprox.penalties import tikhonov_weight
 from varprox.projection import Projection, factorise, project, start_projection
 from varprox.quadratic import Form
-from varprox.recycling import Recycled, nothing_yet
 from varprox.reduced import hessian_factor
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
@@ -37,7 +36,7 @@ class State(NamedTuple):
     decrease: jax.Array  # of the objective, in the last accepted step
     radius: jax.Array
     shift: jax.Array  # σ of the last step
-    recycled: Recycled  # from the Krylov spaces so far
+    norm: Any  # of the trust region: see `varprox.quadratic`
     low: jax.Array  # iterations in a row whose gain ratio was low
     newton: jax.Array  # have Newton products taken over?
     work_units: jax.Array  # so far
@@ -77,6 +76,7 @@ def gnvpro(
     flat: float = 0.03,
     tolerance: float = 0.0,
     hand_over: bool = True,
+    whiten: bool = False,
     w_curvature: bool = True,
 ) -> Method:
     """The full-batch method of choice for small and medium problems.
@@ -86,22 +86,26 @@ def gnvpro(
 
     - "krylov": in a Krylov space of at most `rank` dimensions, ending earlier when a further
       product adds less than the fraction `flat` of the model's decrease. Up to `memory` directions
-      in which earlier Krylov spaces found the curvature large precondition the next one, and the
-      trust region is a ball in the variables so preconditioned; 0 starts every space anew, as
-      published, and each direction takes as much memory as θ. When gain ratios stay low, products
-      with the full Hessian take over, unless `hand_over` is False. `w_curvature` False leaves α₂
-      J_WᵀJ_W out of the Gauss–Newton matrix, as the authors' implementation does under cross
-      entropy.
+      in which earlier Krylov spaces found the curvature large precondition the next one; each takes
+      as much memory as θ. The trust region is a ball in the variables so preconditioned, after a
+      whitening at the start of the run (see `varprox.whitening`). When gain ratios stay low,
+      products with the full Hessian take over.
     - "dense": from the whole matrix, formed by rows, one for each sample and output; the features
-      must treat every sample by itself. For up to some thousand weights, and for high accuracy.
-    - "kernel": the same from the singular values of these rows, where they are fewer than the
-      weights; it needs a Tikhonov penalty on all of θ, or none.
+      must treat every sample by itself. The trust region is an ellipsoid that follows the matrix's
+      diagonal. For up to some thousand weights, and for high accuracy.
+    - "kernel": from the singular values of these rows, where they are fewer than the weights. It
+      needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself.
     - "auto": the one of the three with the fewest operations a step. The method's info holds the
       number it has in `varprox.quadratic.Form`.
 
+    A Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` and `whiten`
+    False, and `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the
+    authors' implementation does under cross entropy.
+
     The run has converged when the gradient's norm is at most `tolerance`. Work units: in a Krylov
-    space 2 a step and 2 a product (4 with the full Hessian), with rows 1 a step, 1 an output and 1
-    an entry of W; 1 a trial point. `data` is all of it at every step.
+    space 2 a step and 2 a product (4 with the full Hessian), and 2 for the whitening, an upper
+    bound; with rows 1 a step, 1 an output and 1 an entry of W; 1 for the start and 1 a trial point.
+    `data` is all of it at every step.
     """
     check_problem(problem)
     forms = ["auto", *(form.name.lower() for form in Form)]
@@ -118,7 +122,7 @@ def gnvpro(
     check_number("tolerance", tolerance)
     options = Options(float(flat), float(tolerance), hand_over)
     static = {"curvature": curvature, "rank": rank}
-    init = partial(_init, problem, memory=memory, **static)
+    init = partial(_init, problem, memory=memory, whiten=whiten, **static)
     step = partial(_step, problem, options, w_curvature=w_curvature, **static)
     return Method(init, step, problem)
 
@@ -128,8 +132,8 @@ def _init(problem, theta, data, key=None, **static):
     return _start(problem, theta, data, **static)
 
 
-@partial(jax.jit, static_argnames=("curvature", "rank", "memory"))
-def _start(problem, theta, data, *, curvature, rank, memory):
+@partial(jax.jit, static_argnames=("curvature", "rank", "memory", "whiten"))
+def _start(problem, theta, data, *, curvature, rank, memory, whiten):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
@@ -144,10 +148,10 @@ def _start(problem, theta, data, *, curvature, rank, memory):
         decrease=value,
         radius=jnp.full_like(value, jnp.inf),
         shift=jnp.zeros_like(value),
-        recycled=nothing_yet(memory if form is Form.KRYLOV else 0, ravel_pytree(theta)[0]),
+        norm=quadratic.start_norm(form, problem, theta, rows, projection.w, data, memory, whiten),
         low=jnp.zeros((), jnp.int32),
         newton=jnp.array(False),
-        work_units=jnp.ones((), jnp.int32),
+        work_units=jnp.int32(3 if form is Form.KRYLOV and whiten else 1),
         status=_status(value, jnp.inf, True, 0.0),
     )
 
@@ -174,7 +178,7 @@ def _step(problem, options, state, data, *, curvature, rank, w_curvature):
     factor = state.projection.factor
     if not problem.loss.quadratic:
         factor = _factor(problem, state.projection.rows, state.w, targets, form)
-    at = problem, state.theta, data, state.w, factor, state.recycled
+    at = problem, state.theta, data, state.w, factor, state.norm
     if form is Form.KRYLOV:
         model = quadratic.krylov(
             *at, state.radius, state.newton, rank=rank, flat=options.flat, w_curvature=w_curvature
@@ -226,7 +230,7 @@ def _step(problem, options, state, data, *, curvature, rank, w_curvature):
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
         radius=radius,
         shift=result.shift,
-        recycled=model.recycled,
+        norm=model.norm,
         low=low,
         newton=newton,
         work_units=state.work_units + model.work + result.trials,

@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 from varprox.model import Problem
 from varprox.projection import Factor, to_flat
 
-BLOCK_BYTES = 2**25  # of rows of K that are held at a time
+BLOCK_BYTES = 2**22  # of rows of K that are held at a time
 
 
 def gauss_newton_matrix(
@@ -33,8 +33,8 @@ def gauss_newton_matrix(
     """
     flat, unravel = ravel_pytree(theta)
     samples, outputs = data[1].shape
-    size = max(1, min(samples, BLOCK_BYTES // (outputs * flat.nbytes)))
-    blocks = -(-samples // size)
+    blocks = -(-samples // max(1, BLOCK_BYTES // (outputs * flat.nbytes)))
+    size = -(-samples // blocks)
 
     def add(total, index):
         z, root, k = _rooted_rows(problem, theta, data, w, jnp.minimum(index, samples - 1))

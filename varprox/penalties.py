@@ -54,7 +54,7 @@ def as_penalty(name: str, penalty: Any) -> tuple[Penalty, ...]:
     return (Partial(_tikhonov, Partial(_everything), check_number(name, penalty)),)
 
 
-def tikhonov_weight(penalties: tuple[Penalty, ...]) -> Any:
+def tikhonov_weight(penalties: tuple[Partial, ...]) -> Any:
     """α, if the penalties add up to ½ α ‖θ‖² by their construction; else None."""
     if any(p.func is not _tikhonov or p.args[0].func is not _everything for p in penalties):
         return None

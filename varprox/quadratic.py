@@ -1,7 +1,8 @@
 """The quadratic model of the reduced objective at θ, in one of three forms.
 
-Seen in a Krylov space, as a matrix, or as the eigenpairs of its kernel: each form knows how to
-minimise itself in a ball. Imports curvature, jacobian, recycling and the trust region.
+Seen in a Krylov space, as a matrix, or as the singular values of its rows: each form knows how to
+minimise itself in a ball, and in which variables this is one. Imports curvature, jacobian,
+whitening, recycling and the trust region.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
 from varprox.model import Problem
 from varprox.penalties import tikhonov_weight
 from varprox.projection import Factor
-from varprox.recycling import Recycled, recycle
+from varprox.recycling import Recycled, nothing_yet, recycle
+from varprox.whitening import Whitening, whitening
 
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
 LARGEST = 2**28  # entries of a matrix that is formed unasked
@@ -33,15 +35,34 @@ class Form(IntEnum):
 
 
 class Quadratic(NamedTuple):
-    """The model gᵀs + ½ sᵀHs for steps s = root(y) of θ, in variables y in which the trust region is
-    a ball."""
+    """The model gᵀs + ½ sᵀHs of steps s = root(y) of θ, in variables y in which the trust region
+    is a ball."""
 
     gradient_norm: jax.Array  # in θ
     root: Callable[[jax.Array], jax.Array]
     step: Callable[[jax.Array, jax.Array], trust_region.Step]  # of radius and a guess at the shift
     products: jax.Array
     work: jax.Array  # units spent
-    recycled: Recycled  # for the next model
+    norm: Any  # that of the next model
+
+
+class KrylovNorm(NamedTuple):
+    """s = M P^½ y, with M from a sketch of the curvature at the start and P from the Krylov spaces
+    since."""
+
+    whitening: Whitening | None  # None stands for M = I
+    recycled: Recycled
+
+
+def start_norm(
+    form: Form, problem: Problem, theta: Any, rows, w, data: tuple, memory: int, whiten: bool
+) -> Any:
+    """What makes the first model's norm; `memory` and `whiten` are those of `gnvpro`."""
+    like = ravel_pytree(theta)[0]
+    if form is Form.KRYLOV:
+        found = whitening(problem, theta, rows, w, data) if whiten else None
+        return KrylovNorm(found, nothing_yet(memory, like))
+    return jnp.zeros(like.size if form is Form.DENSE else 0, like.dtype)
 
 
 def choose(problem: Problem, theta: Any, w: jax.Array, targets: jax.Array, rank: int) -> Form:
@@ -65,7 +86,7 @@ def krylov(
     data: tuple,
     w: jax.Array,
     factor: Factor,
-    recycled: Recycled,
+    norm: KrylovNorm,
     radius: jax.Array,
     newton: jax.Array,
     *,
@@ -75,54 +96,70 @@ def krylov(
 ) -> Quadratic:
     """The model in a Krylov space for the Gauss–Newton matrix, or for the Hessian if `newton`.
 
-    The space is built in variables that `recycled` makes of θ, and ends where a product adds less
-    than the fraction `flat` of the model's decrease in the ball of the given radius.
+    The space ends where a product adds less than the fraction `flat` of the model's decrease in the
+    ball of the given radius.
     """
     _, unravel = ravel_pytree(theta)
-    in_theta = recycled.root
+
+    def whitened(x):
+        return x if norm.whitening is None else ravel_pytree(norm.whitening(unravel(x)))[0]
+
+    def root(y):
+        return whitened(norm.recycled.root(y))
 
     def space(full):
         curvature = linearise(problem, theta, data, w, factor, full=full, w_curvature=w_curvature)
         gradient = ravel_pytree(curvature.gradient)[0]
 
-        def matvec(v):
-            return in_theta(ravel_pytree(curvature.matvec(unravel(in_theta(v))))[0])
+        def in_ball(x):  # the transpose of `root`
+            return norm.recycled.root(whitened(x))
 
-        found = trust_region.krylov_space(
-            matvec, in_theta(gradient), radius, rank=rank, flat=flat
-        )
+        def matvec(y):
+            return in_ball(ravel_pytree(curvature.matvec(unravel(root(y))))[0])
+
+        found = trust_region.krylov_space(matvec, in_ball(gradient), radius, rank=rank, flat=flat)
         return jnp.linalg.norm(gradient), found
 
     gradient_norm, found = jax.lax.cond(newton, lambda: space(True), lambda: space(False))
     products = found.tridiagonal.size
     return Quadratic(
         gradient_norm,
-        in_theta,
+        root,
         lambda radius, shift: trust_region.krylov_step(found, radius),
         products,
         2 + jnp.where(newton, 4, 2) * products,
-        recycle(recycled, found),
+        norm._replace(recycled=recycle(norm.recycled, found)),
     )
 
 
 def dense(
-    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, recycled: Recycled
+    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, norm: jax.Array
 ) -> Quadratic:
-    """The model as a matrix, in θ itself."""
+    """The model as a matrix. `norm` is the largest diagonal of the matrices so far.
+
+    A step is measured in units of 1/√d for every weight, d being its entry there and their mean
+    added up: the norm follows the problem, but a weight of little curvature is not let off its
+    leash. Source: Moré, Lecture Notes in Mathematics 630 (1978), for the running maximum.
+    """
     gradient, matrix = gauss_newton_matrix(problem, theta, data, w, factor)
+    norm = jnp.maximum(norm, jnp.diagonal(matrix))
+    mean = jnp.mean(norm)
+    scale = jax.lax.rsqrt(norm + jnp.where(mean > 0, mean, 1))
+    matrix = matrix * scale * scale[:, None]
 
     def step(radius, shift):
-        return trust_region.matrix_step(matrix, gradient, radius, shift)
+        return trust_region.matrix_step(matrix, scale * gradient, radius, shift)
 
-    return _formed(gradient, step, data[1], w, recycled)
+    return _formed(gradient, lambda y: scale * y, step, data[1], w, norm)
 
 
 def kernel(
-    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, recycled: Recycled
+    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, norm: jax.Array
 ) -> Quadratic:
     """The model as the singular values of M, where Mᵀ M + α I is the Gauss–Newton matrix.
 
     What the gradient has outside the span of M's rows makes one more eigenvector, of eigenvalue α.
+    Steps are measured in θ itself, where the penalty is a multiple of the identity.
     """
     gradient, root = gauss_newton_root(problem, theta, data, w, factor)
     _, singular, basis = jnp.linalg.svd(root, full_matrices=False)
@@ -143,15 +180,15 @@ def kernel(
         found = trust_region.spectral_step(eigenvalues, coefficients, radius)
         return found._replace(step=found.step @ basis)
 
-    return _formed(gradient, step, data[1], w, recycled)
+    return _formed(gradient, lambda y: y, step, data[1], w, norm)
 
 
-def _formed(gradient, step, targets, w, recycled):
+def _formed(gradient, root, step, targets, w, norm):
     return Quadratic(
         gradient_norm=jnp.linalg.norm(gradient),
-        root=lambda y: y,
+        root=root,
         step=step,
         products=jnp.zeros((), jnp.int32),
         work=jnp.int32(1 + targets.shape[1] + w.size),
-        recycled=recycled,
+        norm=norm,
     )

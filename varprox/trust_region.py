@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from varprox.krylov import KrylovSpace, Tridiagonal, dense, lanczos
+from varprox.krylov import KrylovSpace, dense, lanczos
 
 ACCEPT, GROW = 1e-4, 0.75  # gain ratios from which a step is taken, and from which the radius grows
 CLOSE = 0.1  # how near to the radius `matrix_step` comes, relatively
