@@ -57,7 +57,8 @@ def compete(
         runs += compiled_once(in_optax) + compiled_once(in_scipy)
         seconds = equal_seconds(runs, work) if equal_time else 0.0
     if "gnvpro" in methods:
-        runs.append(train(task, "GNvpro", "", vp.gnvpro(problem, rank=rank), work, seconds))
+        gnvpro = vp.gnvpro(problem, curvature="krylov", rank=rank)
+        runs.append(train(task, "GNvpro", "", gnvpro, work, seconds))
     if "lbfgsvpro" in methods:
         runs.append(train(task, "LBFGSvpro", "", vp.lbfgsvpro(problem), work, seconds))
     if "gn" in methods:

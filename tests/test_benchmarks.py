@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.__main__ import main
+from benchmarks import race
+from benchmarks.__main__ import RACERS, main
 from benchmarks.contest import METHODS
 from benchmarks.experiment import spend, text_table
 
@@ -27,7 +28,7 @@ def benchmarks(*arguments):
 def test_help_lists_the_experiments():
     done = benchmarks("--help")
     assert done.returncode == 0
-    for name in ("indian_pines", "peaks", "ellipse"):
+    for name in ("indian_pines", "peaks", "ellipse", "race"):
         assert f"\n    {name}" in done.stdout
 
 
@@ -41,6 +42,10 @@ def test_help_of_an_experiment_lists_its_options(name, capsys):
     assert all(method in printed for method in METHODS)
 
 
+def test_the_race_takes_the_names_of_its_entrants():
+    assert set(RACERS) == {name for course in race.COURSES.values() for name in course.entrants}
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -51,6 +56,7 @@ def test_help_of_an_experiment_lists_its_options(name, capsys):
         (["peaks", "--budget", "none"], "--budget: expected a number ≥ 2, got 'none'"),
         (["peaks", "--x64", "--x32"], "not allowed with argument"),
         (["ellipse", "--normalise", "band"], "unrecognized arguments: --normalise"),
+        (["race", "--method", "gnvpro"], "--method: invalid choice: 'gnvpro'"),
     ],
 )
 def test_a_bad_command_line_is_refused(arguments, complaint, capsys):

@@ -14,6 +14,7 @@ import pytest
 from problems import features, initial_theta, loss_value, make_data, plain_rows
 
 import varprox as vp
+from varprox import quadratic
 
 ALPHA, W_PENALTY = 3e-2, 1e-2
 
@@ -252,7 +253,8 @@ def fit(method=GNVPRO, theta=None, data=None, **options):
 INPUTS, TARGETS = VALIDATION
 
 REFUSED = {
-    "method a problem": (fit(make_problem()), TypeError, "method", "varprox.gnvpro(problem)", "Problem"),
+    "method a number": (fit(3), TypeError, "method", "varprox.gnvpro(problem), or a problem", "3"),
+    "data of a problem": (fit(make_problem(), data=(INPUTS, TARGETS[1:])), ValueError, "inputs", "10 samples", "(11, 2)"),
     "method not called": (fit(vp.gnvpro), TypeError, "method", "varprox.gnvpro(problem)", "function gnvpro"),
     "no budget": (fit(epochs=None), ValueError, "fit", "max_work, max_seconds or epochs", "none"),
     "infinite budget": (fit(epochs=None, max_work=math.inf), ValueError, "fit", "max_work, max_seconds or epochs", "none"),
@@ -283,6 +285,19 @@ def test_bad_input_is_refused_by_name(name):
     assert message.startswith(f"{argument}:"), message
     assert "expected" in message and expected in message, message
     assert came in message.split("got", 1)[1], message
+
+
+def test_without_a_method_the_curvature_is_formed_where_it_can_be(x64, monkeypatch):
+    theta, data = make()
+    problem = make_problem()
+    solution = vp.fit(problem, theta, data, epochs=2)
+    expected = vp.fit(vp.gnvpro(problem, curvature="dense"), theta, data, epochs=2)
+    np.testing.assert_array_equal(solution.history["objective"], expected.history["objective"])
+
+    monkeypatch.setattr(quadratic, "LARGEST", 10)
+    solution = vp.fit(problem, theta, data, epochs=2)
+    expected = vp.fit(vp.lbfgsvpro(problem), theta, data, epochs=2)
+    np.testing.assert_array_equal(solution.history["objective"], expected.history["objective"])
 
 
 @pytest.mark.parametrize("number", [np.int64(2), np.float32(2), jnp.int32(2)])

@@ -218,6 +218,8 @@ def ellipse_run(seed):
 @pytest.mark.parametrize(
     "options, error, named, came",
     [
+        ({"curvature": "full"}, ValueError, "curvature", "'full'"),
+        ({"curvature": None}, ValueError, "curvature", "None"),
         ({"rank": 0}, ValueError, "rank", "0"),
         ({"rank": 2.5}, ValueError, "rank", "2.5"),
         ({"rank": True}, ValueError, "rank", "True"),
@@ -240,6 +242,15 @@ def test_bad_options_are_refused(options, error, named, came):
     assert came in str(caught.value).split("got", 1)[1]
 
 
+def test_a_kernel_needs_a_multiple_of_the_identity():
+    for penalty in (vp.smoothness_in_time(1e-3, 1.0), [1e-3, lambda theta: 0.0]):
+        with pytest.raises(ValueError, match="^curvature: expected 'kernel' only where") as caught:
+            vp.gnvpro(make_problem(penalty=penalty), curvature="kernel")
+        assert "'kernel' with theta_penalty=" in str(caught.value).split("got", 1)[1]
+    vp.gnvpro(make_problem(penalty=[1e-3, vp.tikhonov(1e-2)]), curvature="kernel")
+    vp.gnvpro(make_problem(penalty=None), curvature="kernel")
+
+
 def test_what_is_not_a_problem_is_refused():
     with pytest.raises(TypeError, match=r"^problem: expected a varprox\.Problem, got"):
         vp.gnvpro(vp.Separable(features))
@@ -248,6 +259,6 @@ def test_what_is_not_a_problem_is_refused():
 def test_another_rank_is_another_program_and_stays_within_it(x64):
     theta, data = make()
     for rank in (1, 3):
-        method = vp.gnvpro(make_problem(), rank=rank, flat=0.0)
+        method = vp.gnvpro(make_problem(), curvature="krylov", rank=rank, flat=0.0)
         _, info = method.step(method.init(theta, data), data)
         assert info.products == rank

@@ -98,3 +98,13 @@ def test_readme_quotes_the_medians_on_peaks():
     assert f"as the median of five seeds, {medians['GNvpro']['median'][-1]:.1e}" in readme
     for method in ("LBFGSvpro", "Adam", "L-BFGS", "GN"):
         assert f"{method} {medians[method]['median'][-1]:.1e}" in readme
+
+
+def test_readme_quotes_the_race():
+    result = ROOT / "benchmarks" / "results" / "race" / "result.json"
+    course = json.loads(result.read_text(encoding="utf-8"))["results"]["peaks, 2000 points"]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method, row in course.items():
+        cells = ["–" if value is None else f"{value:.2g}" for value in row["seconds"]]
+        line = " | ".join([method, *cells, f"{row['compile_seconds']:.1f}"])
+        assert f"| {line} |" in readme

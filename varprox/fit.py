@@ -1,7 +1,7 @@
 """The loop a person runs: budgets, history, validation and progress around a method's `init` and
 `step`.
 
-Imports model and method.
+Imports the methods, for the one it takes where none is named, and what is below them.
 """
 
 import math
@@ -14,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from varprox import quadratic
+from varprox.gnvpro import gnvpro
+from varprox.lbfgsvpro import lbfgsvpro
 from varprox.method import Method, Status
-from varprox.model import check_data, predict
+from varprox.model import Problem, check_data, predict
+from varprox.quadratic import Form
 
 BAR = "{desc} [{elapsed}, {rate_fmt}]"
 
@@ -38,7 +42,7 @@ class Solution(NamedTuple):
 
 
 def fit(
-    method: Method,
+    method: Method | Problem,
     theta: Any,
     data: tuple,
     *,
@@ -52,6 +56,9 @@ def fit(
 ) -> Solution:
     """Trains until the method ends or a budget is used up, whichever comes first.
 
+    In place of a method a problem may be given: it is trained with `gnvpro` where θ is small enough
+    for the curvature to be formed, and with `lbfgsvpro` elsewhere.
+
     `data` and `validation` are pairs (inputs, targets). Budgets: `max_work` in work units (one
     forward or one backward pass over the data is one), `max_seconds` of run time, `epochs` in steps
     of a full-batch method; at least one must be given. `metrics` maps names to functions
@@ -62,8 +69,12 @@ def fit(
     ValueError before anything runs. The end of the budget, a stall and a non-finite objective are
     statuses, not exceptions; the last good weights come back.
     """
+    if isinstance(method, Problem):
+        method = _default_method(method, theta, data)
     if not isinstance(method, Method):
-        raise TypeError(f"method: expected one such as varprox.gnvpro(problem), got {method!r}")
+        raise TypeError(
+            f"method: expected one such as varprox.gnvpro(problem), or a problem, got {method!r}"
+        )
     budgets = {"max_work": max_work, "max_seconds": max_seconds, "epochs": epochs}
     limits = {name: _limit(name, value) for name, value in budgets.items()}
     if all(limit == math.inf for limit in limits.values()):
@@ -107,6 +118,15 @@ def fit(
         Status.BUDGET if status == Status.RUNNING else status,
         compile_seconds,
     )
+
+
+def _default_method(problem, theta, data):
+    check_data(problem, theta, data)
+    inputs, targets = data
+    rows = jax.eval_shape(problem.model.rows, theta, inputs)
+    w = jax.ShapeDtypeStruct((rows.shape[1], targets.shape[1]), rows.dtype)
+    formed = quadratic.choose(problem, theta, w, targets) is not Form.KRYLOV
+    return gnvpro(problem) if formed else lbfgsvpro(problem)
 
 
 def _timed(fn, *args):

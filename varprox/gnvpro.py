@@ -71,7 +71,7 @@ def gnvpro(
     problem: Problem,
     *,
     curvature: str = "auto",
-    rank: int = 20,
+    rank: int = quadratic.RANK,
     memory: int = 100,
     flat: float = 0.03,
     tolerance: float = 0.0,
@@ -82,13 +82,15 @@ def gnvpro(
     """The full-batch method of choice for small and medium problems.
 
     Each step minimises the Gauss–Newton model of the reduced objective in a trust region.
-    `curvature` says how, and leads to the same step where the Krylov space is full:
+    `curvature` says how; inside the trust region all lead to the same step if the Krylov space is
+    full:
 
     - "krylov": in a Krylov space of at most `rank` dimensions, ending earlier when a further
       product adds less than the fraction `flat` of the model's decrease. Up to `memory` directions
       in which earlier Krylov spaces found the curvature large precondition the next one; each takes
-      as much memory as θ. The trust region is a ball in the variables so preconditioned, after a
-      whitening at the start of the run (see `varprox.whitening`). When gain ratios stay low,
+      as much memory as θ. The trust region is a ball in the variables so preconditioned. They are
+      whitened at the start of the run (see `varprox.whitening`) if `whiten`, which pays in the
+      first steps where inputs are many and correlated, such as spectra. When gain ratios stay low,
       products with the full Hessian take over.
     - "dense": from the whole matrix, formed by rows, one for each sample and output; the features
       must treat every sample by itself. The trust region is an ellipsoid that follows the matrix's
@@ -98,9 +100,9 @@ def gnvpro(
     - "auto": the one of the three with the fewest operations a step. The method's info holds the
       number it has in `varprox.quadratic.Form`.
 
-    A Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` and `whiten`
-    False, and `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the
-    authors' implementation does under cross entropy.
+    The Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` False and
+    `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the authors'
+    implementation does under cross entropy.
 
     The run has converged when the gradient's norm is at most `tolerance`. Work units: in a Krylov
     space 2 a step and 2 a product (4 with the full Hessian), and 2 for the whitening, an upper

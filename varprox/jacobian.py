@@ -92,12 +92,14 @@ def _rooted_rows(problem, theta, data, w, index):
 
 
 def _residual_rows(problem, theta, data, w):
-    """A, (entries of W output by output, size)."""
+    """A, (entries of W output by output, size); one pass after the other, to save memory."""
     inputs, targets = data
     rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
     residual = problem.loss.gradient(rows @ w, targets)
     columns = jnp.eye(len(w), dtype=w.dtype)
-    pull = jax.vmap(
-        lambda of_output, column: ravel_pytree(pullback(of_output[:, None] * column))[0], (None, 0)
-    )
-    return jax.vmap(pull, (1, None))(residual, columns).reshape(w.size, -1)
+
+    def of_entry(index):
+        output, column = index
+        return ravel_pytree(pullback(residual[:, output, None] * columns[column])[0])[0]
+
+    return jax.lax.map(of_entry, np.divmod(np.arange(w.size, dtype=np.int32), np.int32(len(w))))

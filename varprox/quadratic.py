@@ -22,6 +22,7 @@ from varprox.projection import Factor
 from varprox.recycling import Recycled, nothing_yet, recycle
 from varprox.whitening import Whitening, whitening
 
+RANK = 20  # of Krylov spaces, unless asked for otherwise
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
 LARGEST = 2**28  # entries of a matrix that is formed unasked
 
@@ -65,8 +66,9 @@ def start_norm(
     return jnp.zeros(like.size if form is Form.DENSE else 0, like.dtype)
 
 
-def choose(problem: Problem, theta: Any, w: jax.Array, targets: jax.Array, rank: int) -> Form:
-    """The form whose steps take the fewest operations, counted for a full Krylov space."""
+def choose(problem: Problem, theta: Any, w: Any, targets: Any, rank: int = RANK) -> Form:
+    """The form whose steps take the fewest operations, counted for a full Krylov space; only the
+    shapes of the arrays matter."""
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))
     samples, outputs = targets.shape
     rows = targets.size + w.size
