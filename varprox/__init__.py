@@ -12,12 +12,15 @@ from varprox.method import Method, Status
 from varprox.model import Problem, Separable, predict
 from varprox.penalties import smoothness_in_time, tikhonov
 from varprox.reduced import reduced_objective, solve_w
+from varprox.selection import constant, sdp, sgcv, supre
+from varprox.slimtik import slimtik
 
 __version__ = "0.1.0"
 __all__ = [
-    "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "convex_loss", "dense",
-    "fit", "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "logistic", "newton", "predict",
-    "reduced_objective", "smoothness_in_time", "softmax_cross_entropy", "solve_w", "tikhonov",
+    "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "constant", "convex_loss",
+    "dense", "fit", "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "logistic", "newton",
+    "predict", "reduced_objective", "sdp", "sgcv", "slimtik", "smoothness_in_time",
+    "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
 ]  # fmt: skip
 
 

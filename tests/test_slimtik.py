@@ -1,0 +1,214 @@
+"""slimTik against the authors' trace and a dense NumPy implementation; and how it chooses Λ."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.tree_util import Partial
+
+import varprox as vp
+from varprox import selection as selections
+from varprox.selection import Fit, candidates
+
+TRACE = dict(np.load(Path(__file__).parent / "reference" / "slimtik_trace.npz"))
+LOWER = float(TRACE["lower_bound"])
+
+
+def given(lambda_):
+    """A user's selection: this Λ."""
+    return Partial(lambda lambda_, fit, count, lambda_sum, lower: (lambda_, 0 * lambda_), lambda_)
+
+
+def batches(count, rows=6, columns=5, outputs=2, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, rows, columns)), rng.normal(size=(count, rows, outputs))
+
+
+def dense(w, lambda_sum, remembered, a, c, lambda_):
+    """One step as the paper writes it, every output by itself."""
+    total = sum(x.T @ x for x in remembered)
+    b = np.linalg.inv(total + (lambda_sum + lambda_) * np.eye(len(w)))
+    w = w - b @ (a.T @ (a @ w - c) + lambda_ * w)
+    return w, c.shape[1] * np.trace(a @ b @ a.T), np.sum((a @ w - c) ** 2)
+
+
+def test_w_follows_the_trace_of_the_authors(x64):
+    memory, options = int(TRACE["memory"]), {"initial": 0.05, "lower_bound": LOWER}
+    state = vp.slimtik(memory, **options).init(TRACE["w0"])
+    for k, batch in enumerate(zip(TRACE["rows"], TRACE["targets"], strict=True)):
+        method = vp.slimtik(memory, given(TRACE["lambda_"][k]), **options)
+        state, info = method.update(state, *batch)
+        np.testing.assert_allclose(state.w, TRACE["w"][k], rtol=1e-9, atol=1e-9)
+        np.testing.assert_allclose(state.lambda_sum, TRACE["lambda_sum"][k], rtol=1e-12)
+        assert info.lambda_ == TRACE["lambda_"][k] and info.finite
+
+
+def test_sgcv_of_the_same_candidates_picks_the_same(x64):
+    """And the candidates are the authors', after which refinement finds nothing worse."""
+
+    def authors(trials, fit, count, lambda_sum, lower):
+        values = jax.vmap(lambda x: selections._sgcv(fit(x), count))(trials)
+        return trials[jnp.argmin(values)], values
+
+    memory, options = int(TRACE["memory"]), {"initial": 0.05, "lower_bound": LOWER}
+    own = vp.slimtik(memory, vp.sgcv(), **options)
+    state = own.init(TRACE["w0"])
+    for k, batch in enumerate(zip(TRACE["rows"], TRACE["targets"], strict=True)):
+        np.testing.assert_allclose(candidates(state.lambda_sum), TRACE["trial_lambda"][k])
+        method = vp.slimtik(memory, Partial(authors, TRACE["trial_lambda"][k]), **options)
+        _, refined = own.update(state, *batch)
+        state, info = method.update(state, *batch)
+        np.testing.assert_allclose(info.value, TRACE["trial_sgcv"][k], rtol=1e-9)
+        assert info.lambda_ == TRACE["lambda_"][k]
+        assert refined.value <= info.value.min() * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("order", [[0, 1, 2, 3, 4], [4, 2, 0, 1, 3]])
+def test_one_pass_with_full_memory_solves_the_whole_problem(order, x64):
+    """Tikhonov with λ, given λ / batches at every step, whatever the order of the batches."""
+    rows, targets = batches(5)
+    method = vp.slimtik(4, vp.constant(0.3 / 5), initial=0.0, lower_bound=0.0)
+    state = method.init(jnp.zeros((5, 2)))
+    for k in order:
+        state, _ = method.update(state, rows[k], targets[k])
+    a, c = rows.reshape(-1, 5), targets.reshape(-1, 2)
+    expected = np.linalg.solve(a.T @ a + 0.3 * np.eye(5), a.T @ c)
+    np.testing.assert_allclose(state.w, expected, atol=1e-10)
+
+
+@pytest.mark.parametrize("memory", [0, 2])
+def test_an_update_equals_the_dense_formula(memory, x64):
+    """With several outputs, also once the ring of Gram matrices has come round."""
+    rows, targets = batches(6)
+    lambdas = [0.02, -0.01, 0.0, 0.3, -0.1, 0.05]
+    state = vp.slimtik(memory, initial=0.05).init(np.ones((5, 2)))
+    w, total = np.ones((5, 2)), 0.05
+    for k, lambda_ in enumerate(lambdas):
+        state, info = vp.slimtik(memory, given(lambda_)).update(state, rows[k], targets[k])
+        remembered = rows[max(0, k - memory) : k + 1]
+        w, trace, residual = dense(w, total, remembered, rows[k], targets[k], lambda_)
+        total += lambda_
+        np.testing.assert_allclose(state.w, w, rtol=1e-9)
+        np.testing.assert_allclose([info.trace, info.residual], [trace, residual], rtol=1e-9)
+        np.testing.assert_allclose([state.lambda_sum, info.lambda_sum], total, rtol=1e-12)
+
+
+def test_the_sum_stays_above_its_bound(x64):
+    rows, targets = batches(1)
+    method = vp.slimtik(0, given(-1.0), initial=0.05, lower_bound=1e-3)
+    state, info = method.update(method.init(jnp.zeros((5, 2))), rows[0], targets[0])
+    assert abs(state.lambda_sum - 1e-3) < 1e-15 and state.lambda_sum >= 1e-3
+    assert abs(info.lambda_ - (1e-3 - 0.05)) < 1e-15
+
+
+FITS = {
+    "sgcv": (vp.sgcv(), lambda r, t, n: r / (n - t) ** 2 if t < n else np.inf),
+    "supre": (vp.supre(0.3), lambda r, t, n: r + 2 * 0.3 * t - n * 0.3),
+    "sdp": (vp.sdp(0.3), lambda r, t, n: (r - n * 0.3) ** 2),
+}
+
+
+def dense_value(formula, state, rows, targets, lambda_):
+    w, total = np.asarray(state.w), float(state.lambda_sum)
+    _, trace, residual = dense(w, total, rows, rows[-1], targets[-1], lambda_)
+    return formula(residual, trace, targets[-1].size)
+
+
+@pytest.mark.parametrize("name", FITS)
+def test_the_minimum_is_that_of_a_fine_grid(name, x64):
+    """Of Λ between −ΣΛ/2 and ΣΛ/2, with residual and trace from the dense formula."""
+    select, formula = FITS[name]
+    for seed in range(4):
+        rows, targets = batches(3, rows=4, seed=seed)
+        method = vp.slimtik(2, vp.constant(0.5), initial=0.5)
+        state = method.init(jnp.zeros((5, 2)))
+        for k in range(2):
+            state, _ = method.update(state, rows[k], targets[k])
+        value = functools.partial(dense_value, formula, state, rows, targets)
+        _, info = vp.slimtik(2, select, initial=0.5).update(state, rows[2], targets[2])
+        np.testing.assert_allclose(info.value, value(float(info.lambda_)), rtol=1e-8)
+        half = float(state.lambda_sum) / 2
+        best = min(value(x) for x in np.linspace(-half, half, 4001))
+        scale = max(abs(best), 1e-3)
+        assert info.value <= best + 1e-4 * scale
+
+
+def test_sgcv_keeps_away_from_beyond_its_pole():
+    """Where the trace exceeds the number of residuals nothing is chosen but at the bound."""
+    beyond = Fit(jnp.array(1.0), jnp.array(33.0))
+    assert selections._sgcv(beyond, 32) == np.inf
+    assert np.isfinite(selections._sgcv(beyond, 34))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_batch_that_is_not_finite_changes_nothing(bad, x64):
+    rows, targets = batches(2)
+    method = vp.slimtik(2)
+    state, info = method.update(method.init(jnp.ones((5, 2))), rows[0], targets[0])
+    assert info.finite
+    rows[1, 2, 3] = bad
+    after, info = method.update(state, rows[1], targets[1])
+    assert not info.finite
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+
+
+def test_it_scans_and_maps_in_single_precision():
+    rows, targets = (x.astype(np.float32) for x in batches(7))
+    method = vp.slimtik(2)
+
+    def run(rows, targets):
+        return jax.lax.scan(
+            lambda state, batch: method.update(state, *batch),
+            method.init(jnp.zeros((5, 2), jnp.float32)),
+            (rows, targets),
+        )
+
+    state, info = jax.jit(run)(rows, targets)
+    assert {x.dtype for x in jax.tree.leaves((state, info))} == {
+        jnp.dtype(t) for t in (np.float32, np.int32, bool)
+    }
+    stepwise = method.init(jnp.zeros((5, 2), jnp.float32))
+    for batch in zip(rows, targets, strict=True):
+        stepwise, _ = method.update(stepwise, *batch)
+    np.testing.assert_allclose(state.w, stepwise.w, rtol=1e-3, atol=1e-5)
+    mapped, _ = jax.vmap(run)(np.stack([rows, -rows]), np.stack([targets, -targets]))
+    np.testing.assert_allclose(mapped.w[1], mapped.w[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (lambda: vp.slimtik(-1), ValueError, "memory: expected an integer ≥ 0, got -1"),
+        (lambda: vp.slimtik(2.5), ValueError, "memory: expected an integer ≥ 0, got 2.5"),
+        (lambda: vp.slimtik(selection="sgcv"), TypeError, "selection: expected one such as"),
+        (lambda: vp.slimtik(initial=-1.0), ValueError, "initial: expected"),
+        (lambda: vp.slimtik(lower_bound=-1e-7), ValueError, "lower_bound: expected"),
+        (lambda: vp.supre(-1.0), ValueError, "noise_variance: expected"),
+        (lambda: vp.sdp("small"), TypeError, "noise_variance: expected"),
+    ],
+)
+def test_bad_options_are_refused(make, error, message):
+    with pytest.raises(error) as caught:
+        make()
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("rows", "targets", "message"),
+    [
+        (np.ones((4, 3)), np.ones((4, 2)), "rows: expected shape (batch, 5), as W asks for, got"),
+        (np.ones((4, 5)), np.ones((3, 2)), "targets: expected shape (4, 2), got (3, 2)"),
+        (np.ones((4, 5)), np.ones((4, 3)), "targets: expected shape (4, 2), got (4, 3)"),
+        (np.ones((4, 5)), np.ones(4), "targets: expected shape (4, 2), got (4,)"),
+        (np.ones((0, 5)), np.ones((0, 2)), "rows: expected at least one row, got none"),
+    ],
+)
+def test_bad_batches_are_refused(rows, targets, message):
+    method = vp.slimtik()
+    state = method.init(jnp.zeros((5, 2)))
+    with pytest.raises(ValueError) as caught:
+        method.update(state, rows.astype(np.float32), targets.astype(np.float32))
+    assert str(caught.value).startswith(message)

@@ -1,0 +1,98 @@
+"""How slimTik chooses its regularisation parameter Λ at every step.
+
+A selection is a function `select(fit, count, lambda_sum, lower_bound) -> (lambda_, value)`:
+`fit(lambda_)` gives the squared residual of the batch at w(Λ) and the trace of A B(Λ) Aᵀ, both over
+all its `count` scalar residuals; `value` is that of the function which was minimised. Imports
+checks.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from varprox.checks import check_number
+
+GRID, REFINEMENTS = 30, 2  # magnitudes of Λ for either sign, and how often the best is refined
+
+
+class Fit(NamedTuple):
+    """The batch at w(Λ): ‖A w − c‖², and the trace of A B Aᵀ, its effective degrees of freedom."""
+
+    residual: jax.Array
+    trace: jax.Array
+
+
+def sgcv() -> Partial:
+    """Sampled generalised cross validation: ‖A w − c‖² / (N − trace)², without any knowledge of the
+    noise. Source: arXiv:2109.14002, section 3."""
+    return minimise(_sgcv)
+
+
+def supre(noise_variance: float) -> Partial:
+    """The sampled unbiased predictive risk estimator: ‖A w − c‖² + 2 σ² trace − N σ²."""
+    return minimise(Partial(_supre, check_number("noise_variance", noise_variance)))
+
+
+def sdp(noise_variance: float) -> Partial:
+    """The sampled discrepancy principle: (‖A w − c‖² − N σ²)²."""
+    return minimise(Partial(_sdp, check_number("noise_variance", noise_variance)))
+
+
+def constant(value: float) -> Partial:
+    """The same Λ at every step; the value of the selection function is reported as zero."""
+    return Partial(_constant, check_number("value", value))
+
+
+def minimise(criterion: Callable) -> Partial:
+    """A selection that takes the Λ with the least `criterion(fit, count)`, NaN counting as never.
+
+    Tried are first `GRID` magnitudes from 1e-16 to half of ΣΛ for either sign, as in the authors'
+    code, then as many values between the neighbours of the best, `REFINEMENTS` times.
+    """
+    return Partial(_minimise, criterion if isinstance(criterion, Partial) else Partial(criterion))
+
+
+def candidates(lambda_sum: jax.Array) -> jax.Array:
+    """±logspace(−16, log₁₀(ΣΛ/2), GRID), in ascending order."""
+    sizes = jnp.logspace(-16, jnp.log10(lambda_sum / 2), GRID, dtype=lambda_sum.dtype)
+    return jnp.concatenate([-sizes[::-1], sizes])
+
+
+def _minimise(criterion, fit, count, lambda_sum, lower_bound):
+    def best(tried):
+        tried = jnp.maximum(tried, lower_bound - lambda_sum)
+        values = jax.vmap(lambda lambda_: criterion(fit(lambda_), count))(tried)
+        values = jnp.where(jnp.isnan(values), jnp.inf, values)
+        place = jnp.argmin(values)
+        last = len(tried) - 1
+        around = tried[jnp.maximum(place - 1, 0)], tried[jnp.minimum(place + 1, last)]
+        return tried[place], values[place], around
+
+    lambda_, value, (low, high) = best(candidates(lambda_sum))
+    for _ in range(REFINEMENTS):
+        found, lower, (low, high) = best(jnp.linspace(low, high, GRID, dtype=lambda_sum.dtype))
+        better = lower < value
+        lambda_, value = jnp.where(better, found, lambda_), jnp.where(better, lower, value)
+    return lambda_, value
+
+
+def _sgcv(fit, count):
+    # Beyond its pole, where the trace exceeds the number of residuals, the function means nothing.
+    freedom = count - fit.trace
+    return jnp.where(freedom > 0, fit.residual / freedom**2, jnp.inf)
+
+
+def _supre(variance, fit, count):
+    return fit.residual + 2 * variance * fit.trace - count * variance
+
+
+def _sdp(variance, fit, count):
+    return (fit.residual - count * variance) ** 2
+
+
+def _constant(value, fit, count, lambda_sum, lower_bound):
+    lambda_ = jnp.maximum(jnp.full_like(lambda_sum, value), lower_bound - lambda_sum)
+    return lambda_, jnp.zeros_like(lambda_sum)

@@ -1,0 +1,151 @@
+"""slimTik: sampled limited-memory Tikhonov regularisation, for design rows and targets alone.
+
+It follows the solution of a ridge regression whose rows arrive in batches, and chooses the
+regularisation parameter on the way. Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002,
+section 3; Chung, Chung, Slagel, Tenorio, Inverse Problems 36 (2020). Imports checks and selection.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+from varprox.checks import check_integer, check_number
+from varprox.selection import Fit, sgcv
+
+
+class State(NamedTuple):
+    """W and what the next update needs."""
+
+    w: jax.Array  # (columns, outputs)
+    lambda_sum: jax.Array  # ΣΛ
+    grams: jax.Array  # (memory + 1, columns, columns), a ring of AᵀA of the last batches
+    place: jax.Array  # of the next one in the ring
+
+
+class Info(NamedTuple):
+    """What an update did."""
+
+    lambda_: jax.Array
+    lambda_sum: jax.Array  # after the update
+    trace: jax.Array  # of A B Aᵀ, over all residuals of the batch
+    residual: jax.Array  # ‖A w − c‖² at the new W
+    value: jax.Array  # of the selection function
+    finite: jax.Array  # False where the batch was not; W and all else then stay as they were
+
+
+class SlimTik(NamedTuple):
+    """`state = init(w)` and `state, info = update(state, rows, targets)`, pure functions."""
+
+    init: Callable
+    update: Callable
+
+
+class Batch(NamedTuple):
+    """All that an update sees of a batch with rows A, targets c and r = A w − c."""
+
+    gram: jax.Array  # AᵀA
+    gradient: jax.Array  # Aᵀ r
+    square: jax.Array  # ‖r‖²
+    residuals: int  # their number, that of scalars
+
+
+def slimtik(
+    memory: int = 5,
+    selection: Callable | None = None,
+    *,
+    initial: float = 0.05,
+    lower_bound: float = 1e-7,
+) -> SlimTik:
+    """One step of Newton's method for W on the last `memory` + 1 batches, for every batch.
+
+        W ← W − (M + (ΣΛ + Λ) I)⁻¹ (Aᵀ(A W − c) + Λ W),   ΣΛ ← ΣΛ + Λ,   M = Σ AᵀA in memory
+
+    `selection` chooses Λ, which may be negative, as in `varprox.selection`: `sgcv()` by default.
+    ΣΛ begins at `initial` and is never below `lower_bound`. Rows (batch, columns) and targets
+    (batch, outputs) are taken as they are. Several outputs share one Gram matrix. `update` raises
+    ValueError for shapes that do not fit W; a batch that is not finite changes nothing but
+    `info.finite`.
+    """
+    memory = check_integer("memory", memory, least=0)
+    check_number("initial", initial)
+    check_number("lower_bound", lower_bound)
+    selection = sgcv() if selection is None else selection
+    if not callable(selection):
+        raise TypeError(f"selection: expected one such as varprox.sgcv(), got {selection!r}")
+    selection = selection if isinstance(selection, Partial) else Partial(selection)
+    return SlimTik(
+        partial(_init, memory, max(initial, lower_bound)),
+        partial(_update, selection, lower_bound),
+    )
+
+
+def _init(memory, lambda_sum, w):
+    if jnp.ndim(w) != 2:
+        raise ValueError(f"w: expected shape (columns, outputs), got {jnp.shape(w)}")
+    w, columns = jnp.asarray(w), len(w)
+    return State(
+        w,
+        jnp.full((), lambda_sum, w.dtype),
+        jnp.zeros((memory + 1, columns, columns), w.dtype),
+        jnp.zeros((), jnp.int32),
+    )
+
+
+def _update(selection, lower_bound, state, rows, targets):
+    columns, outputs = state.w.shape
+    if jnp.ndim(rows) != 2 or rows.shape[1] != columns:
+        raise ValueError(
+            f"rows: expected shape (batch, {columns}), as W asks for, got {jnp.shape(rows)}"
+        )
+    if len(rows) == 0:
+        raise ValueError("rows: expected at least one row, got none")
+    if jnp.shape(targets) != (len(rows), outputs):
+        raise ValueError(
+            f"targets: expected shape {(len(rows), outputs)}, got {jnp.shape(targets)}"
+        )
+    return _update_checked(selection, lower_bound, state, rows, targets)
+
+
+@jax.jit
+def _update_checked(selection, lower_bound, state, rows, targets):
+    residual = rows @ state.w - targets
+    batch = Batch(rows.T @ rows, rows.T @ residual, jnp.sum(residual**2), residual.size)
+    return step(selection, lower_bound, state, batch)
+
+
+def step(selection: Callable, lower_bound, state: State, batch: Batch) -> tuple[State, Info]:
+    """The update for a batch of which its Gram matrix and gradient are known.
+
+    In the eigenbasis of M, a trial value of Λ takes no solve, and no rows.
+    """
+    w, lambda_sum, outputs = state.w, state.lambda_sum, state.w.shape[1]
+    grams = state.grams.at[state.place].set(batch.gram)
+    eigenvalues, v = jnp.linalg.eigh(jnp.sum(grams, axis=0))
+    eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
+    gradient, weights, gram = v.T @ batch.gradient, v.T @ w, v.T @ batch.gram @ v
+
+    def change(lambda_):
+        return (gradient + lambda_ * weights) / (eigenvalues + lambda_sum + lambda_)
+
+    def fit(lambda_):
+        d = change(lambda_)
+        residual = batch.square - 2 * jnp.sum(d * gradient) + jnp.sum(d * (gram @ d))
+        freedom = jnp.diagonal(gram)[:, None] / (eigenvalues + lambda_sum + lambda_)
+        return Fit(residual, outputs * jnp.sum(freedom))
+
+    lambda_, value = selection(fit, batch.residuals, lambda_sum, lower_bound)
+    lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
+    found = fit(lambda_)
+    new = State(
+        w - v @ change(lambda_),
+        jnp.maximum(lambda_sum + lambda_, lower_bound),
+        grams,
+        (state.place + 1) % len(grams),
+    )
+    finite = jnp.isfinite(new.w).all() & jnp.isfinite(new.lambda_sum)
+    state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
+    return state, Info(lambda_, state.lambda_sum, found.trace, found.residual, value, finite)
