@@ -76,13 +76,30 @@ def test_the_dense_norm_follows_the_diagonal_and_its_mean(x64):
     assert (np.diff(norms, axis=0) >= 0).all() and (norms[-1] > norms[1]).any()
 
 
-def choose(samples, size, outputs=1, columns=9, penalty=1e-10):
-    problem = vp.Problem(vp.Separable(lambda theta, x: x), vp.least_squares(), penalty, 1e-10)
-    theta, w, targets = (
+def choose(samples, size, outputs=1, columns=9, penalty=1e-10, features=lambda theta, x: x):
+    problem = vp.Problem(vp.Separable(features), vp.least_squares(), penalty, 1e-10)
+    theta, w, inputs, targets = (
         jax.ShapeDtypeStruct(shape, np.float64)
-        for shape in ((size,), (columns, outputs), (samples, outputs))
+        for shape in (
+            (size,),
+            (columns, outputs),
+            (samples, columns - 1),
+            (samples, outputs),
+        )
     )
-    return quadratic.choose(problem, theta, w, targets, rank=20)
+    return quadratic.choose(problem, theta, (inputs, targets), w, rank=20)
+
+
+@pytest.mark.parametrize(
+    "features",
+    [
+        lambda theta, x: x * jnp.ones((2000, 1)),
+        lambda theta, x: x.reshape(2000, 8),
+        lambda theta, x: x + jnp.ones((2000, 8)) @ jnp.ones((8, 8)),
+    ],
+)
+def test_what_is_not_made_for_single_samples_is_not_formed(features):
+    assert choose(2000, 556, features=features) is Form.KRYLOV
 
 
 def test_the_cheapest_form_is_chosen():

@@ -125,7 +125,7 @@ def _default_method(problem, theta, data):
     inputs, targets = data
     rows = jax.eval_shape(problem.model.rows, theta, inputs)
     w = jax.ShapeDtypeStruct((rows.shape[1], targets.shape[1]), rows.dtype)
-    formed = quadratic.choose(problem, theta, w, targets) is not Form.KRYLOV
+    formed = quadratic.choose(problem, theta, data, w) is not Form.KRYLOV
     return gnvpro(problem) if formed else lbfgsvpro(problem)
 
 

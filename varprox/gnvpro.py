@@ -97,8 +97,9 @@ def gnvpro(
       diagonal. For up to some thousand weights, and for high accuracy.
     - "kernel": from the singular values of these rows, where they are fewer than the weights. It
       needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself.
-    - "auto": the one of the three with the fewest operations a step. The method's info holds the
-      number it has in `varprox.quadratic.Form`.
+    - "auto": the one of the three with the fewest operations a step, and "krylov" where the
+      features cannot be had for one sample. The method's info holds the number it has in
+      `varprox.quadratic.Form`.
 
     The Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` False and
     `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the authors'
@@ -139,7 +140,7 @@ def _start(problem, theta, data, *, curvature, rank, memory, whiten):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
-    form = _form(problem, theta, projection.w, targets, curvature, rank)
+    form = _form(problem, theta, data, projection.w, curvature, rank)
     factor = _factor(problem, rows, projection.w, targets, form)
     value = projection.value + problem.penalty(theta)
     return State(
@@ -158,9 +159,9 @@ def _start(problem, theta, data, *, curvature, rank, memory, whiten):
     )
 
 
-def _form(problem, theta, w, targets, curvature, rank):
+def _form(problem, theta, data, w, curvature, rank):
     if curvature == "auto":
-        return quadratic.choose(problem, theta, w, targets, rank)
+        return quadratic.choose(problem, theta, data, w, rank)
     return Form[curvature.upper()]
 
 
@@ -175,7 +176,7 @@ def _factor(problem, rows, w, targets, form):
 def _step(problem, options, state, data, *, curvature, rank, w_curvature):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
-    form = _form(problem, state.theta, state.w, targets, curvature, rank)
+    form = _form(problem, state.theta, data, state.w, curvature, rank)
 
     factor = state.projection.factor
     if not problem.loss.quadratic:

@@ -66,9 +66,13 @@ def start_norm(
     return jnp.zeros(like.size if form is Form.DENSE else 0, like.dtype)
 
 
-def choose(problem: Problem, theta: Any, w: Any, targets: Any, rank: int = RANK) -> Form:
-    """The form whose steps take the fewest operations, counted for a full Krylov space; only the
-    shapes of the arrays matter."""
+def choose(problem: Problem, theta: Any, data: tuple, w: Any, rank: int = RANK) -> Form:
+    """The form whose steps take the fewest operations, counted for a full Krylov space.
+
+    Only the shapes of the arrays matter. A Krylov space it is where the features cannot be had for
+    one sample alone.
+    """
+    inputs, targets = data
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))
     samples, outputs = targets.shape
     rows = targets.size + w.size
@@ -79,7 +83,16 @@ def choose(problem: Problem, theta: Any, w: Any, targets: Any, rank: int = RANK)
         costs[Form.DENSE] = in_rows + targets.size * size**2 + size**3
     if rows * size <= LARGEST and tikhonov_weight(problem.theta_penalty) is not None:
         costs[Form.KERNEL] = in_rows + 2 * size * rows**2 + 20 * rows**3
-    return min(costs, key=costs.__getitem__)
+    cheapest = min(costs, key=costs.__getitem__)
+    return cheapest if _takes_one_sample(problem, theta, inputs) else Form.KRYLOV
+
+
+def _takes_one_sample(problem, theta, inputs):
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
+    try:
+        return len(jax.eval_shape(problem.model.features, theta, one)) == 1
+    except (TypeError, ValueError):  # what JAX raises for shapes that do not fit
+        return False
 
 
 def krylov(
