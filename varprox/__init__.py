@@ -5,7 +5,7 @@ import importlib
 from varprox.curvature import Curvature, gauss_newton, newton
 from varprox.fit import Solution, fit
 from varprox.gnvpro import gnvpro
-from varprox.heads import dense
+from varprox.heads import conv, conv_transpose, dense
 from varprox.lbfgsvpro import lbfgsvpro
 from varprox.losses import convex_loss, least_squares, logistic, softmax_cross_entropy
 from varprox.method import Method, Status
@@ -17,10 +17,10 @@ from varprox.slimtik import slimtik
 
 __version__ = "0.1.0"
 __all__ = [
-    "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "constant", "convex_loss",
-    "dense", "fit", "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "logistic", "newton",
-    "predict", "reduced_objective", "sdp", "sgcv", "slimtik", "smoothness_in_time",
-    "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
+    "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "constant", "conv",
+    "conv_transpose", "convex_loss", "dense", "fit", "gauss_newton", "gnvpro", "lbfgsvpro",
+    "least_squares", "logistic", "newton", "predict", "reduced_objective", "sdp", "sgcv", "slimtik",
+    "smoothness_in_time", "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
 ]  # fmt: skip
 
 

@@ -1,13 +1,17 @@
 """Linear last layers, each as a map from features to design rows.
 
 A head turns features `z` into rows `Z` with `prediction = Z @ w`; everything that solves for or
-differentiates through `w` is written once, for rows. Imports nothing of the package.
+differentiates through `w` is written once, for rows. Imports checks.
 """
 
 from dataclasses import dataclass
+from itertools import product
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from varprox.checks import check_integer
 
 
 @dataclass(frozen=True)
@@ -20,7 +24,101 @@ class DenseHead:
         """Features (batch, m) to design rows (batch, m + 1), or (batch, m) without bias."""
         if not self.bias:
             return z
-        return jnp.concatenate([z, jnp.ones_like(z[:, :1])], axis=1)
+        return _with_ones(z)
+
+    def gram(self, z: jax.Array) -> jax.Array:
+        """rowsᵀ rows, (columns, columns)."""
+        rows = self.rows(z)
+        return rows.T @ rows
+
+
+@dataclass(frozen=True)
+class ConvHead:
+    """A convolution or, if `transposed`, its transpose as last layer: see `conv`.
+
+    A transposed convolution of stride s is s · s convolutions of stride one side by side, its
+    phases: pixels (s·u + i, s·v + j) for a phase (i, j) see the same taps of the kernel, a fraction
+    of 1/s² of all. A convolution is a single phase. Rows are put together from the phases, and the
+    Gram matrix is the sum of theirs, at a fraction of the cost of the rows' product.
+    """
+
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    bias: bool
+    transposed: bool
+
+    def rows(self, z: jax.Array) -> jax.Array:
+        """Features (batch, height, width, channels) to design rows (batch · height' · width',
+        columns), pixels in row-major order."""
+        batch, *size, channels = z.shape
+        places = self._axes(size)
+        shape = [sum(count for *_, count in axis) for axis in places]
+        columns = channels * np.prod(self.kernel_size)
+        step = self.stride if self.transposed else (1, 1)
+        rows = jnp.zeros((batch, *shape, columns), z.dtype)
+        for i, j in np.ndindex(*(len(axis) for axis in places)):
+            patches, taps = self._phase(z, places[0][i], places[1][j])
+            if taps:
+                rows = rows.at[:, i :: step[0], j :: step[1], np.array(taps)].set(patches)
+        rows = rows.reshape(-1, columns)
+        return _with_ones(rows) if self.bias else rows
+
+    def gram(self, z: jax.Array) -> jax.Array:
+        """rowsᵀ rows, (columns, columns)."""
+        *_, height, width, channels = z.shape
+        columns = channels * np.prod(self.kernel_size)
+        gram = jnp.zeros((columns + self.bias,) * 2, z.dtype)
+        for of_height, of_width in product(*self._axes((height, width))):
+            patches, taps = self._phase(z, of_height, of_width)
+            patches = patches.reshape(np.prod(patches.shape[:3]), len(taps))
+            if self.bias:
+                patches, taps = _with_ones(patches), [*taps, columns]
+            if taps:
+                gram = gram.at[np.ix_(taps, taps)].add(patches.T @ patches)
+        return gram
+
+    def _axes(self, size):
+        """For both axes the phases: taps of the kernel, where the first output's last of them lies,
+        and how many outputs there are."""
+        axes = []
+        for n, k, s, p in zip(size, self.kernel_size, self.stride, self.padding, strict=True):
+            if not self.transposed:
+                axes.append([(range(k), -p, (n + 2 * p - k) // s + 1)])
+                continue
+            outputs, phases = (n - 1) * s - 2 * p + k, []
+            for phase in range(min(s, outputs)):
+                first = (phase + p) % s
+                taps = range(first, k, s)
+                start = (phase + p - first) // s - (len(taps) - 1)
+                # Input u + start + t meets the taps from the last to the first.
+                phases.append((taps[::-1], start, -(-(outputs - phase) // s)))
+            axes.append(phases)
+        return axes
+
+    def _phase(self, z, of_height, of_width):
+        """What the outputs of a phase see, (batch, height'', width'', channels · taps), and the
+        columns this belongs to."""
+        stride = (1, 1) if self.transposed else self.stride
+        padding, slices = [(0, 0, 0)], []
+        for n, (taps, start, count), s in zip(
+            z.shape[1:], (of_height, of_width), stride, strict=False
+        ):
+            end = start + (count - 1) * s + max(len(taps), 1)
+            padding.append((-start, end - n, 0))
+            slices.append([slice(t, t + (count - 1) * s + 1, s) for t in range(len(taps))])
+        padded = jax.lax.pad(z, jnp.zeros((), z.dtype), [*padding, (0, 0, 0)])
+        seen = [padded[:, rows, columns] for rows, columns in product(*slices)]
+        channels = z.shape[-1]
+        index = np.arange(channels * np.prod(self.kernel_size)).reshape(channels, *self.kernel_size)
+        taps = index[:, list(of_height[0])][:, :, list(of_width[0])].reshape(-1)
+        if not seen:
+            return jnp.zeros((len(z), of_height[2], of_width[2], 0), z.dtype), list(taps)
+        return jnp.stack(seen, -1).reshape(*seen[0].shape[:3], -1), list(taps)
+
+
+def _with_ones(rows):
+    return jnp.concatenate([rows, jnp.ones((len(rows), 1), rows.dtype)], axis=1)
 
 
 def dense(bias: bool = True) -> DenseHead:
@@ -32,3 +130,47 @@ def dense(bias: bool = True) -> DenseHead:
     if not isinstance(bias, bool):
         raise TypeError(f"bias: expected True or False, got {bias!r}")
     return DenseHead(bias)
+
+
+def conv(
+    kernel_size: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    bias: bool = True,
+) -> ConvHead:
+    """A convolution over features (batch, height, width, channels), zeros beyond their edges.
+
+    `padding` is the number of these zeros on both sides of either axis. A row is what one output
+    pixel sees: its columns are ordered by channel, kernel row and kernel column, and the last one
+    belongs to the bias. So `w` is (channels · taps + 1, outputs).
+    """
+    return _conv(kernel_size, stride, padding, bias, False)
+
+
+def conv_transpose(
+    kernel_size: tuple[int, int],
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    bias: bool = True,
+) -> ConvHead:
+    """The transpose of `conv`: tap k of the kernel leads from input pixel i to output pixel
+    i · stride − padding + k, as in PyTorch.
+
+    Outputs have (n − 1) · stride − 2 · padding + kernel size pixels along an axis of n. Columns are
+    ordered as in `conv`.
+    """
+    return _conv(kernel_size, stride, padding, bias, True)
+
+
+def _conv(kernel_size, stride, padding, bias, transposed):
+    pairs = {"kernel_size": (kernel_size, 1), "stride": (stride, 1), "padding": (padding, 0)}
+    for name, (pair, least) in pairs.items():
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"{name}: expected a pair of integers, got {pair!r}")
+        for value in pair:
+            check_integer(name, value, least)
+    if not isinstance(bias, bool):
+        raise TypeError(f"bias: expected True or False, got {bias!r}")
+    return ConvHead(tuple(kernel_size), tuple(stride), tuple(padding), bias, transposed)
