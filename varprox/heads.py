@@ -6,6 +6,7 @@ differentiates through `w` is written once, for rows. Imports checks.
 
 from dataclasses import dataclass
 from itertools import product
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,6 +33,14 @@ class DenseHead:
         return rows.T @ rows
 
 
+class _Phase(NamedTuple):
+    """What outputs see that lie a stride apart along one axis."""
+
+    taps: range  # of the kernel, in the order of the inputs they meet
+    start: int  # the input that the first output's first tap meets
+    outputs: int  # their number
+
+
 @dataclass(frozen=True)
 class ConvHead:
     """A convolution or, if `transposed`, its transpose as last layer: see `conv`.
@@ -52,69 +61,63 @@ class ConvHead:
         """Features (batch, height, width, channels) to design rows (batch · height' · width',
         columns), pixels in row-major order."""
         batch, *size, channels = z.shape
-        places = self._axes(size)
-        shape = [sum(count for *_, count in axis) for axis in places]
+        axes = self._axes(size)
+        shape = [sum(phase.outputs for phase in axis) for axis in axes]
         columns = channels * np.prod(self.kernel_size)
-        step = self.stride if self.transposed else (1, 1)
         rows = jnp.zeros((batch, *shape, columns), z.dtype)
-        for i, j in np.ndindex(*(len(axis) for axis in places)):
-            patches, taps = self._phase(z, places[0][i], places[1][j])
-            if taps:
-                rows = rows.at[:, i :: step[0], j :: step[1], np.array(taps)].set(patches)
+        for i, j in np.ndindex(*map(len, axes)):
+            patches, places = self._patches(z, axes[0][i], axes[1][j])
+            if len(places):
+                rows = rows.at[:, i :: len(axes[0]), j :: len(axes[1]), places].set(patches)
         rows = rows.reshape(-1, columns)
         return _with_ones(rows) if self.bias else rows
 
     def gram(self, z: jax.Array) -> jax.Array:
         """rowsᵀ rows, (columns, columns)."""
-        *_, height, width, channels = z.shape
+        _, *size, channels = z.shape
         columns = channels * np.prod(self.kernel_size)
         gram = jnp.zeros((columns + self.bias,) * 2, z.dtype)
-        for of_height, of_width in product(*self._axes((height, width))):
-            patches, taps = self._phase(z, of_height, of_width)
-            patches = patches.reshape(np.prod(patches.shape[:3]), len(taps))
+        for phases in product(*self._axes(size)):
+            patches, places = self._patches(z, *phases)
+            patches = patches.reshape(np.prod(patches.shape[:3]), len(places))
             if self.bias:
-                patches, taps = _with_ones(patches), [*taps, columns]
-            if taps:
-                gram = gram.at[np.ix_(taps, taps)].add(patches.T @ patches)
+                patches, places = _with_ones(patches), np.append(places, columns)
+            if len(places):
+                gram = gram.at[np.ix_(places, places)].add(patches.T @ patches)
         return gram
 
     def _axes(self, size):
-        """For both axes the phases: taps of the kernel, where the first output's last of them lies,
-        and how many outputs there are."""
+        """The phases along both axes."""
         axes = []
         for n, k, s, p in zip(size, self.kernel_size, self.stride, self.padding, strict=True):
             if not self.transposed:
-                axes.append([(range(k), -p, (n + 2 * p - k) // s + 1)])
+                axes.append([_Phase(range(k), -p, (n + 2 * p - k) // s + 1)])
                 continue
             outputs, phases = (n - 1) * s - 2 * p + k, []
             for phase in range(min(s, outputs)):
                 first = (phase + p) % s
                 taps = range(first, k, s)
                 start = (phase + p - first) // s - (len(taps) - 1)
-                # Input u + start + t meets the taps from the last to the first.
-                phases.append((taps[::-1], start, -(-(outputs - phase) // s)))
+                phases.append(_Phase(taps[::-1], start, -(-(outputs - phase) // s)))
             axes.append(phases)
         return axes
 
-    def _phase(self, z, of_height, of_width):
+    def _patches(self, z, *phases):
         """What the outputs of a phase see, (batch, height'', width'', channels · taps), and the
-        columns this belongs to."""
-        stride = (1, 1) if self.transposed else self.stride
+        columns of the rows that this belongs in."""
+        strides = (1, 1) if self.transposed else self.stride
         padding, slices = [(0, 0, 0)], []
-        for n, (taps, start, count), s in zip(
-            z.shape[1:], (of_height, of_width), stride, strict=False
-        ):
-            end = start + (count - 1) * s + max(len(taps), 1)
-            padding.append((-start, end - n, 0))
-            slices.append([slice(t, t + (count - 1) * s + 1, s) for t in range(len(taps))])
+        for n, (taps, start, outputs), s in zip(z.shape[1:3], phases, strides, strict=True):
+            last = start + (outputs - 1) * s + len(taps) - 1
+            padding.append((-start, max(last, start) - n + 1, 0))
+            slices.append([slice(t, t + (outputs - 1) * s + 1, s) for t in range(len(taps))])
         padded = jax.lax.pad(z, jnp.zeros((), z.dtype), [*padding, (0, 0, 0)])
-        seen = [padded[:, rows, columns] for rows, columns in product(*slices)]
-        channels = z.shape[-1]
-        index = np.arange(channels * np.prod(self.kernel_size)).reshape(channels, *self.kernel_size)
-        taps = index[:, list(of_height[0])][:, :, list(of_width[0])].reshape(-1)
-        if not seen:
-            return jnp.zeros((len(z), of_height[2], of_width[2], 0), z.dtype), list(taps)
-        return jnp.stack(seen, -1).reshape(*seen[0].shape[:3], -1), list(taps)
+        nothing = jnp.zeros((len(z), *(phase.outputs for phase in phases), z.shape[3], 0), z.dtype)
+        seen = [padded[:, rows, columns, :, None] for rows, columns in product(*slices)]
+        patches = jnp.concatenate([nothing, *seen], axis=-1)
+        index = np.arange(z.shape[3] * np.prod(self.kernel_size))
+        index = index.reshape(-1, *self.kernel_size)[:, phases[0].taps][:, :, phases[1].taps]
+        return patches.reshape(*nothing.shape[:3], -1), index.reshape(-1)
 
 
 def _with_ones(rows):
