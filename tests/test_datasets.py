@@ -378,6 +378,14 @@ def test_files_of_the_user_go_before_the_cache_a_package_and_a_download(places, 
         assert find() == places[name] / "file.bin"
 
 
+def test_a_name_may_begin_with_folders(places, server):
+    found = _cache.find_file("folder/file.bin", f"{server}/file.bin", CHECKSUM)
+    assert found == places["cache"] / "folder" / "file.bin"
+    (places["user"] / "folder").mkdir()
+    (places["user"] / "folder" / "file.bin").write_bytes(b"the user's own")
+    assert _cache.find_file("folder/file.bin", server, CHECKSUM).parent.parent == places["user"]
+
+
 def test_a_file_in_the_cache_is_not_downloaded_again(places, server):
     first = _cache.find_file("file.bin", f"{server}/file.bin", CHECKSUM)
     assert _cache.find_file("file.bin", "http://127.0.0.1:1/gone", CHECKSUM) == first

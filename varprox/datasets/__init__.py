@@ -7,6 +7,10 @@ the error.
 from varprox.datasets._cache import Dataset
 from varprox.datasets.ellipse import ellipse
 from varprox.datasets.indian_pines import IndianPines, Pixels, indian_pines
+from varprox.datasets.mnist import Mnist, mnist
 from varprox.datasets.peaks import peaks, peaks_function
 
-__all__ = ["Dataset", "IndianPines", "Pixels", "ellipse", "indian_pines", "peaks", "peaks_function"]
+__all__ = [
+    "Dataset", "IndianPines", "Mnist", "Pixels", "ellipse", "indian_pines", "mnist", "peaks",
+    "peaks_function",
+]  # fmt: skip

@@ -40,10 +40,11 @@ def find_file(
 ) -> Path:
     """Where the file `name` lies on this machine, after downloading it if need be.
 
-    Looks in the folder that the environment variable VARPROX_DATA names, in the user's cache, at
-    `installed` (a copy that some package brings), and then downloads `url` into the cache. A
-    download whose hash is not `known_hash` ("sha256:…" or "md5:…") is discarded; with None nothing
-    is compared, and the caller checks what it reads. Files that are found are taken as they are.
+    `name` may begin with folders. Looks in the folder that the environment variable VARPROX_DATA
+    names, in the user's cache, at `installed` (a copy that some package brings), and then downloads
+    `url` into the cache. A download whose hash is not `known_hash` ("sha256:…" or "md5:…") is
+    discarded; with None nothing is compared, and the caller checks what it reads. Files that are
+    found are taken as they are.
 
     Raises NotADirectoryError where VARPROX_DATA names no folder, ImportError where pooch, which
     downloads, is missing, OSError where the download fails, ValueError where its hash is wrong.
@@ -53,14 +54,15 @@ def find_file(
         raise NotADirectoryError(f"VARPROX_DATA: expected a folder, got {folder!r}")
     cache = _user_cache()
     in_folder = Path(folder, name) if folder else None
-    in_cache = cache / name if cache else None
-    for path in (in_folder, in_cache, installed):
+    for path in (in_folder, cache and cache / name, installed):
         if path is not None and path.is_file():
             return path
 
     pooch = _require("pooch", purpose=f"downloading {name}")
+    assert cache is not None  # pooch knows it
+    target = cache / name
     try:
-        return Path(pooch.retrieve(url, known_hash, fname=name, path=cache))
+        return Path(pooch.retrieve(url, known_hash, fname=target.name, path=target.parent))
     except OSError as error:
         raise OSError(
             f"{name}: could not be downloaded from {url} ({error}); "
