@@ -97,3 +97,12 @@ def test_bad_options_are_refused(options, error, message):
     with pytest.raises(error) as caught:
         vp.conv(**({"kernel_size": (2, 2)} | options))
     assert str(caught.value) == message
+
+
+def test_features_that_are_no_images_are_refused():
+    for call in (vp.conv((2, 2)).rows, vp.conv_transpose((2, 2)).gram):
+        with pytest.raises(ValueError) as caught:
+            call(jnp.ones((4, 3)))
+        assert str(caught.value) == (
+            "features: expected shape (batch, height, width, channels), got (4, 3)"
+        )

@@ -60,7 +60,7 @@ class ConvHead:
     def rows(self, z: jax.Array) -> jax.Array:
         """Features (batch, height, width, channels) to design rows (batch · height' · width',
         columns), pixels in row-major order."""
-        batch, *size, channels = z.shape
+        batch, *size, channels = _shape_of_images(z)
         axes = self._axes(size)
         shape = [sum(phase.outputs for phase in axis) for axis in axes]
         columns = channels * np.prod(self.kernel_size)
@@ -74,7 +74,7 @@ class ConvHead:
 
     def gram(self, z: jax.Array) -> jax.Array:
         """rowsᵀ rows, (columns, columns)."""
-        _, *size, channels = z.shape
+        _, *size, channels = _shape_of_images(z)
         columns = channels * np.prod(self.kernel_size)
         gram = jnp.zeros((columns + self.bias,) * 2, z.dtype)
         for phases in product(*self._axes(size)):
@@ -118,6 +118,14 @@ class ConvHead:
         index = np.arange(z.shape[3] * np.prod(self.kernel_size))
         index = index.reshape(-1, *self.kernel_size)[:, phases[0].taps][:, :, phases[1].taps]
         return patches.reshape(*nothing.shape[:3], -1), index.reshape(-1)
+
+
+def _shape_of_images(z):
+    if jnp.ndim(z) != 4:
+        raise ValueError(
+            f"features: expected shape (batch, height, width, channels), got {jnp.shape(z)}"
+        )
+    return z.shape
 
 
 def _with_ones(rows):
