@@ -106,6 +106,7 @@ def _curves(runs, axis, limit, columns):
     first = max(min(run.history[axis][0] for run in group) for group in seeds)
     last = min(max(run.history[axis][-1] for run in group) for group in seeds)
     x = np.geomspace(max(first, limit / 300), min(last, limit), POINTS)
+    x = np.maximum(x, first)  # which rounding may have missed
     rows = [[best(group, axis, point) for point in x] for group in seeds]
     return x, [np.array([[r[column] for r in row] for row in rows]) for column in columns]
 

@@ -1,10 +1,23 @@
 """The Gauss–Newton matrix and its root, formed by rows, against the dense formulas in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from problems import CASES, Case, dense_reference, initial_theta, relative
+from jax.flatten_util import ravel_pytree
+from problems import (
+    CASES,
+    Case,
+    dense_reference,
+    feature_derivative,
+    initial_theta,
+    loss_hessian,
+    plain_rows,
+    relative,
+    w_hessian,
+)
 
 import varprox as vp
 from varprox import jacobian
@@ -12,11 +25,28 @@ from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
 from varprox.projection import factorise
 
 
-def form(fn, case):
+def kaufman_reference(case, w):
+    """Kᵀ Q K − Bᵀ H⁻¹ B + ∇²R, the Schur complement of the Gauss–Newton matrix in (θ, W)."""
+    theta, (inputs, targets) = initial_theta(), case.data
+    flat, unravel = ravel_pytree(theta)
+    rows = plain_rows(theta, inputs, case.bias)
+    d_rows = np.asarray(feature_derivative(theta, inputs))
+    if case.bias:
+        d_rows = np.concatenate([d_rows, np.zeros((len(rows), 1, flat.size))], axis=1)
+    k = np.einsum("ncp,co->nop", d_rows, w)
+    q = loss_hessian(case.loss, rows @ w, targets)
+    b = np.einsum("nc,nop,npk->cok", rows, q, k).reshape(w.size, -1)
+    h = w_hessian(case.loss, rows, w, targets, case.w_penalty)
+    penalty = jax.hessian(lambda flat: case.problem.penalty(unravel(flat)))(flat)
+    return np.einsum("noi,nop,npj->ij", k, q, k) - b.T @ np.linalg.solve(h, b) + penalty
+
+
+def form(fn, case, kaufman=False):
     theta, (inputs, targets) = initial_theta(), case.data
     reference = dense_reference(case, theta, case.data)
     rows = case.problem.model.rows(theta, inputs)
     factor = factorise(case.problem, rows, reference.w, targets, whole=True)
+    fn = functools.partial(fn, kaufman=kaufman)
     made = jax.jit(fn)(case.problem, theta, case.data, reference.w, factor)
     return reference, *map(np.asarray, made)
 
@@ -38,6 +68,21 @@ def test_the_root_gives_the_formula_without_the_penalty(case, x64):
     assert relative(root.T @ root + penalty, reference.gauss_newton) < 1e-8
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kaufmans_matrix_is_a_schur_complement(case, x64):
+    reference, gradient, matrix = form(gauss_newton_matrix, case, kaufman=True)
+    assert relative(gradient, reference.gradient) < 1e-8
+    assert relative(matrix, kaufman_reference(case, reference.w)) < 1e-8
+    assert relative(matrix, reference.gauss_newton) > 1e-6
+
+
+def test_kaufmans_root_is_that_of_his_matrix(x64):
+    case = Case("softmax_cross_entropy", penalty="none")
+    reference, gradient, root = form(gauss_newton_root, case, kaufman=True)
+    assert relative(gradient, reference.gradient) < 1e-8
+    assert relative(root.T @ root, kaufman_reference(case, reference.w)) < 1e-8
+
+
 @pytest.mark.parametrize("samples", [1, 5, 16])
 def test_blocks_of_any_size_give_the_same_matrix(samples, x64, monkeypatch):
     """16 samples: one block for each, a last one filled up with repeated samples, one for all."""
@@ -46,7 +91,9 @@ def test_blocks_of_any_size_give_the_same_matrix(samples, x64, monkeypatch):
     monkeypatch.setattr(
         jacobian, "BLOCK_BYTES", samples * case.data[1].shape[1] * row * np.dtype(float).itemsize
     )
-    reference, _, matrix = form(lambda *arguments: gauss_newton_matrix(*arguments), case)
+    reference, _, matrix = form(
+        lambda *at, kaufman: gauss_newton_matrix(*at, kaufman=kaufman), case
+    )
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
 
@@ -64,7 +111,7 @@ def test_inputs_may_be_a_pytree(x64):
     rows = case.problem.model.rows(theta, inputs)
     factor = factorise(problem, rows, reference.w, targets, whole=True)
     data = tuple(inputs.T), targets
-    _, matrix = gauss_newton_matrix(problem, theta, data, reference.w, factor)
+    _, matrix = gauss_newton_matrix(problem, theta, data, reference.w, factor, kaufman=False)
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
 
@@ -83,7 +130,7 @@ def test_memory_is_that_of_the_matrix_and_of_a_pass(x64):
 
     def matrix(theta, data, w):
         factor = factorise(problem, problem.model.rows(theta, data[0]), w, data[1], whole=True)
-        return gauss_newton_matrix(problem, theta, data, w, factor)
+        return gauss_newton_matrix(problem, theta, data, w, factor, kaufman=False)
 
     used = jax.jit(matrix).lower(theta, tuple(data), w).compile().memory_analysis()
     a_pass = samples * 80 * 8  # bytes of the layers' outputs

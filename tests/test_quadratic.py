@@ -32,7 +32,8 @@ def steps(problem, theta, data, w):
         if form is Form.KRYLOV:
             model = quadratic.krylov(*arguments, jnp.inf, jnp.array(False), **options)
         else:
-            model = {Form.DENSE: quadratic.dense, Form.KERNEL: quadratic.kernel}[form](*arguments)
+            make = {Form.DENSE: quadratic.dense, Form.KERNEL: quadratic.kernel}[form]
+            model = make(*arguments, kaufman=False)
         made = [model.step(jnp.array(radius), jnp.array(0.0)) for radius in RADII]
         root = jax.vmap(model.root, out_axes=1)(jnp.eye(size))
         found[form] = [step._replace(step=model.root(step.step)) for step in made], root
@@ -87,7 +88,7 @@ def choose(samples, size, outputs=1, columns=9, penalty=1e-10, features=lambda t
             (samples, outputs),
         )
     )
-    return quadratic.choose(problem, theta, (inputs, targets), w, rank=20)
+    return quadratic.choose(problem, theta, (inputs, targets), w, rank=20, kaufman=True)
 
 
 @pytest.mark.parametrize(

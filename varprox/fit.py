@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from varprox import quadratic
 from varprox.gnvpro import gnvpro
 from varprox.lbfgsvpro import lbfgsvpro
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, predict
-from varprox.quadratic import Form
+from varprox.quadratic import KrylovNorm
 
 BAR = "{desc} [{elapsed}, {rate_fmt}]"
 
@@ -122,11 +121,10 @@ def fit(
 
 def _default_method(problem, theta, data):
     check_data(problem, theta, data)
-    inputs, targets = data
-    rows = jax.eval_shape(problem.model.rows, theta, inputs)
-    w = jax.ShapeDtypeStruct((rows.shape[1], targets.shape[1]), rows.dtype)
-    formed = quadratic.choose(problem, theta, data, w) is not Form.KRYLOV
-    return gnvpro(problem) if formed else lbfgsvpro(problem)
+    method = gnvpro(problem)
+    state = jax.eval_shape(method.init, theta, data)
+    in_krylov_space = isinstance(state.norm, KrylovNorm)
+    return lbfgsvpro(problem) if in_krylov_space else method
 
 
 def _timed(fn, *args):

@@ -71,19 +71,20 @@ def gnvpro(
     problem: Problem,
     *,
     curvature: str = "auto",
-    rank: int = quadratic.RANK,
+    rank: int = 20,
     memory: int = 100,
     flat: float = 0.03,
     tolerance: float = 0.0,
     hand_over: bool = True,
     whiten: bool = False,
     w_curvature: bool = True,
+    kaufman: bool | None = None,
 ) -> Method:
     """The full-batch method of choice for small and medium problems.
 
     Each step minimises the Gauss–Newton model of the reduced objective in a trust region.
     `curvature` says how; inside the trust region all lead to the same step if the Krylov space is
-    full:
+    full and `kaufman` is False:
 
     - "krylov": in a Krylov space of at most `rank` dimensions, ending earlier when a further
       product adds less than the fraction `flat` of the model's decrease. Up to `memory` directions
@@ -97,6 +98,9 @@ def gnvpro(
       diagonal. For up to some thousand weights, and for high accuracy.
     - "kernel": from the singular values of these rows, where they are fewer than the weights. It
       needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself.
+      If `kaufman`, both leave out of the matrix what takes a pass for every entry of W and vanishes
+      with the residual, as Kaufman does; None stands for True under least squares, for False under
+      other losses, where residuals stay large.
     - "auto": the one of the three with the fewest operations a step, and "krylov" where the
       features cannot be had for one sample. The method's info holds the number it has in
       `varprox.quadratic.Form`.
@@ -107,7 +111,8 @@ def gnvpro(
 
     The run has converged when the gradient's norm is at most `tolerance`. Work units: in a Krylov
     space 2 a step and 2 a product (4 with the full Hessian), and 2 for the whitening, an upper
-    bound; with rows 1 a step, 1 an output and 1 an entry of W; 1 for the start and 1 a trial point.
+    bound; with rows 1 a step and 1 an output, and 1 an entry of W unless `kaufman`; 1 for the start
+    and 1 a trial point.
     `data` is all of it at every step.
     """
     check_problem(problem)
@@ -124,7 +129,8 @@ def gnvpro(
     check_number("flat", flat, below=1)
     check_number("tolerance", tolerance)
     options = Options(float(flat), float(tolerance), hand_over)
-    static = {"curvature": curvature, "rank": rank}
+    kaufman = problem.loss.quadratic if kaufman is None else kaufman
+    static = {"curvature": curvature, "rank": rank, "kaufman": kaufman}
     init = partial(_init, problem, memory=memory, whiten=whiten, **static)
     step = partial(_step, problem, options, w_curvature=w_curvature, **static)
     return Method(init, step, problem)
@@ -135,12 +141,12 @@ def _init(problem, theta, data, key=None, **static):
     return _start(problem, theta, data, **static)
 
 
-@partial(jax.jit, static_argnames=("curvature", "rank", "memory", "whiten"))
-def _start(problem, theta, data, *, curvature, rank, memory, whiten):
+@partial(jax.jit, static_argnames=("curvature", "rank", "kaufman", "memory", "whiten"))
+def _start(problem, theta, data, *, curvature, rank, kaufman, memory, whiten):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
-    form = _form(problem, theta, data, projection.w, curvature, rank)
+    form = _form(problem, theta, data, projection.w, curvature, rank, kaufman)
     factor = _factor(problem, rows, projection.w, targets, form)
     value = projection.value + problem.penalty(theta)
     return State(
@@ -159,9 +165,9 @@ def _start(problem, theta, data, *, curvature, rank, memory, whiten):
     )
 
 
-def _form(problem, theta, data, w, curvature, rank):
+def _form(problem, theta, data, w, curvature, rank, kaufman):
     if curvature == "auto":
-        return quadratic.choose(problem, theta, data, w, rank)
+        return quadratic.choose(problem, theta, data, w, rank=rank, kaufman=kaufman)
     return Form[curvature.upper()]
 
 
@@ -172,11 +178,11 @@ def _factor(problem, rows, w, targets, form):
     return factorise(problem, rows, w, targets, whole=True)
 
 
-@partial(jax.jit, static_argnames=("curvature", "rank", "w_curvature"))
-def _step(problem, options, state, data, *, curvature, rank, w_curvature):
+@partial(jax.jit, static_argnames=("curvature", "rank", "kaufman", "w_curvature"))
+def _step(problem, options, state, data, *, curvature, rank, kaufman, w_curvature):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
-    form = _form(problem, state.theta, data, state.w, curvature, rank)
+    form = _form(problem, state.theta, data, state.w, curvature, rank, kaufman)
 
     factor = state.projection.factor
     if not problem.loss.quadratic:
@@ -187,7 +193,8 @@ def _step(problem, options, state, data, *, curvature, rank, w_curvature):
             *at, state.radius, state.newton, rank=rank, flat=options.flat, w_curvature=w_curvature
         )
     else:
-        model = quadratic.dense(*at) if form is Form.DENSE else quadratic.kernel(*at)
+        formed = quadratic.dense if form is Form.DENSE else quadratic.kernel
+        model = formed(*at, kaufman=kaufman)
 
     projection = state.projection._replace(factor=factor, spent=jnp.int32(0))
 
@@ -225,8 +232,10 @@ def _step(problem, options, state, data, *, curvature, rank, w_curvature):
         newton=state.newton,
         curvature=jnp.int32(form),
     )
+    # Variables of a model that is not a number lead nowhere, not even from zero.
+    theta = jnp.where(result.accepted, theta + model.root(result.x), theta)
     state = State(
-        theta=unravel(theta + model.root(result.x)),
+        theta=unravel(theta),
         w=projection.w,
         projection=projection,
         objective=value,

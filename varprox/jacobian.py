@@ -5,8 +5,10 @@ In the notation of `varprox.curvature`, with K v = dZ W, A v = dZᵀ G and B v =
     Kᵀ Q K − Bᵀ H⁻¹ B + Aᵀ H⁻¹ A + ∇²R  =  Jᵀ Q J + α₂ J_Wᵀ J_W + ∇²R,
 
 where J = K − Z H⁻¹ (A + B) and J_W = −H⁻¹ (A + B). K takes one reverse pass for each sample and
-output, A one of the whole batch for each entry of W; the reduced gradient is Aᵀ W + ∇R. Imports
-model and projection.
+output, and gives the gradient Kᵀ G + ∇R, too. A takes one pass of the whole batch for each entry of
+W. It is of the size of the residual, and Kaufman's approximation leaves it out; what is left is the
+Schur complement of the Gauss–Newton matrix in θ and W together. Imports model and projection.
+Source: Kaufman, BIT 15 (1975).
 """
 
 from typing import Any
@@ -17,16 +19,16 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from varprox.model import Problem
-from varprox.projection import Factor, to_flat
+from varprox.projection import Factor
 
 BLOCK_BYTES = 2**22  # of rows of K that are held at a time
 
 
 def gauss_newton_matrix(
-    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor
+    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, *, kaufman: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The reduced gradient (size,) and the Gauss–Newton matrix (size, size), in the order of
-    `ravel_pytree`.
+    `ravel_pytree`; the latter without A if `kaufman`.
 
     `factor` is that of ∇²_W Φ at `w` = W(θ), exact. Beside the matrix this holds at most
     `BLOCK_BYTES` of rows of K, or those of one sample where they are longer.
@@ -37,26 +39,25 @@ def gauss_newton_matrix(
     size = -(-samples // blocks)
 
     def add(total, index):
-        z, root, k = _rooted_rows(problem, theta, data, w, jnp.minimum(index, samples - 1))
         # The last block is filled up with repeated samples, which must not count.
-        k = jnp.where((index < samples)[:, None, None], k, 0).reshape(-1, flat.size)
-        weights = root[:, :, :, None] * z[:, None, None, :]  # (batch, outputs, outputs, columns)
-        return (total[0] + k.T @ k, total[1] + weights.reshape(len(k), -1).T @ k), None
+        chosen, counts = jnp.minimum(index, samples - 1), index < samples
+        gradient, k, weights = _rows(problem, theta, data, w, chosen, counts)
+        return jax.tree.map(jnp.add, total, (gradient, k.T @ k, weights.T @ k)), None
 
-    nothing = jnp.zeros((flat.size, flat.size), flat.dtype), jnp.zeros((w.size, flat.size), w.dtype)
+    nothing = [jnp.zeros((*n, flat.size), flat.dtype) for n in ((), (flat.size,), (w.size,))]
     index = np.arange(blocks * size, dtype=np.int32).reshape(blocks, size)
-    (matrix, b), _ = jax.lax.scan(add, nothing, index)
+    sums, _ = jax.lax.scan(add, tuple(nothing), index)
+    gradient, matrix, b = (total / samples for total in sums)
 
-    a = _residual_rows(problem, theta, data, w)
-    gradient = to_flat(w) @ a
-    a, b = (jax.vmap(factor.transposed_root, 1, 1)(x) for x in (a, b / samples))
+    matrix = matrix - _squared(factor, b)
+    if not kaufman:
+        matrix = matrix + _squared(factor, _residual_rows(problem, theta, data, w))
     penalty = lambda flat: problem.penalty(unravel(flat))  # noqa: E731
-    matrix = matrix / samples - b.T @ b + a.T @ a + jax.hessian(penalty)(flat)
-    return gradient + jax.grad(penalty)(flat), matrix
+    return gradient + jax.grad(penalty)(flat), matrix + jax.hessian(penalty)(flat)
 
 
 def gauss_newton_root(
-    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor
+    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, *, kaufman: bool
 ) -> tuple[jax.Array, jax.Array]:
     """The reduced gradient (size,) and a root M (rows, size) of the Gauss–Newton matrix, which is
     Mᵀ M + ∇²R; there is a row for each sample and output and for each entry of W.
@@ -65,30 +66,44 @@ def gauss_newton_root(
     """
     flat, unravel = ravel_pytree(theta)
     samples = len(data[1])
-    z, root, k = _rooted_rows(problem, theta, data, w, np.arange(samples))
-    k = k.reshape(-1, flat.size)
-    weights = (root[:, :, :, None] * z[:, None, None, :]).reshape(len(k), -1)
-    a = _residual_rows(problem, theta, data, w)
-    b = weights.T @ k / samples
-    dw = -jax.vmap(lambda x: factor.root(factor.transposed_root(x)), 1, 1)(a + b)
-    gradient = to_flat(w) @ a + jax.grad(lambda flat: problem.penalty(unravel(flat)))(flat)
+    everything = np.arange(samples)
+    gradient, k, weights = _rows(problem, theta, data, w, everything, everything < samples)
+    right = weights.T @ k / samples
+    if not kaufman:
+        right = right + _residual_rows(problem, theta, data, w)
+    dw = -jax.vmap(lambda x: factor.root(factor.transposed_root(x)), 1, 1)(right)
+    penalty_gradient = jax.grad(lambda flat: problem.penalty(unravel(flat)))(flat)
     j = (k + weights @ dw) / samples**0.5
-    return gradient, jnp.concatenate([j, jnp.sqrt(problem.w_penalty) * dw])
+    root = jnp.concatenate([j, jnp.sqrt(problem.w_penalty) * dw])
+    return gradient / samples + penalty_gradient, root
 
 
-def _rooted_rows(problem, theta, data, w, index):
-    """For some samples z (batch, columns), a root L (batch, outputs, outputs) of the curvature of
-    each one's own loss and Lᵀ K (batch, outputs, size)."""
+def _rows(problem, theta, data, w, index, counts):
+    """For the samples at `index`, those only that count: the gradient of the sum of their own
+    losses, Lᵀ K (rows, size) for a root L of the curvature of each one's loss, and Lᵀ ⊗ zᵀ (rows,
+    entries of W output by output), which gives L Lᵀ K ⊗ z."""
     units = jnp.eye(w.shape[1], dtype=w.dtype)
 
     def of_sample(sample):
         x, c = jax.tree.map(lambda leaf: leaf[None], sample)
         z, pullback = jax.vjp(lambda theta: problem.model.rows(theta, x), theta)
-        root = jax.vmap(lambda unit: problem.loss.curvature_root(z @ w, c, unit[None]))(units)
-        (k,) = jax.vmap(lambda u: pullback(u @ w.T))(root)
-        return z[0], root[:, 0], jax.vmap(lambda k: ravel_pytree(k)[0])(k)
+        k = jax.vmap(lambda unit: ravel_pytree(pullback(unit[None] @ w.T))[0])(units)
+        root = jax.vmap(lambda unit: problem.loss.curvature_root(z @ w, c, unit[None])[0])(units)
+        return z[0], problem.loss.gradient(z @ w, c)[0], root, k
 
-    return jax.vmap(of_sample)(jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], data))
+    samples = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], data)
+    z, slope, root, k = jax.vmap(of_sample)(samples)
+    k = jnp.where(counts[:, None, None], k, 0)
+    gradient = slope.reshape(-1) @ k.reshape(-1, k.shape[-1])
+    rooted = k if problem.loss.quadratic else root @ k
+    weights = root[:, :, :, None] * z[:, None, None, :]  # (samples, outputs, outputs, columns)
+    return gradient, rooted.reshape(-1, k.shape[-1]), weights.reshape(-1, w.size)
+
+
+def _squared(factor, rows):
+    """rowsᵀ H⁻¹ rows for rows (entries of W, size)."""
+    rooted = jax.vmap(factor.transposed_root, 1, 1)(rows)
+    return rooted.T @ rooted
 
 
 def _residual_rows(problem, theta, data, w):

@@ -22,7 +22,6 @@ from varprox.projection import Factor
 from varprox.recycling import Recycled, nothing_yet, recycle
 from varprox.whitening import Whitening, whitening
 
-RANK = 20  # of Krylov spaces, unless asked for otherwise
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
 LARGEST = 2**28  # entries of a matrix that is formed unasked
 
@@ -66,7 +65,7 @@ def start_norm(
     return jnp.zeros(like.size if form is Form.DENSE else 0, like.dtype)
 
 
-def choose(problem: Problem, theta: Any, data: tuple, w: Any, rank: int = RANK) -> Form:
+def choose(problem: Problem, theta: Any, data: tuple, w: Any, *, rank: int, kaufman: bool) -> Form:
     """The form whose steps take the fewest operations, counted for a full Krylov space.
 
     Only the shapes of the arrays matter. A Krylov space it is where the features cannot be had for
@@ -77,7 +76,7 @@ def choose(problem: Problem, theta: Any, data: tuple, w: Any, rank: int = RANK) 
     samples, outputs = targets.shape
     rows = targets.size + w.size
     in_pass = PASS * samples * size
-    in_rows = (2 + outputs + w.size) * in_pass
+    in_rows = (2 + outputs + (0 if kaufman else w.size)) * in_pass
     costs = {Form.KRYLOV: (2 + 2 * rank) * in_pass}
     if size**2 <= LARGEST:
         costs[Form.DENSE] = in_rows + targets.size * size**2 + size**3
@@ -148,7 +147,14 @@ def krylov(
 
 
 def dense(
-    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, norm: jax.Array
+    problem: Problem,
+    theta: Any,
+    data: tuple,
+    w: jax.Array,
+    factor: Factor,
+    norm: jax.Array,
+    *,
+    kaufman: bool,
 ) -> Quadratic:
     """The model as a matrix. `norm` is the largest diagonal of the matrices so far.
 
@@ -156,7 +162,7 @@ def dense(
     added up: the norm follows the problem, but a weight of little curvature is not let off its
     leash. Source: Moré, Lecture Notes in Mathematics 630 (1978), for the running maximum.
     """
-    gradient, matrix = gauss_newton_matrix(problem, theta, data, w, factor)
+    gradient, matrix = gauss_newton_matrix(problem, theta, data, w, factor, kaufman=kaufman)
     norm = jnp.maximum(norm, jnp.diagonal(matrix))
     mean = jnp.mean(norm)
     scale = jax.lax.rsqrt(norm + jnp.where(mean > 0, mean, 1))
@@ -165,18 +171,26 @@ def dense(
     def step(radius, shift):
         return trust_region.matrix_step(matrix, scale * gradient, radius, shift)
 
-    return _formed(gradient, lambda y: scale * y, step, data[1], w, norm)
+    work = 1 + data[1].shape[1] + (0 if kaufman else w.size)
+    return _formed(gradient, lambda y: scale * y, step, work, norm)
 
 
 def kernel(
-    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, norm: jax.Array
+    problem: Problem,
+    theta: Any,
+    data: tuple,
+    w: jax.Array,
+    factor: Factor,
+    norm: jax.Array,
+    *,
+    kaufman: bool,
 ) -> Quadratic:
     """The model as the singular values of M, where Mᵀ M + α I is the Gauss–Newton matrix.
 
     What the gradient has outside the span of M's rows makes one more eigenvector, of eigenvalue α.
     Steps are measured in θ itself, where the penalty is a multiple of the identity.
     """
-    gradient, root = gauss_newton_root(problem, theta, data, w, factor)
+    gradient, root = gauss_newton_root(problem, theta, data, w, factor, kaufman=kaufman)
     _, singular, basis = jnp.linalg.svd(root, full_matrices=False)
     singular, basis = singular[::-1], basis[::-1]  # in ascending order
     inside = basis @ gradient
@@ -195,15 +209,16 @@ def kernel(
         found = trust_region.spectral_step(eigenvalues, coefficients, radius)
         return found._replace(step=found.step @ basis)
 
-    return _formed(gradient, lambda y: y, step, data[1], w, norm)
+    work = 1 + data[1].shape[1] + (0 if kaufman else w.size)
+    return _formed(gradient, lambda y: y, step, work, norm)
 
 
-def _formed(gradient, root, step, targets, w, norm):
+def _formed(gradient, root, step, work, norm):
     return Quadratic(
         gradient_norm=jnp.linalg.norm(gradient),
         root=root,
         step=step,
         products=jnp.zeros((), jnp.int32),
-        work=jnp.int32(1 + targets.shape[1] + w.size),
+        work=jnp.int32(work),
         norm=norm,
     )
