@@ -24,6 +24,7 @@ from benchmarks.contest import STARTS, net_of
 from benchmarks.experiment import Task
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from varprox import Method, Problem, Solution, Status
+from varprox.fit import _compiled, _timed
 from varprox.model import predict
 from varprox.penalties import tikhonov_weight
 
@@ -227,16 +228,3 @@ class _Memory:
 
 def _key(task):
     return jax.random.key(task.seed)
-
-
-def _timed(fn, *args):
-    begin = time.perf_counter()
-    result = jax.block_until_ready(fn(*args))
-    return result, time.perf_counter() - begin
-
-
-def _compiled(fn, *args):
-    """The result of `fn` with its run time, and how much longer the first call took."""
-    _, first = _timed(fn, *args)
-    result, second = _timed(fn, *args)
-    return (result, second), max(first - second, 0.0)

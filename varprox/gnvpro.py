@@ -98,12 +98,13 @@ def gnvpro(
       diagonal. For up to some thousand weights, and for high accuracy.
     - "kernel": from the singular values of these rows, where they are fewer than the weights. It
       needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself.
-      If `kaufman`, both leave out of the matrix what takes a pass for every entry of W and vanishes
-      with the residual, as Kaufman does; None stands for True under least squares, for False under
-      other losses, where residuals stay large.
     - "auto": the one of the three with the fewest operations a step, and "krylov" where the
       features cannot be had for one sample. The method's info holds the number it has in
       `varprox.quadratic.Form`.
+
+    If `kaufman`, "dense" and "kernel" leave out of the matrix what takes a pass for every entry of
+    W and vanishes with the residual, as Kaufman does; None stands for True under least squares, for
+    False under other losses, where residuals stay large.
 
     The Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` False and
     `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the authors'
@@ -112,8 +113,7 @@ def gnvpro(
     The run has converged when the gradient's norm is at most `tolerance`. Work units: in a Krylov
     space 2 a step and 2 a product (4 with the full Hessian), and 2 for the whitening, an upper
     bound; with rows 1 a step and 1 an output, and 1 an entry of W unless `kaufman`; 1 for the start
-    and 1 a trial point.
-    `data` is all of it at every step.
+    and 1 a trial point. `data` is all of it at every step.
     """
     check_problem(problem)
     forms = ["auto", *(form.name.lower() for form in Form)]
