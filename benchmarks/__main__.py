@@ -12,6 +12,7 @@ RACERS = (
     "GNvpro dense",
     "GNvpro kernel",
     "GNvpro krylov",
+    "GNvpro krylov, whitened",
     "LBFGSvpro",
     "L-BFGS (SciPy)",
     "L-BFGS (optax)",

@@ -23,6 +23,7 @@ COLOURS = {
     "GN": "#cc79a7",
     "GNvpro dense": "#0072b2",
     "GNvpro krylov": "#56b4e9",
+    "GNvpro krylov, whitened": "#7b3294",
     "GNvpro kernel": "#004166",
     "Adam, cosine": "#8fd4a8",
     "L-BFGS (SciPy)": "#222222",

@@ -90,7 +90,10 @@ def points(count: int, seed: int) -> Task:
 
 FORMED = {name: GNVPRO[name] for name in ("GNvpro dense", "GNvpro krylov")} | GRADIENTS | RESIDUALS
 WHITENED = of_method(partial(vp.gnvpro, curvature="krylov", whiten=True))
-KRYLOV = {"GNvpro krylov": {"": of_method(vp.gnvpro), "whitened": WHITENED}} | GRADIENTS
+KRYLOV = {
+    "GNvpro krylov": GNVPRO["GNvpro krylov"],
+    "GNvpro krylov, whitened": {"": WHITENED},
+} | GRADIENTS
 COURSES = {
     "peaks, 2000 points": Course(partial(points, 2000), FORMED, LEVELS, 15, seeds=5),
     "Indian Pines, bands": Course(partial(pixels, "band"), KRYLOV, OF_PIXELS, 8),
@@ -109,14 +112,7 @@ def run(*, quick: bool, seed: int, methods: tuple[str, ...], output: Path) -> No
             name: courses[name]._replace(seconds=courses[name].seconds / 4, seeds=1)
             for name in ("exponentials", "peaks, 500 points")
         }
-    settings = {
-        "quick": quick,
-        "seed": seed,
-        "courses": {
-            name: {"levels": c.levels, "seconds": c.seconds, "seeds": c.seeds}
-            for name, c in courses.items()
-        },
-    }
+    settings: dict = {"quick": quick, "seed": seed, "courses": {}}
     output.mkdir(parents=True, exist_ok=True)
     results: dict[str, dict] = {}
     costs: dict[str, dict] = {}
@@ -124,6 +120,11 @@ def run(*, quick: bool, seed: int, methods: tuple[str, ...], output: Path) -> No
     tables: list[str] = []
     runs: list[Run] = []
     for name, course in courses.items():
+        settings["courses"][name] = {
+            "levels": course.levels,
+            "seconds": course.seconds,
+            "seeds": course.seeds,
+        }
         found, growth = hold(name, course, seed, methods)
         groups[name] = by_method(found)
         results[name] = {
