@@ -1,7 +1,8 @@
 """Linear last layers, each as a map from features to design rows.
 
 A head turns features `z` into rows `Z` with `prediction = Z @ w`; everything that solves for or
-differentiates through `w` is written once, for rows. Imports checks.
+differentiates through `w` is written once, for rows. What the structure of a head makes cheaper
+than its rows, the product with `w` and the Gram matrix, it does itself. Imports checks.
 """
 
 from dataclasses import dataclass
@@ -26,6 +27,18 @@ class DenseHead:
         if not self.bias:
             return z
         return _with_ones(z)
+
+    def apply(self, z: jax.Array, w: jax.Array) -> jax.Array:
+        """rows @ w, (batch, outputs)."""
+        return self.rows(z) @ w
+
+    def pack(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """`w` from a kernel (m, outputs) and a bias (outputs,), or None without bias."""
+        return kernel if bias is None else jnp.vstack([kernel, bias])
+
+    def unpack(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel and bias, the inverse of `pack`."""
+        return (w[:-1], w[-1]) if self.bias else (w, None)
 
     def gram(self, z: jax.Array) -> jax.Array:
         """rowsᵀ rows, (columns, columns)."""
@@ -71,6 +84,39 @@ class ConvHead:
                 rows = rows.at[:, i :: len(axes[0]), j :: len(axes[1]), places].set(patches)
         rows = rows.reshape(-1, columns)
         return _with_ones(rows) if self.bias else rows
+
+    def apply(self, z: jax.Array, w: jax.Array) -> jax.Array:
+        """rows @ w as images, (batch, height', width', outputs)."""
+        _shape_of_images(z)
+        kernel, bias = self.unpack(w)
+        pads, strides, dilation = self.padding, self.stride, (1, 1)
+        if self.transposed:
+            pads = [k - 1 - p for k, p in zip(self.kernel_size, pads, strict=True)]
+            strides, dilation = dilation, strides
+        images = jax.lax.conv_general_dilated(
+            z,
+            kernel,
+            strides,
+            [(p, p) for p in pads],
+            lhs_dilation=dilation,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return images if bias is None else images + bias
+
+    def pack(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """`w` from a kernel (height, width, channels, outputs) and a bias (outputs,), or None
+        without bias. The taps of a transposed convolution come in flax's order, which is the
+        reverse of PyTorch's."""
+        kernel = kernel[::-1, ::-1] if self.transposed else kernel
+        w = jnp.moveaxis(kernel, 2, 0).reshape(-1, kernel.shape[-1])
+        return w if bias is None else jnp.vstack([w, bias])
+
+    def unpack(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel and bias, the inverse of `pack`."""
+        w, bias = (w[:-1], w[-1]) if self.bias else (w, None)
+        kernel = w.reshape(-1, *self.kernel_size, w.shape[1])
+        kernel = jnp.moveaxis(kernel, 0, 2)
+        return (kernel[::-1, ::-1] if self.transposed else kernel), bias
 
     def gram(self, z: jax.Array) -> jax.Array:
         """rowsᵀ rows, (columns, columns)."""

@@ -27,8 +27,14 @@ class Method(NamedTuple):
     inside the caller's own `jit`, `vmap` or `scan`. A state has at least the fields `theta`, `w`,
     `objective` (Φ at these weights), `work_units` (spent so far) and `status`; `info` is a
     NamedTuple of scalars.
+
+    A full-batch method has no `epoch`, and its `data` are all of the data. A stochastic one takes a
+    minibatch in every step, and has `state, info = epoch(state, data, batch_size=…)`, whose info
+    holds those of the steps along a leading axis; its state has the field `problem`, the problem
+    with features that have seen the batches, too.
     """
 
     init: Callable
     step: Callable
     problem: Any
+    epoch: Callable | None = None

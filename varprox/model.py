@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial, register_pytree_node
 
 from varprox.checks import check_number
-from varprox.heads import DenseHead, dense
+from varprox.heads import ConvHead, DenseHead, dense
 from varprox.losses import Loss
 from varprox.penalties import as_penalty
 
@@ -26,24 +26,40 @@ class Separable:
     w`.
 
     `features(theta, inputs)` maps any pytree θ of floating arrays and inputs (batch, …) to (batch,
-    m).
+    m), or to what else the head takes. Features that learn from the batches they see, such as those
+    with batch norm, keep their statistics as arguments of a `jax.tree_util.Partial`, and
+    `training(features, theta, inputs) -> (z, features)` is what a stochastic method calls instead:
+    it gives z of a training batch and the features that have seen it.
     """
 
     features: Callable[[Any, Any], jax.Array]
-    head: DenseHead
+    head: DenseHead | ConvHead
+    training: Callable | None
 
-    def __init__(self, features, head: DenseHead | None = None):
+    def __init__(self, features, head: DenseHead | ConvHead | None = None, training=None):
         if not callable(features):
             raise TypeError(f"features: expected a function of (theta, inputs), got {features!r}")
         head = dense() if head is None else head
         if not hasattr(head, "rows"):
             raise TypeError(f"head: expected a head such as varprox.dense(), got {head!r}")
+        if training is not None and not callable(training):
+            raise TypeError(
+                f"training: expected a function of (features, theta, inputs), got {training!r}"
+            )
         object.__setattr__(self, "features", _partial(features))
         object.__setattr__(self, "head", head)
+        object.__setattr__(self, "training", training)
 
     def rows(self, theta, inputs) -> jax.Array:
         """The design rows (batch, columns) at θ."""
         return self.head.rows(self.features(theta, inputs))
+
+    def train(self, theta, inputs) -> tuple[jax.Array, "Separable"]:
+        """The features of a training batch at θ, and the model that has seen it."""
+        if self.training is None:
+            return self.features(theta, inputs), self
+        z, features = self.training(self.features, theta, inputs)
+        return z, Separable(features, self.head, self.training)
 
 
 @dataclass(frozen=True, init=False)
@@ -81,6 +97,10 @@ class Problem:
         object.__setattr__(self, "theta_penalty", as_penalty("theta_penalty", theta_penalty))
         object.__setattr__(self, "w_penalty", w_penalty)
 
+    def with_model(self, model: Separable) -> "Problem":
+        """The same problem for another model."""
+        return Problem(model, self.loss, self.theta_penalty, self.w_penalty)
+
     def penalty(self, theta) -> jax.Array:
         """R(θ), a scalar of θ's dtype."""
         dtype = jnp.result_type(*jax.tree.leaves(theta))
@@ -106,7 +126,7 @@ def _register(cls, children, static):
     register_pytree_node(cls, flatten, unflatten)
 
 
-_register(Separable, ["features"], ["head"])
+_register(Separable, ["features"], ["head", "training"])
 _register(Problem, ["model", "theta_penalty", "w_penalty"], ["loss"])
 
 
@@ -122,13 +142,15 @@ def objective(problem: Problem, theta, w, data) -> jax.Array:
 
 
 def predict(problem: Problem, theta, w, inputs) -> jax.Array:
-    """The model's predictions (batch, outputs); under cross entropy these are logits."""
-    rows = problem.model.rows(theta, inputs)
-    if jnp.ndim(w) != 2 or len(w) != rows.shape[1]:
+    """The model's predictions (batch, outputs), or (batch, height, width, outputs) for a
+    convolutional head; under cross entropy these are logits."""
+    head, z = problem.model.head, problem.model.features(theta, inputs)
+    columns = jax.eval_shape(head.rows, z).shape[1]
+    if jnp.ndim(w) != 2 or len(w) != columns:
         raise ValueError(
-            f"w: expected shape ({rows.shape[1]}, outputs), as the rows ask for, got {jnp.shape(w)}"
+            f"w: expected shape ({columns}, outputs), as the rows ask for, got {jnp.shape(w)}"
         )
-    return rows @ w
+    return head.apply(z, w)
 
 
 def check_problem(problem: Any) -> None:
@@ -137,11 +159,18 @@ def check_problem(problem: Any) -> None:
         raise TypeError(f"problem: expected a varprox.Problem, got {problem!r}")
 
 
-def check_data(problem: Problem, theta, data) -> None:
+def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
     """Refuses data that the problem cannot be solved for; passes in silence under trace.
 
-    Raises TypeError or ValueError naming the argument, what was expected and what came.
+    Convolutional heads, and images as targets, are for methods that say they take `images`. Raises
+    TypeError or ValueError naming the argument, what was expected and what came.
     """
+    of_images = isinstance(problem.model.head, ConvHead)
+    if of_images and not images:
+        raise TypeError(
+            "problem: expected a model with a dense head; one with a convolutional head is trained "
+            "by varprox.slimtrain"
+        )
     if not (isinstance(data, tuple | list) and len(data) == 2):
         count = f" of {len(data)}" if isinstance(data, tuple | list) else ""
         raise TypeError(
@@ -164,7 +193,11 @@ def check_data(problem: Problem, theta, data) -> None:
             f"theta, targets: expected one floating dtype throughout, got {sorted(dtypes)}; "
             "cast the data to the dtype of theta"
         )
-    if jnp.ndim(targets) != 2:
+    if of_images and jnp.ndim(targets) != 4:
+        raise ValueError(
+            f"targets: expected shape (batch, height, width, outputs), got {jnp.shape(targets)}"
+        )
+    if not of_images and jnp.ndim(targets) != 2:
         raise ValueError(
             f"targets: expected shape (batch, outputs), got {jnp.shape(targets)}; "
             "a single output wants targets[:, None]"
@@ -172,7 +205,7 @@ def check_data(problem: Problem, theta, data) -> None:
     batch = len(targets)
     if batch == 0:
         raise ValueError("targets: expected at least one sample, got none")
-    if targets.shape[1] == 0:
+    if targets.shape[-1] == 0:
         raise ValueError(f"targets: expected at least one output, got shape {targets.shape}")
     for leaf in leaves["inputs"]:
         if jnp.ndim(leaf) == 0 or len(leaf) != batch:
@@ -181,18 +214,35 @@ def check_data(problem: Problem, theta, data) -> None:
                 f"got shape {jnp.shape(leaf)}"
             )
     z = jax.eval_shape(problem.model.features, theta, inputs)
-    if not hasattr(z, "shape") or len(z.shape) != 2 or z.shape[0] != batch or z.shape[1] == 0:
-        came = getattr(z, "shape", type(z).__name__)
-        raise ValueError(f"features: expected an array of shape ({batch}, m), m ≥ 1, got {came}")
+    shape, came = getattr(z, "shape", ()), getattr(z, "shape", type(z).__name__)
+    if len(shape) != (4 if of_images else 2) or shape[0] != batch or shape[-1] == 0:
+        expected = "height, width, channels), channels ≥ 1" if of_images else "m), m ≥ 1"
+        raise ValueError(f"features: expected an array of shape ({batch}, {expected}, got {came}")
     if str(z.dtype) not in dtypes:
         raise TypeError(
             f"features: expected dtype {dtypes.pop()}, that of theta and targets, got {z.dtype}"
+        )
+    predicted = jax.eval_shape(_predictions_like, problem, z, targets)
+    if predicted.shape != targets.shape:
+        raise ValueError(
+            f"targets: expected shape {predicted.shape}, that of the predictions, "
+            f"got {targets.shape}"
         )
     penalty = jax.eval_shape(problem.penalty, theta)
     if penalty.shape != ():
         raise TypeError(f"theta_penalty: expected a scalar function, got shape {penalty.shape}")
     if not isinstance(targets, jax.core.Tracer):
         problem.loss.check(np.asarray(targets))
+
+
+def _predictions_like(problem, z, targets):
+    return problem.model.head.apply(z, zero_w(problem, z, targets))
+
+
+def zero_w(problem: Problem, z: jax.Array, targets: jax.Array) -> jax.Array:
+    """W = 0 for features and targets, of which only shapes and dtypes are used."""
+    rows = jax.eval_shape(problem.model.head.rows, z)
+    return jnp.zeros((rows.shape[1], targets.shape[-1]), rows.dtype)
 
 
 def _check_array(name, leaf):

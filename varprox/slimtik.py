@@ -2,7 +2,8 @@
 
 It follows the solution of a ridge regression whose rows arrive in batches, and chooses the
 regularisation parameter on the way. Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002,
-section 3; Chung, Chung, Slagel, Tenorio, Inverse Problems 36 (2020). Imports checks and selection.
+section 3; Chung, Chung, Slagel, Tenorio, Inverse Problems 36 (2020). Imports checks, heads
+and selection.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from varprox.checks import check_integer, check_number
+from varprox.heads import dense
 from varprox.selection import Fit, sgcv
 
 
@@ -35,6 +37,15 @@ class Info(NamedTuple):
     residual: jax.Array  # ‖A w − c‖² at the new W
     value: jax.Array  # of the selection function
     finite: jax.Array  # False where the batch was not; W and all else then stay as they were
+
+
+class Options(NamedTuple):
+    """Those of `slimtik`, checked."""
+
+    memory: int
+    selection: Partial
+    initial: float
+    lower_bound: float
 
 
 class SlimTik(NamedTuple):
@@ -70,6 +81,12 @@ def slimtik(
     ValueError for shapes that do not fit W; a batch that is not finite changes nothing but
     `info.finite`.
     """
+    options = checked(memory, selection, initial, lower_bound)
+    return SlimTik(partial(start_tikhonov, options), partial(_update, options))
+
+
+def checked(memory, selection, initial, lower_bound) -> Options:
+    """Refuses what are no options with a TypeError or ValueError."""
     memory = check_integer("memory", memory, least=0)
     check_number("initial", initial)
     check_number("lower_bound", lower_bound)
@@ -77,25 +94,23 @@ def slimtik(
     if not callable(selection):
         raise TypeError(f"selection: expected one such as varprox.sgcv(), got {selection!r}")
     selection = selection if isinstance(selection, Partial) else Partial(selection)
-    return SlimTik(
-        partial(_init, memory, max(initial, lower_bound)),
-        partial(_update, selection, lower_bound),
-    )
+    return Options(memory, selection, initial, lower_bound)
 
 
-def _init(memory, lambda_sum, w):
+def start_tikhonov(options: Options, w: jax.Array) -> State:
+    """The state at W (columns, outputs), with nothing remembered."""
     if jnp.ndim(w) != 2:
         raise ValueError(f"w: expected shape (columns, outputs), got {jnp.shape(w)}")
     w, columns = jnp.asarray(w), len(w)
     return State(
         w,
-        jnp.full((), lambda_sum, w.dtype),
-        jnp.zeros((memory + 1, columns, columns), w.dtype),
+        jnp.maximum(jnp.full((), options.initial, w.dtype), options.lower_bound),
+        jnp.zeros((options.memory + 1, columns, columns), w.dtype),
         jnp.zeros((), jnp.int32),
     )
 
 
-def _update(selection, lower_bound, state, rows, targets):
+def _update(options, state, rows, targets):
     columns, outputs = state.w.shape
     if jnp.ndim(rows) != 2 or rows.shape[1] != columns:
         raise ValueError(
@@ -107,18 +122,23 @@ def _update(selection, lower_bound, state, rows, targets):
         raise ValueError(
             f"targets: expected shape {(len(rows), outputs)}, got {jnp.shape(targets)}"
         )
-    return _update_checked(selection, lower_bound, state, rows, targets)
+    return _update_checked(options, state, rows, targets)
 
 
 @jax.jit
-def _update_checked(selection, lower_bound, state, rows, targets):
-    residual = rows @ state.w - targets
-    batch = Batch(rows.T @ rows, rows.T @ residual, jnp.sum(residual**2), residual.size)
-    return step(selection, lower_bound, state, batch)
+def _update_checked(options, state, rows, targets):
+    return tikhonov_step(options, state, of_features(dense(bias=False), rows, state.w, targets))
 
 
-def step(selection: Callable, lower_bound, state: State, batch: Batch) -> tuple[State, Info]:
-    """The update for a batch of which its Gram matrix and gradient are known.
+def of_features(head, z: jax.Array, w: jax.Array, targets: jax.Array) -> Batch:
+    """A batch of features for a head of `varprox.heads`, with targets shaped like predictions."""
+    predictions, transposed = jax.vjp(lambda w: head.apply(z, w), w)
+    residual = predictions - targets
+    return Batch(head.gram(z), *transposed(residual), jnp.sum(residual**2), residual.size)
+
+
+def tikhonov_step(options: Options, state: State, batch: Batch) -> tuple[State, Info]:
+    """The update for a batch of which no more is known than this.
 
     In the eigenbasis of M, a trial value of Λ takes no solve, and no rows.
     """
@@ -137,7 +157,8 @@ def step(selection: Callable, lower_bound, state: State, batch: Batch) -> tuple[
         freedom = jnp.diagonal(gram)[:, None] / (eigenvalues + lambda_sum + lambda_)
         return Fit(residual, outputs * jnp.sum(freedom))
 
-    lambda_, value = selection(fit, batch.residuals, lambda_sum, lower_bound)
+    lower_bound = options.lower_bound
+    lambda_, value = options.selection(fit, batch.residuals, lambda_sum, lower_bound)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
     new = State(

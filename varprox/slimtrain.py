@@ -1,0 +1,185 @@
+"""slimTrain: minibatch training in which slimTik finds W and any optimizer of optax moves θ.
+
+Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, algorithm 1. Imports slimtik, selection
+and model.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.flatten_util import ravel_pytree
+
+
+from varprox.checks import check_integer
+from varprox.method import Method, Status
+from varprox.model import Problem, check_data, check_problem, zero_w
+from varprox.slimtik import State as Tikhonov
+from varprox.slimtik import checked, of_features, start_tikhonov, tikhonov_step
+
+
+class State(NamedTuple):
+    """The weights and what the next step starts from."""
+
+    problem: Problem  # its features have seen the batches so far
+    theta: Any
+    tikhonov: Tikhonov
+    optimizer: Any  # the state of the one for θ
+    objective: jax.Array  # Φ of the last batch, or the mean of those of the last epoch
+    work_units: jax.Array  # so far
+    unit: jax.Array  # samples that a pass of one work unit goes over
+    key: jax.Array
+    status: jax.Array
+
+    @property
+    def w(self) -> jax.Array:
+        """The weights of the last layer, (columns, outputs)."""
+        return self.tikhonov.w
+
+
+class Info(NamedTuple):
+    """What one step did; the losses are those of its batch, with the new W and the old θ."""
+
+    objective: jax.Array
+    lambda_: jax.Array
+    lambda_sum: jax.Array
+    selection: jax.Array  # the value of the selection function
+    freedom: jax.Array  # effective degrees of freedom by scalar residual of the batch
+    finite: jax.Array  # False where the batch was not; all weights then stay as they were
+
+
+def slimtrain(
+    problem: Problem,
+    optimizer: optax.GradientTransformation,
+    memory: int = 5,
+    selection: Callable | None = None,
+    *,
+    initial: float = 0.05,
+    lower_bound: float = 1e-7,
+) -> Method:
+    """The method of choice for data that come in minibatches, under least squares.
+
+    Each step takes one forward pass, updates W by `varprox.slimtik` from the features of this batch
+    and the Gram matrices of `memory` batches before it, and moves θ by one reverse pass at the new
+    W and the optimizer. W has no learning rate, and its regularisation parameter is chosen by
+    `selection`, `sgcv()` by default. Rows and targets go into slimTik divided by √batch; `initial`
+    and `lower_bound` are those of ΣΛ. The problem's `w_penalty` is not used: ΣΛ takes its place.
+
+    The method has an `epoch(state, data, batch_size=…)` beside `init` and `step`, which passes over
+    shuffled batches; samples that do not fill one are left out of this epoch. `init` and `step`
+    take any pair (inputs, targets), with targets shaped like the predictions; that of `init` says
+    how many samples make a work unit. Features that learn from the batches they see are kept in
+    `state.problem`. A batch with NaN or Inf changes nothing but `info.finite`.
+    """
+    check_problem(problem)
+    if not problem.loss.quadratic:
+        raise TypeError(
+            f"problem: expected the loss varprox.least_squares(), got {type(problem.loss).__name__}"
+        )
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
+        raise TypeError(
+            f"optimizer: expected one of optax, such as optax.adam(1e-3), got {optimizer!r}"
+        )
+    options = checked(memory, selection, initial, lower_bound)
+    init, step, epoch = (partial(fn, optimizer, options) for fn in (_init, _step, _epoch))
+    return Method(partial(init, problem), step, problem, epoch)
+
+
+def _init(optimizer, options, problem, theta, data, key=None):
+    check_data(problem, theta, data, images=True)
+    inputs, targets = data
+    w = zero_w(problem, jax.eval_shape(problem.model.features, theta, inputs), targets)
+    # Leaves of a problem may be numbers; in a state they are arrays.
+    problem, theta = jax.tree.map(jnp.asarray, (problem, theta))
+    return State(
+        problem=problem,
+        theta=theta,
+        tikhonov=start_tikhonov(options, w),
+        optimizer=optimizer.init(theta),
+        objective=jnp.full((), jnp.nan, w.dtype),
+        work_units=jnp.zeros((), w.dtype),
+        unit=jnp.full((), len(targets), w.dtype),
+        key=jax.random.key(0) if key is None else key,
+        status=jnp.int32(Status.RUNNING),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(optimizer, options, state, batch):
+    inputs, targets = batch
+    head, loss = state.problem.model.head, state.problem.loss
+
+    z, pullback, model = jax.vjp(
+        lambda theta: state.problem.model.train(theta, inputs), state.theta, has_aux=True
+    )
+    seen = of_features(head, z, state.w, targets)
+    seen = jax.tree.map(lambda x: x / len(targets), seen)._replace(residuals=seen.residuals)
+    tikhonov, chosen = tikhonov_step(options, state.tikhonov, seen)
+
+    value, slope = jax.value_and_grad(
+        lambda z: loss.value(head.apply(z, tikhonov.w), targets)
+    )(z)
+    penalty, gradient = jax.value_and_grad(state.problem.penalty)(state.theta)
+    gradient = jax.tree.map(jnp.add, gradient, *pullback(slope))
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.theta)
+
+    objective = value + penalty
+    finite = chosen.finite & jnp.isfinite(objective)
+    finite = finite & jnp.isfinite(ravel_pytree(updates)[0]).all()
+    after = state._replace(
+        problem=state.problem.with_model(model),
+        theta=optax.apply_updates(state.theta, updates),
+        tikhonov=tikhonov,
+        optimizer=optimizer_state,
+        objective=objective,
+    )
+    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
+    after = after._replace(
+        work_units=state.work_units + 2 * len(targets) / state.unit,
+        status=jnp.where(finite, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
+    )
+    info = Info(
+        objective=objective,
+        lambda_=chosen.lambda_,
+        lambda_sum=chosen.lambda_sum,
+        selection=chosen.value,
+        freedom=chosen.trace / seen.residuals,
+        finite=finite,
+    )
+    return after, info
+
+
+def _epoch(optimizer, options, state, data, *, batch_size):
+    samples = len(data[1])
+    batch_size = check_integer("batch_size", batch_size, least=1)
+    if batch_size > samples:
+        raise ValueError(
+            f"batch_size: expected at most {samples}, the number of samples, got {batch_size}"
+        )
+    return _scan(optimizer, options, state, data, batch_size)
+
+
+@partial(jax.jit, static_argnums=(0, 4))
+def _scan(optimizer, options, state, data, batch_size):
+    samples = len(data[1])
+    key, used = jax.random.split(state.key)
+    order = jax.random.permutation(used, samples)[: samples // batch_size * batch_size]
+
+    def of_batch(state, index):
+        return _step(optimizer, options, state, jax.tree.map(lambda x: x[index], data))
+
+    state, info = jax.lax.scan(of_batch, state._replace(key=key), order.reshape(-1, batch_size))
+    return _after_epoch(state, info), info
+
+
+def _after_epoch(state, info):
+    """The state with the objective of the whole epoch; only if no batch was finite has it failed."""
+    counts = jnp.maximum(jnp.sum(info.finite), 1)
+    status = jnp.where(info.finite.any(), Status.RUNNING, Status.NON_FINITE)
+    return state._replace(
+        objective=jnp.sum(jnp.where(info.finite, info.objective, 0)) / counts,
+        status=status.astype(jnp.int32),
+    )
