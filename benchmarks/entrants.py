@@ -63,7 +63,7 @@ def of_method(make: Callable[[Problem], Method]) -> Entrant:
             (state, _), elapsed = _timed(method.step, state, data)
             seconds += elapsed
             rows.append((float(state.objective), int(state.work_units), seconds))
-        return _result(state.theta, state.w, rows, limit, compile_seconds, memory)
+        return _result(task, (state.theta, state.w), rows, limit, compile_seconds, memory)
 
     return run
 
@@ -139,7 +139,7 @@ def trust_region_reflective(scale: float | str, start: str) -> Entrant:
             callback=record,
         )
         weights = unravel(jnp.asarray(found.x, x.dtype))
-        return _result(*weights, rows, limit, compile_seconds, memory)
+        return _result(task, weights, rows, limit, compile_seconds, memory)
 
     return run
 
@@ -163,7 +163,7 @@ def levenberg_marquardt(start: str) -> Entrant:
             seconds += elapsed
             value = float(0.5 * jnp.sum(state.f_info.residual**2))
             rows.append((value, (len(rows) + 1) * (1 + x.size), seconds))
-        return _result(*unravel(x), rows, limit, compile_seconds, memory)
+        return _result(task, unravel(x), rows, limit, compile_seconds, memory)
 
     return run
 
@@ -194,11 +194,12 @@ def _residuals(task, start):
     return x, unravel, residuals, jacobian
 
 
-def _result(theta, w, rows, limit, compile_seconds, memory):
+def _result(task, weights, rows, limit, compile_seconds, memory):
     columns = zip(("objective", "work_units", "seconds"), zip(*rows, strict=True), strict=True)
     history = {name: np.array(column, float) for name, column in columns}
     status = Status.BUDGET if limit.reached(*rows[-1]) else Status.STALLED
-    return Result(Solution(theta, w, history, status, compile_seconds), memory.growth())
+    solution = Solution(*weights, history, status, compile_seconds, task.problem)
+    return Result(solution, memory.growth())
 
 
 class _Memory:

@@ -89,4 +89,4 @@ def scipy_lbfgs(
         rows.append(row | evaluate(problem, *weights, sets, metrics or {}))
     history = {name: np.array([row[name] for row in rows], float) for name in rows[0]}
     status = Status.BUDGET if stop(*path[-1][1:]) else Status.STALLED
-    return Solution(*weights, history, status, max(first - second, 0.0))
+    return Solution(*weights, history, status, max(first - second, 0.0), problem)

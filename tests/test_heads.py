@@ -42,7 +42,9 @@ def test_rows_times_weights_are_the_convolution(make, bias, size, stride, paddin
         w, expected = np.vstack([w, shift]), expected + shift
     rows = head.rows(z)
     np.testing.assert_allclose(rows @ w, expected.reshape(-1, 2), atol=1e-12)
+    np.testing.assert_allclose(head.apply(z, w), expected, atol=1e-12)
     np.testing.assert_allclose(head.gram(z), rows.T @ rows, atol=1e-10)
+    np.testing.assert_array_equal(head.pack(*head.unpack(w)), w)
 
 
 def test_transposed_rows_are_those_of_the_authors(x64):
@@ -58,7 +60,11 @@ def test_transposed_rows_are_those_of_the_authors(x64):
 def test_dense_gram_is_the_product_of_the_rows(x64):
     z = np.random.default_rng(0).normal(size=(7, 3))
     for head in (vp.dense(), vp.dense(bias=False)):
-        np.testing.assert_allclose(head.gram(z), head.rows(z).T @ head.rows(z), atol=1e-14)
+        rows = head.rows(z)
+        np.testing.assert_allclose(head.gram(z), rows.T @ rows, atol=1e-14)
+        w = np.arange(2.0 * rows.shape[1]).reshape(-1, 2)
+        np.testing.assert_array_equal(head.apply(z, w), rows @ w)
+        np.testing.assert_array_equal(head.pack(*head.unpack(w)), w)
 
 
 def test_a_gram_matrix_by_phases_takes_a_fraction_of_the_product():

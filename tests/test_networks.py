@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 from scipy.integrate import solve_ivp
 
+import varprox as vp
 from varprox import networks
 
 GAMMA = 0.1
@@ -262,3 +263,85 @@ def test_time_grid_is_checked(build, name, value):
 def test_antisymmetric_network_refuses(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}"):
         antisymmetric(**{name: value})
+
+
+# The autoencoder
+
+
+def autoencoder(**options):
+    return networks.Autoencoder((8, 12), channels=2, latent=3, rngs=nnx.Rngs(0), **options)
+
+
+def test_the_autoencoder_gives_back_images_through_a_narrow_code():
+    """Its head is a transposed convolution, whose features are images of half the size."""
+    net = autoencoder()
+    images = jnp.asarray(np.random.default_rng(0).normal(size=(5, 8, 12, 1)), jnp.float32)
+    assert net(images).shape == images.shape
+    assert net.encode(images).shape == (5, 3)
+    theta, model = vp.nnx.split(net)
+    z = model.features(theta, images)
+    assert z.shape == (5, 4, 6, 2)
+    net.eval()
+    rows = model.head.rows(z) @ vp.nnx.initial_w(net)
+    np.testing.assert_allclose(rows, net(images).reshape(-1, 1), atol=1e-5)
+
+
+def test_the_autoencoder_is_the_composition_of_its_layers():
+    """Written with PyTorch's conventions: taps by loops, batch norm by its formula."""
+    net = autoencoder()
+    images = np.random.default_rng(0).normal(size=(2, 8, 12, 1)).astype(np.float32)
+
+    def convolve(layer, x):
+        kernel, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
+        padded = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        height, width = x.shape[1] // 2, x.shape[2] // 2
+        taps = [
+            padded[:, i : i + 2 * height : 2, j : j + 2 * width : 2] @ kernel[i, j]
+            for i in range(4)
+            for j in range(4)
+        ]
+        return sum(taps) + bias
+
+    def spread(layer, x):
+        kernel, bias = np.asarray(layer.kernel[...]), np.asarray(layer.bias[...])
+        batch, height, width, _ = x.shape
+        y = np.zeros((batch, 2 * height + 2, 2 * width + 2, kernel.shape[-1]))
+        for i in range(4):
+            for j in range(4):  # flax's taps run backwards
+                y[:, i : i + 2 * height : 2, j : j + 2 * width : 2] += x @ kernel[3 - i, 3 - j]
+        return y[:, 1:-1, 1:-1] + bias
+
+    def normalise(x):
+        return (x - x.mean(axis=(0, 1, 2))) / np.sqrt(x.var(axis=(0, 1, 2)) + 1e-5)
+
+    relu = lambda x: np.maximum(x, 0)  # noqa: E731
+    first, second = net.narrowing
+    z = convolve(second, relu(convolve(first, images))).reshape(2, -1)
+    codes = [linear(net.encoded, y) for y in z]
+    z = np.stack([linear(net.decoded, code) for code in codes]).reshape(2, 2, 3, 4)
+    z = normalise(relu(spread(net.widening, normalise(z))))
+    np.testing.assert_allclose(net(images), spread(net.head, z), rtol=1e-3, atol=1e-4)
+
+
+def test_the_autoencoder_starts_as_pytorch_does():
+    """Uniform within ±1/√n, n the inputs of an output, or outputs times taps if transposed."""
+    net = networks.Autoencoder((28, 28), rngs=nnx.Rngs(0))
+    bounds = {
+        0.25: (net.narrowing[0], net.head),
+        1 / 16: (net.narrowing[1], net.widening),
+        1 / 1568**0.5: (net.encoded,),
+        1 / 50**0.5: (net.decoded,),
+    }
+    for bound, layers in bounds.items():
+        for layer in layers:
+            largest = np.abs(layer.kernel[...]).max()
+            assert 0.9 * bound < largest <= bound
+            assert np.abs(layer.bias[...]).max() <= bound
+    count = sum(x.size for x in jax.tree.leaves(nnx.state(net, nnx.Param)))
+    assert count == 16 * 17 + 32 * 257 + 1569 * 50 + 51 * 1568 + 64 + 32 * 256 + 16 + 32 + 257
+
+
+@pytest.mark.parametrize("size", [(28,), (28, 30), (0, 4)])
+def test_the_autoencoder_refuses_sizes(size):
+    with pytest.raises(ValueError, match="size: expected two positive multiples of 4"):
+        networks.Autoencoder(size, rngs=nnx.Rngs(0))

@@ -140,6 +140,122 @@ def test_everything_follows_the_dtype_of_the_weights(build, head):
         assert dtypes() == {"float64"}
 
 
+# Convolutional heads
+
+
+class Images(nnx.Module):
+    """One layer, its own head: what comes before it is the input, scaled."""
+
+    def __init__(self, layer):
+        self.scale = nnx.Param(jnp.full((), 2.0, layer.kernel[...].dtype))
+        self.head = layer
+
+    def __call__(self, images):
+        return self.head(self.scale[...] * images)
+
+
+def convolution(kind, size=(4, 4), **options):
+    layer = kind(2, 3, size, param_dtype=jnp.result_type(float), rngs=nnx.Rngs(0), **options)
+    if layer.use_bias:
+        layer.bias[...] = jnp.arange(3.0)
+    return Images(layer)
+
+
+def images():
+    drawn = np.random.default_rng(0).normal(size=(2, 8, 6, 2))
+    return jnp.asarray(drawn, jnp.result_type(float))
+
+
+CONVOLUTIONS = [
+    {"strides": (2, 2)},
+    {"strides": (2, 2), "use_bias": False},
+    {"strides": 2, "padding": "VALID", "size": (3, 2)},
+    {"size": (3, 3)},
+    {"padding": 1, "size": (3, 2)},
+    {"padding": ((2, 2), (1, 1)), "strides": (1, 2), "size": (4, 3)},
+]
+
+
+@pytest.mark.parametrize("kind", [nnx.Conv, nnx.ConvTranspose])
+@pytest.mark.parametrize("options", CONVOLUTIONS)
+def test_a_convolution_may_be_the_head(kind, options, x64):
+    net = convolution(kind, **options)
+    theta, model = split(net)
+    w = initial_w(net)
+    expected = net(images())
+    z = model.features(theta, images())
+    np.testing.assert_allclose(model.head.apply(z, w), expected, atol=1e-12)
+    np.testing.assert_allclose(model.head.rows(z) @ w, expected.reshape(-1, 3), atol=1e-12)
+    merged = merge(net, theta, 2 * w)
+    np.testing.assert_allclose(merged(images()), 2 * expected, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"padding": ((1, 0), (0, 0))},
+        {"padding": "CIRCULAR"},
+        {"size": (3,)},
+        {"kernel_dilation": 2},
+        {"kind": nnx.ConvTranspose, "transpose_kernel": True},
+        {"kind": nnx.ConvTranspose, "strides": (1, 1), "size": (4, 4)},
+    ],
+)
+def test_other_convolutions_are_refused(options):
+    with pytest.raises(ValueError, match="head: expected a convolution over images without"):
+        split(convolution(**({"kind": nnx.Conv} | options)))
+
+
+# State that learns from batches
+
+
+class Normalised(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(2, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, momentum=0.5, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.head = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, y):
+        return self.head(self.dropout(self.norm(self.hidden(y))))
+
+
+def test_training_batches_change_the_state_and_predictions_do_not():
+    """Features take the statistics as they are and drop nothing out; training takes the batch's."""
+    net = Normalised(nnx.Rngs(0))
+    theta, model = split(net)
+    hidden = np.asarray(net.hidden(inputs()))
+    np.testing.assert_allclose(
+        model.features(theta, inputs()), hidden / np.sqrt(1 + 1e-5), rtol=1e-5
+    )
+    train = jax.jit(lambda model, theta, y: model.train(theta, y))
+    z, after = train(model, theta, inputs())
+    normal = (hidden - hidden.mean(axis=0)) / np.sqrt(hidden.var(axis=0) + 1e-5)
+    kept = np.asarray(z) != 0
+    assert 0.2 < kept.mean() < 0.8
+    np.testing.assert_allclose(np.asarray(z)[kept], 2 * normal[kept], rtol=1e-4, atol=1e-5)
+    mean = 0.5 * hidden.mean(axis=0)
+    expected = (hidden - mean) / np.sqrt(0.5 + 0.5 * hidden.var(axis=0) + 1e-5)
+    np.testing.assert_allclose(after.features(theta, inputs()), expected, rtol=1e-4, atol=1e-5)
+    assert jax.tree.structure(after) == jax.tree.structure(model)
+    again, _ = train(after, theta, inputs())
+    assert ((np.asarray(again) != 0) != kept).any()  # other units are dropped out
+
+
+def test_statistics_are_merged_where_asked_for():
+    net = Normalised(nnx.Rngs(0))
+    theta, model = split(net)
+    _, after = model.train(theta, inputs())
+    w = initial_w(net)
+    for used, given in ((after, after), (model, None)):
+        merged = merge(net, theta, w, model=given)
+        merged.eval()
+        expected = predict(used, theta, w, inputs())
+        np.testing.assert_allclose(merged(inputs()), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match="model: expected nothing as the shape of model"):
+        merge(dense(nnx.Rngs(0)), split(dense(nnx.Rngs(0)))[0], jnp.ones((5, 3)), model=after)
+
+
 # The model as an argument
 
 
@@ -195,7 +311,7 @@ def test_features_can_be_mapped_over_thetas(x64):
         (Nested, "head", ValueError, "head: expected .* attribute of Nested, got 'head'"),
         (Nested, "decoder.in", ValueError, "head: expected .*, got 'decoder.in'"),
         (sequential, "layers.3", ValueError, "head: expected .* of Sequential, got 'layers.3'"),
-        (Nested, "mean", TypeError, "head: expected an nnx.Linear at 'mean', got BatchStat"),
+        (Nested, "mean", TypeError, "head: expected an nnx.Linear, .* at 'mean', got BatchStat"),
         (Tied, "head", ValueError, "head: expected a layer with weights of its own"),
     ],
 )

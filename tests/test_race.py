@@ -52,7 +52,7 @@ def test_residuals_square_to_the_objective(x64):
 def made_up(seed, objectives):
     steps = np.arange(1.0, len(objectives) + 1)
     columns = {"objective": np.array(objectives), "work_units": 10 * steps, "seconds": steps}
-    solution = vp.Solution(None, None, columns, vp.Status.BUDGET, 0.5)
+    solution = vp.Solution(None, None, columns, vp.Status.BUDGET, 0.5, None)
     return Run("method", "", seed, solution, columns)
 
 

@@ -27,6 +27,6 @@ __all__ = [
 
 def __getattr__(name: str):
     """Loads the edges, which import flax, when they are first used."""
-    if name in ("datasets", "networks", "nnx"):
+    if name in ("datasets", "networks", "nnx", "transforms"):
         return importlib.import_module(f"varprox.{name}")
     raise AttributeError(f"module 'varprox' has no attribute {name!r}")

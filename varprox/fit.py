@@ -7,6 +7,7 @@ Imports the methods, for the one it takes where none is named, and what is below
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,11 @@ class Solution(NamedTuple):
     `objective`, `train_loss` (the objective without penalties), `work_units` and `seconds`
     (cumulative; compilation and evaluation are left out), the fields of the method's info, and
     `validation_loss` and metrics where asked for. `status` says why the run ended;
-    `compile_seconds` is the time to trace and compile `init` and `step`.
+    `compile_seconds` is the time to trace and compile `init` and `step`. `problem` is that of the
+    method, its features having seen the batches they were trained on: what `predict` wants.
+
+    Of a stochastic method an entry is an epoch: its columns are means over the steps, and that of
+    the start has no objective.
     """
 
     theta: Any
@@ -38,6 +43,7 @@ class Solution(NamedTuple):
     history: Mapping[str, np.ndarray]
     status: Status
     compile_seconds: float
+    problem: Problem
 
 
 def fit(
@@ -50,6 +56,7 @@ def fit(
     max_work: float | None = None,
     max_seconds: float | None = None,
     epochs: int | None = None,
+    batch_size: int | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Solution:
@@ -59,12 +66,13 @@ def fit(
     for the curvature to be formed, and with `lbfgsvpro` elsewhere.
 
     `data` and `validation` are pairs (inputs, targets). Budgets: `max_work` in work units (one
-    forward or one backward pass over the data is one), `max_seconds` of run time, `epochs` in steps
-    of a full-batch method; at least one must be given. `metrics` maps names to functions
+    forward or one backward pass over the data is one), `max_seconds` of run time, `epochs`, which
+    are the steps of a full-batch method; at least one must be given. Stochastic methods, and no
+    others, want a `batch_size`. `metrics` maps names to functions
     (predictions, targets) -> scalar, evaluated after every step on the data and on `validation`, to
     the columns `train_<name>` and `validation_<name>`.
 
-    The first step is run twice, the first time to compile it. Bad data raise TypeError or
+    The first step, or epoch, is run twice, the first time to compile it. Bad data raise TypeError or
     ValueError before anything runs. The end of the budget, a stall and a non-finite objective are
     statuses, not exceptions; the last good weights come back.
     """
@@ -78,15 +86,16 @@ def fit(
     limits = {name: _limit(name, value) for name, value in budgets.items()}
     if all(limit == math.inf for limit in limits.values()):
         raise ValueError("fit: expected a budget, max_work, max_seconds or epochs; got none")
-    check_data(method.problem, theta, data)
+    advance = _by_epochs(method, batch_size)
+    check_data(method.problem, theta, data, images=method.epoch is not None)
     sets = {"train": data}
     if validation is not None:
-        _check_validation(method.problem, theta, data, validation)
+        _check_validation(method, theta, data, validation)
         sets["validation"] = validation
     metrics = _check_metrics(metrics)
 
     (state, seconds), compile_seconds = _compiled(method.init, theta, data, jax.random.key(seed))
-    table = [_row(method.problem, state, sets, metrics) | {"seconds": seconds}]
+    table = [_row(_problem(method, state), state, sets, metrics) | {"seconds": seconds}]
     with tqdm(disable=not progress, unit=" steps", bar_format=BAR) as bar:
         while state.status == Status.RUNNING:
             spent = {
@@ -97,13 +106,13 @@ def fit(
             if any(spent[name] >= limit for name, limit in limits.items()):
                 break
             if len(table) == 1:
-                ((state, info), elapsed), compiling = _compiled(method.step, state, data)
+                ((state, info), elapsed), compiling = _compiled(advance, state, data)
                 compile_seconds += compiling
             else:
-                (state, info), elapsed = _timed(method.step, state, data)
+                (state, info), elapsed = _timed(advance, state, data)
             seconds += elapsed
-            row = _row(method.problem, state, sets, metrics) | {"seconds": seconds}
-            table.append({k: float(v) for k, v in info._asdict().items()} | row)
+            row = _row(_problem(method, state), state, sets, metrics) | {"seconds": seconds}
+            table.append({k: float(np.mean(v)) for k, v in info._asdict().items()} | row)
             bar.set_description_str(_summary(table[-1], limits), refresh=False)
             bar.update()
 
@@ -116,7 +125,26 @@ def fit(
         history,
         Status.BUDGET if status == Status.RUNNING else status,
         compile_seconds,
+        _problem(method, state),
     )
+
+
+def _by_epochs(method, batch_size):
+    """What takes a state and the data one entry of the history further."""
+    if method.epoch is None:
+        if batch_size is not None:
+            raise ValueError(
+                f"batch_size: expected None for a method that takes all of the data in every step, "
+                f"got {batch_size!r}"
+            )
+        return method.step
+    if batch_size is None:
+        raise ValueError("batch_size: expected an integer ≥ 1 for a stochastic method, got None")
+    return partial(method.epoch, batch_size=batch_size)
+
+
+def _problem(method, state):
+    return method.problem if method.epoch is None else state.problem
 
 
 def _default_method(problem, theta, data):
@@ -189,14 +217,14 @@ def _check_metrics(metrics):
     return dict(metrics or {})
 
 
-def _check_validation(problem, theta, data, validation):
+def _check_validation(method, theta, data, validation):
     try:
-        check_data(problem, theta, validation)
+        check_data(method.problem, theta, validation, images=method.epoch is not None)
     except (TypeError, ValueError) as error:
         raise type(error)(f"validation: {error}") from None
-    outputs, expected = validation[1].shape[1], data[1].shape[1]
+    outputs, expected = validation[1].shape[1:], data[1].shape[1:]
     if outputs != expected:
         raise ValueError(
-            f"validation: expected targets of shape (batch, {expected}), as the data have, "
+            f"validation: expected targets of shape (batch, {', '.join(map(str, expected))}), as the data have, "
             f"got {validation[1].shape}"
         )

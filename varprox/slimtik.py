@@ -63,6 +63,12 @@ class Batch(NamedTuple):
     square: jax.Array  # ‖r‖²
     residuals: int  # their number, that of scalars
 
+    def scaled(self, factor) -> "Batch":
+        """The batch with √factor times its rows and targets."""
+        return Batch(
+            factor * self.gram, factor * self.gradient, factor * self.square, self.residuals
+        )
+
 
 def slimtik(
     memory: int = 5,

@@ -1,7 +1,7 @@
 """slimTrain: minibatch training in which slimTik finds W and any optimizer of optax moves θ.
 
-Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, algorithm 1. Imports slimtik, selection
-and model.
+Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, algorithm 1. Imports slimtik,
+minibatches and model.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 
-from varprox.checks import check_integer
 from varprox.method import Method, Status
+from varprox.minibatches import epoch
 from varprox.model import Problem, check_data, check_problem, zero_w
 from varprox.slimtik import State as Tikhonov
 from varprox.slimtik import checked, of_features, start_tikhonov, tikhonov_step
@@ -84,11 +84,15 @@ def slimtrain(
             f"optimizer: expected one of optax, such as optax.adam(1e-3), got {optimizer!r}"
         )
     options = checked(memory, selection, initial, lower_bound)
-    init, step, epoch = (partial(fn, optimizer, options) for fn in (_init, _step, _epoch))
-    return Method(partial(init, problem), step, problem, epoch)
+    return Method(
+        init=partial(_init, problem, optimizer, options),
+        step=partial(_step, optimizer, options),
+        problem=problem,
+        epoch=partial(epoch, _step, optimizer, options),
+    )
 
 
-def _init(optimizer, options, problem, theta, data, key=None):
+def _init(problem, optimizer, options, theta, data, key=None):
     check_data(problem, theta, data, images=True)
     inputs, targets = data
     w = zero_w(problem, jax.eval_shape(problem.model.features, theta, inputs), targets)
@@ -115,8 +119,7 @@ def _step(optimizer, options, state, batch):
     z, pullback, model = jax.vjp(
         lambda theta: state.problem.model.train(theta, inputs), state.theta, has_aux=True
     )
-    seen = of_features(head, z, state.w, targets)
-    seen = jax.tree.map(lambda x: x / len(targets), seen)._replace(residuals=seen.residuals)
+    seen = of_features(head, z, state.w, targets).scaled(1 / len(targets))
     tikhonov, chosen = tikhonov_step(options, state.tikhonov, seen)
 
     value, slope = jax.value_and_grad(
@@ -150,36 +153,3 @@ def _step(optimizer, options, state, batch):
         finite=finite,
     )
     return after, info
-
-
-def _epoch(optimizer, options, state, data, *, batch_size):
-    samples = len(data[1])
-    batch_size = check_integer("batch_size", batch_size, least=1)
-    if batch_size > samples:
-        raise ValueError(
-            f"batch_size: expected at most {samples}, the number of samples, got {batch_size}"
-        )
-    return _scan(optimizer, options, state, data, batch_size)
-
-
-@partial(jax.jit, static_argnums=(0, 4))
-def _scan(optimizer, options, state, data, batch_size):
-    samples = len(data[1])
-    key, used = jax.random.split(state.key)
-    order = jax.random.permutation(used, samples)[: samples // batch_size * batch_size]
-
-    def of_batch(state, index):
-        return _step(optimizer, options, state, jax.tree.map(lambda x: x[index], data))
-
-    state, info = jax.lax.scan(of_batch, state._replace(key=key), order.reshape(-1, batch_size))
-    return _after_epoch(state, info), info
-
-
-def _after_epoch(state, info):
-    """The state with the objective of the whole epoch; only if no batch was finite has it failed."""
-    counts = jnp.maximum(jnp.sum(info.finite), 1)
-    status = jnp.where(info.finite.any(), Status.RUNNING, Status.NON_FINITE)
-    return state._replace(
-        objective=jnp.sum(jnp.where(info.finite, info.objective, 0)) / counts,
-        status=status.astype(jnp.int32),
-    )

@@ -1,0 +1,294 @@
+"""The contract of a gradient transformation, run over both of ours; and what each computes."""
+
+import functools
+import pickle
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from problems import features, initial_theta, make_data
+
+import varprox as vp
+
+RATE = 0.1
+PROBLEM = vp.Problem(vp.Separable(features), vp.least_squares(), 1e-2, 1e-2)
+
+
+def data(dtype=np.float64):
+    return make_data("", 2, dtype=dtype)
+
+
+def params_with_head(dtype=np.float64):
+    """θ and a last layer in flax's layout, a level down."""
+    rng = np.random.default_rng(3)
+    last = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=2)}
+    last = jax.tree.map(lambda x: x.astype(dtype), last)
+    return {"body": initial_theta(dtype=dtype), "net": {"head": last}}
+
+
+def loss(params, batch):
+    inputs, targets = batch
+    last = params["net"]["head"]
+    predictions = features(params["body"], inputs) @ last["kernel"] + last["bias"]
+    return 0.5 * jnp.sum((predictions - targets) ** 2) / len(targets)
+
+
+def slimtik(optimizer=None, **options):
+    optimizer = optax.sgd(RATE) if optimizer is None else optimizer
+    return vp.transforms.slimtik(optimizer, "net.head", memory=1, **options)
+
+
+def slimtik_step(tx, params, state, batch):
+    gradients = jax.grad(loss)(params, batch)
+    extra = {"features": features(params["body"], batch[0]), "targets": batch[1]}
+    updates, state = tx.update(gradients, state, params, **extra)
+    return optax.apply_updates(params, updates), state
+
+
+def gnvpro(dtype=np.float64, **options):
+    return vp.transforms.gnvpro(PROBLEM, data(dtype), curvature="dense", **options)
+
+
+def gnvpro_step(tx, params, state, batch):
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, state = tx.update(zero, state, params, data=batch)
+    return optax.apply_updates(params, updates), state
+
+
+CASES = {
+    "slimtik": (lambda dtype: slimtik(), slimtik_step, params_with_head),
+    "gnvpro": (gnvpro, gnvpro_step, lambda dtype: initial_theta(dtype=dtype)),
+}
+cases = pytest.mark.parametrize("name", CASES)
+
+
+def case(name, dtype=np.float64):
+    make, step, params = CASES[name]
+    return make(dtype), step, jax.tree.map(jnp.asarray, params(dtype))
+
+
+@cases
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_state_and_updates_keep_structure_shapes_and_dtypes(name, dtype):
+    with jax.enable_x64(dtype is np.float64):
+        tx, step, params = case(name, dtype)
+        state = tx.init(params)
+        new, after = step(tx, params, state, data(dtype))
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+        chex.assert_trees_all_equal_shapes_and_dtypes(params, new)
+        chex.assert_trees_all_equal_structs(params, new)
+
+
+@cases
+def test_update_under_jit_equals_without(name, x64):
+    tx, step, params = case(name)
+    state = tx.init(params)
+    jitted = jax.jit(functools.partial(step, tx))
+    for _ in range(2):
+        plain = step(tx, params, state, data())
+        under_jit = jitted(params, state, data())
+        chex.assert_trees_all_close(under_jit[0], plain[0], rtol=1e-8, atol=1e-10)
+        params, state = plain
+
+
+@cases
+def test_it_scans_and_maps(name, x64):
+    tx, step, params = case(name)
+
+    def run(params):
+        def body(carry, _):
+            return step(tx, *carry, data()), None
+
+        return jax.lax.scan(body, (params, tx.init(params)), None, length=2)[0][0]
+
+    scanned = run(params)
+    state, stepwise = tx.init(params), params
+    for _ in range(2):
+        stepwise, state = step(tx, stepwise, state, data())
+    chex.assert_trees_all_close(scanned, stepwise, rtol=1e-7, atol=1e-9)
+    both = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
+    mapped = jax.vmap(run)(both)
+    chex.assert_trees_all_close(
+        jax.tree.map(lambda x: x[0], mapped), scanned, rtol=1e-7, atol=1e-9
+    )
+
+
+@cases
+def test_it_survives_a_checkpoint(name, x64):
+    """State and parameters as arrays of NumPy, and back."""
+    tx, step, params = case(name)
+    params, state = step(tx, params, tx.init(params), data())
+    expected, _ = step(tx, params, state, data())
+    leaves, structure = jax.tree.flatten((params, state))
+    stored = pickle.dumps([np.asarray(leaf) for leaf in leaves])
+    params, state = structure.unflatten(map(jnp.asarray, pickle.loads(stored)))  # noqa: S301
+    chex.assert_trees_all_close(step(tx, params, state, data())[0], expected, rtol=1e-12)
+
+
+@cases
+def test_it_composes_with_chain(name, x64):
+    """A chain that halves the updates halves the step, and the next one starts from there."""
+    tx, step, params = case(name)
+    chained = optax.chain(tx, optax.scale(0.5))
+    whole, _ = step(tx, params, tx.init(params), data())
+    half, state = step(chained, params, chained.init(params), data())
+    moved = jax.tree.map(lambda a, b: 0.5 * (a + b), params, whole)
+    chex.assert_trees_all_close(half, moved, rtol=1e-9, atol=1e-12)
+    after, _ = step(chained, half, state, data())
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(after))
+
+
+# slimTik
+
+
+def test_theta_takes_the_optimizer_and_the_head_slimtik(x64):
+    params = params_with_head()
+    tx = slimtik(initial=0.3)
+    reference = vp.slimtik(1, initial=0.3)
+    last = params["net"]["head"]
+    state, plain = tx.init(params), reference.init(np.vstack([last["kernel"], last["bias"]]))
+    for k in (0, 8):
+        batch = jax.tree.map(lambda x: x[k : k + 8], data())  # noqa: B023
+        gradient = jax.grad(loss)(params, batch)["body"]
+        body = jax.tree.map(lambda x, g: x - RATE * g, params["body"], gradient)
+        rows = np.column_stack([features(params["body"], batch[0]), np.ones(8)])
+        plain, _ = reference.update(plain, rows / 8**0.5, batch[1] / 8**0.5)
+        params, state = slimtik_step(tx, params, state, batch)
+        chex.assert_trees_all_close(params["body"], body, rtol=1e-10)
+        last = params["net"]["head"]
+        np.testing.assert_allclose(last["kernel"], plain.w[:-1], rtol=1e-8)
+        np.testing.assert_allclose(last["bias"], plain.w[-1], rtol=1e-8)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_head_may_be_an_array_or_a_kernel_alone(bias, x64):
+    rng = np.random.default_rng(0)
+    w, z, c = rng.normal(size=(3, 2)), rng.normal(size=(6, 3)), rng.normal(size=(6, 2))
+    params = {"body": np.ones(2), "head": w if bias else {"kernel": w}}
+    tx = vp.transforms.slimtik(optax.sgd(0.1), layer=vp.dense(bias=False))
+    zero = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zero, tx.init(params), params, features=z, targets=c)
+    expected, _ = vp.slimtik().update(vp.slimtik().init(w), z / 6**0.5, c / 6**0.5)
+    found = updates["head"] if bias else updates["head"]["kernel"]
+    np.testing.assert_allclose(w + found, expected.w, rtol=1e-9)
+
+
+def test_a_convolutional_head_in_the_layout_of_flax(x64):
+    rng = np.random.default_rng(0)
+    layer = vp.conv_transpose((4, 4), stride=(2, 2), padding=(1, 1))
+    kernel, bias = rng.normal(size=(4, 4, 3, 2)), rng.normal(size=2)
+    z, c = rng.normal(size=(5, 3, 3, 3)), rng.normal(size=(5, 6, 6, 2))
+    params = {"head": {"kernel": kernel, "bias": bias}}
+    tx = vp.transforms.slimtik(optax.sgd(0.1), layer=layer)
+    updates, state = tx.update(params, tx.init(params), params, features=z, targets=c)
+    new = optax.apply_updates(params, updates)["head"]
+    reference = vp.slimtik()
+    rows, targets = layer.rows(z) / 5**0.5, c.reshape(-1, 2) / 5**0.5
+    expected, _ = reference.update(reference.init(layer.pack(kernel, bias)), rows, targets)
+    np.testing.assert_allclose(layer.pack(new["kernel"], new["bias"]), expected.w, rtol=1e-7)
+    np.testing.assert_allclose(state.tikhonov.w, expected.w, rtol=1e-7)
+
+
+def test_it_composes_with_multi_transform_schedules_and_injected_rates(x64):
+    params = jax.tree.map(jnp.asarray, params_with_head())
+    plain, _ = slimtik_step(slimtik(), params, slimtik().init(params), data())
+    labels = {"body": "rest", "net": "last"}
+    split = optax.multi_transform({"last": slimtik(), "rest": optax.sgd(RATE)}, labels)
+    found, _ = slimtik_step(split, params, split.init(params), data())
+    chex.assert_trees_all_close(found, plain, rtol=1e-9)
+    scheduled = slimtik(optax.sgd(optax.constant_schedule(RATE)))
+    found, _ = slimtik_step(scheduled, params, scheduled.init(params), data())
+    chex.assert_trees_all_close(found, plain, rtol=1e-9)
+
+
+def test_numbers_can_be_injected(x64, standard_promotion):
+    """ΣΛ's bound as a hyperparameter, the memory being static, and the rate of the optimizer."""
+    params = jax.tree.map(jnp.asarray, params_with_head())
+    inject = optax.inject_hyperparams(vp.transforms.slimtik, static_args=("memory", "head"))
+    tx = inject(optax.sgd(RATE), "net.head", memory=1, lower_bound=1e-7)
+    state = tx.init(params)
+    step = jax.jit(functools.partial(slimtik_step, tx))
+    plain, _ = slimtik_step(slimtik(), params, slimtik().init(params), data())
+    chex.assert_trees_all_close(step(params, state, data())[0], plain, rtol=1e-8)
+    state.hyperparams["lower_bound"] = jnp.asarray(1e3)
+    found, _ = step(params, state, data())
+    assert np.abs(found["net"]["head"]["kernel"] - plain["net"]["head"]["kernel"]).max() > 0.1
+
+
+def test_a_batch_that_is_not_finite_leaves_the_head(x64):
+    params = params_with_head()
+    batch = jax.tree.map(lambda x: np.full_like(x, np.nan), data())
+    found, _ = slimtik_step(slimtik(), params, slimtik().init(params), batch)
+    chex.assert_trees_all_equal(found["net"], jax.tree.map(jnp.asarray, params["net"]))
+
+
+def test_it_trains_a_flax_module(standard_promotion):
+    """The loop of a user of nnx, whose parameters are an `nnx.State`."""
+    nnx = pytest.importorskip("flax.nnx")
+    net = vp.networks.Dense((2, 8, 2), rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(net, vp.transforms.slimtik(optax.adam(1e-2)), wrt=nnx.Param)
+    inputs, targets = data(np.float32)
+
+    @nnx.jit
+    def step(net, optimizer):
+        def loss(net):
+            return 0.5 * jnp.mean(jnp.sum((net(inputs) - targets) ** 2, axis=1))
+
+        value, gradients = nnx.value_and_grad(loss)(net)
+        optimizer.update(net, gradients, features=net.features(inputs), targets=targets)
+        return value
+
+    values = [float(step(net, optimizer)) for _ in range(20)]
+    w = np.linalg.lstsq(
+        np.column_stack([net.features(inputs), np.ones(16)]), np.asarray(targets), rcond=None
+    )[0]
+    residual = np.column_stack([net.features(inputs), np.ones(16)]) @ w - targets
+    assert values[-1] < 0.7 * values[0]
+    assert values[-1] < 1.3 * 0.5 * np.mean(np.sum(residual**2, axis=1))
+
+
+@pytest.mark.parametrize("head", ["last", "net", "body"])
+def test_a_path_that_is_no_last_layer_is_refused(head):
+    params = params_with_head(np.float32)
+    with pytest.raises(ValueError) as caught:
+        vp.transforms.slimtik(optax.sgd(0.1), head).init(params)
+    assert str(caught.value).startswith("head: expected the path of 'kernel' and 'bias', or of an")
+    assert repr(head) in str(caught.value)
+
+
+# GNvpro
+
+
+def test_updates_are_the_steps_of_the_method(x64):
+    method = vp.gnvpro(PROBLEM, curvature="dense")
+    tx, params = gnvpro(), initial_theta()
+    state, plain = tx.init(params), method.init(params, data())
+    for _ in range(3):
+        params, state = gnvpro_step(tx, params, state, data())
+        plain, _ = method.step(plain, data())
+        chex.assert_trees_all_close(params, plain.theta, rtol=1e-9)
+        np.testing.assert_allclose(state.w, plain.w, rtol=1e-8)
+        assert state.work_units == plain.work_units
+
+
+def test_parameters_moved_by_another_are_taken_as_they_are(x64):
+    """The objective is that at the new place, not that of the method's own last step."""
+    tx = gnvpro()
+    params, state = gnvpro_step(tx, initial_theta(), tx.init(initial_theta()), data())
+    away = initial_theta(seed=5)
+    _, state = gnvpro_step(tx, away, state, data())
+    fresh, _ = vp.reduced_objective(PROBLEM)(away, data())
+    assert state.objective < fresh
+    plain, _ = vp.gnvpro(PROBLEM, curvature="dense").step(tx.init(away), data())
+    assert state.objective < 2 * plain.objective
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_asked_for(name, x64):
+    tx, _, params = case(name)
+    extra = {"features": np.ones((4, 3)), "targets": np.ones((4, 2))}
+    with pytest.raises(ValueError, match="params: expected"):
+        tx.update(params, tx.init(params), **(extra if name == "slimtik" else {}))

@@ -1,0 +1,83 @@
+"""An epoch: one pass over the data in shuffled minibatches, by any step of a stochastic method.
+
+Imports checks and method.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varprox.checks import check_integer
+from varprox.method import Status
+
+
+def epoch(
+    step: Callable, fixed: Any, options: Any, state: Any, data: Any, *, batch_size: int
+) -> tuple[Any, Any]:
+    """The state after the steps `step(fixed, options, state, batch)` of an epoch, and their infos
+    along a leading axis.
+
+    `fixed` is hashable and `options` a pytree. The state has a `key`, an `objective` and a
+    `status`, the info an `objective` and `finite`. After the epoch the objective is the mean of
+    those of its finite batches; it has failed only where there are none.
+
+    The steps are scanned. On CPU, XLA brings convolutions into the form that its fast kernels take
+    only outside of loops (JAX issue 12868): there steps with convolutions are called one by one,
+    which pays as they take much longer than a call.
+    """
+    samples = len(data[1])
+    batch_size = check_integer("batch_size", batch_size, least=1)
+    if batch_size > samples:
+        raise ValueError(
+            f"batch_size: expected at most {samples}, the number of samples, got {batch_size}"
+        )
+    key, used = jax.random.split(state.key)
+    order = _order(used, samples, batch_size)
+    state = state._replace(key=key)
+    if _slow_in_loops(step, fixed, options, state, data, order):
+        infos = []
+        for batch in range(len(order)):
+            state, info = _chosen(step, fixed, options, state, data, order, batch)
+            infos.append(info)
+        infos = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *infos)
+    else:
+        state, infos = _scanned(step, fixed, options, state, data, order)
+
+    learned = infos.finite.any()
+    mean = jnp.mean(infos.objective, where=infos.finite)
+    status = jnp.where(learned, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32)
+    objective = jnp.where(learned, mean, state.objective)
+    return state._replace(objective=objective, status=status), infos
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def _order(key, samples, batch_size):
+    """The samples of every batch, (batches, batch_size)."""
+    batches = samples // batch_size
+    return jax.random.permutation(key, samples)[: batches * batch_size].reshape(batches, -1)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _chosen(step, fixed, options, state, data, order, batch):
+    return step(fixed, options, state, jax.tree.map(lambda x: x[order[batch]], data))
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _scanned(step, fixed, options, state, data, order):
+    def of_batch(state, batch):
+        return _chosen(step, fixed, options, state, data, order, batch)
+
+    return jax.lax.scan(of_batch, state, np.arange(len(order), dtype=np.int32))
+
+
+def _slow_in_loops(*args):
+    leaves = jax.tree.leaves(args[2:])
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return False
+    if jax.default_backend() != "cpu":
+        return False
+    return "conv_general_dilated" in str(_chosen.trace(*args, np.int32(0)).jaxpr)

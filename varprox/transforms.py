@@ -1,0 +1,146 @@
+"""slimTik and GNvpro as gradient transformations of optax, for a training loop of one's own.
+
+Imports optax, the methods and what is below them.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from varprox.gnvpro import gnvpro as full_batch
+from varprox.heads import ConvHead, DenseHead, dense
+from varprox.model import Problem
+from varprox.slimtik import State as Tikhonov
+from varprox.slimtik import checked, of_features, start_tikhonov, tikhonov_step
+
+
+class SlimTikState(NamedTuple):
+    """That of the optimizer for θ and that of slimTik, with W as it was last seen."""
+
+    optimizer: Any
+    tikhonov: Tikhonov
+
+
+def slimtik(
+    optimizer: optax.GradientTransformation,
+    head: str = "head",
+    memory: int = 5,
+    selection: Callable | None = None,
+    *,
+    layer: DenseHead | ConvHead | None = None,
+    initial: float = 0.05,
+    lower_bound: float = 1e-7,
+) -> optax.GradientTransformationExtraArgs:
+    """Any optimizer for θ, and slimTik for the last layer among the parameters.
+
+    `update(gradients, state, params, features=z, targets=c)` wants the features z of the batch,
+    those that the last layer takes, and its targets, shaped like the predictions. Gradients of θ
+    pass through `optimizer`; those of the last layer, which may be anything, make way for the step
+    of `varprox.slimtik` with rows and targets divided by √batch. Where a batch is not finite the
+    last layer stays.
+
+    `head` is the path of the last layer in the parameters, such as "head" or "decoder.out". There
+    stand flax's "kernel" and, with bias, "bias", or else an array W (columns, outputs). `layer`
+    says what they mean: `varprox.dense()` if it is None, with a bias where there is one. The other
+    options are those of `varprox.slimtik`; under `optax.inject_hyperparams`, `memory` is a static
+    argument.
+
+    Raises ValueError if there is no such path, or if the last layer has other entries.
+    """
+    options = checked(memory, selection, initial, lower_bound)
+
+    def init(params):
+        last = _Last(params, head, layer)
+        inner = optax.masked(optimizer, last.others).init(params)
+        return SlimTikState(inner, start_tikhonov(options, last.w))
+
+    def update(gradients, state, params=None, *, features, targets, **extra):
+        if params is None:
+            raise ValueError("params: expected those that the gradients belong to, got None")
+        last = _Last(params, head, layer)
+        others = optax.with_extra_args_support(optax.masked(optimizer, last.others))
+        updates, inner = others.update(gradients, state.optimizer, params, **extra)
+
+        batch = of_features(last.layer, features, last.w, targets)
+        batch = batch.scaled(1 / len(targets))
+        tikhonov, _ = tikhonov_step(options, state.tikhonov._replace(w=last.w), batch)
+        return last.put(updates, tikhonov.w - last.w), SlimTikState(inner, tikhonov)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Last:
+    """The last layer in a tree of parameters."""
+
+    def __init__(self, params, head, layer):
+        path = head.split(".")
+        leaves, self.tree = jax.tree_util.tree_flatten_with_path(params)
+        names = [[str(_name(key)) for key in keys] for keys, _ in leaves]
+        self.places = {
+            (*name[len(path) :], "w")[0]: place
+            for place, name in enumerate(names)
+            if name[: len(path)] == path
+        }
+        if set(self.places) not in ({"w"}, {"kernel"}, {"kernel", "bias"}):
+            found = sorted(self.places) or sorted({".".join(name) for name in names})
+            raise ValueError(
+                "head: expected the path of 'kernel' and 'bias', or of an array, in the "
+                f"parameters, got {head!r}, where there are {found}"
+            )
+        inside = set(self.places.values())
+        self.others = self.tree.unflatten([place not in inside for place in range(len(leaves))])
+        self.layer = dense("bias" in self.places) if layer is None else layer
+        of = {name: leaves[place][1] for name, place in self.places.items()}
+        self.w = of["w"] if "w" in of else self.layer.pack(of["kernel"], of.get("bias"))
+
+    def put(self, updates, change):
+        """The updates with those of the last layer in their places."""
+        kernel, bias = self.layer.unpack(change)
+        new = {"w": change, "kernel": kernel, "bias": bias}
+        leaves = self.tree.flatten_up_to(updates)
+        for name, place in self.places.items():
+            leaves[place] = new[name]
+        return self.tree.unflatten(leaves)
+
+
+def _name(key):
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return getattr(key, attribute)
+    return key
+
+
+def gnvpro(problem: Problem, data: tuple, **options) -> optax.GradientTransformationExtraArgs:
+    """The steps of `varprox.gnvpro`, with its options, as updates of θ.
+
+    `update(gradients, state, params)` takes θ as parameters and looks at no gradient; it wants no
+    learning rate. W(θ) is `state.w`. `data` are all of the data; where they should not become
+    constants of a compiled update they, or others of the same shapes, may be passed to it as
+    `data=…`. Parameters that something else has moved in between cost one more forward pass.
+    """
+    method = full_batch(problem, **options)
+
+    def update(gradients, state, params=None, *, data=data, **extra):
+        if params is None:
+            raise ValueError("params: expected theta, got None")
+        same = jax.tree.map(lambda new, old: jnp.all(new == old), params, state.theta)
+        state = jax.lax.cond(
+            jnp.stack(jax.tree.leaves(same)).all(),
+            lambda: state,
+            lambda: _moved(method.init(params, data), state),
+        )
+        after, _ = method.step(state, data)
+        updates = jax.tree.map(jnp.subtract, after.theta, params)
+        return updates, after._replace(theta=optax.apply_updates(params, updates))
+
+    return optax.GradientTransformationExtraArgs(lambda params: method.init(params, data), update)
+
+
+def _moved(fresh, state):
+    """The state at other weights, with what is known of the curvature."""
+    kept = ("radius", "shift", "norm", "low", "newton")
+    work_units = state.work_units + fresh.work_units
+    return fresh._replace(work_units=work_units, **{name: getattr(state, name) for name in kept})
