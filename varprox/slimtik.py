@@ -149,30 +149,34 @@ def tikhonov_step(options: Options, state: State, batch: Batch) -> tuple[State, 
     In the eigenbasis of M, a trial value of Λ takes no solve, and no rows.
     """
     w, lambda_sum, outputs = state.w, state.lambda_sum, state.w.shape[1]
-    grams = state.grams.at[state.place].set(batch.gram)
-    eigenvalues, v = jnp.linalg.eigh(jnp.sum(grams, axis=0))
+    others = jnp.arange(len(state.grams), dtype=jnp.int32) != state.place
+    total = batch.gram + jnp.tensordot(others.astype(w.dtype), state.grams, 1)
+    eigenvalues, v = jnp.linalg.eigh(total, symmetrize_input=False)
     eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
-    gradient, weights, gram = v.T @ batch.gradient, v.T @ w, v.T @ batch.gram @ v
+    gradient, weights, gram_v = v.T @ batch.gradient, v.T @ w, batch.gram @ v
+    diagonal = jnp.sum(v * gram_v, axis=0)[:, None]
 
     def change(lambda_):
         return (gradient + lambda_ * weights) / (eigenvalues + lambda_sum + lambda_)
 
     def fit(lambda_):
         d = change(lambda_)
-        residual = batch.square - 2 * jnp.sum(d * gradient) + jnp.sum(d * (gram @ d))
-        freedom = jnp.diagonal(gram)[:, None] / (eigenvalues + lambda_sum + lambda_)
+        residual = batch.square - 2 * jnp.sum(d * gradient) + jnp.sum((v @ d) * (gram_v @ d))
+        freedom = diagonal / (eigenvalues + lambda_sum + lambda_)
         return Fit(residual, outputs * jnp.sum(freedom))
 
     lower_bound = options.lower_bound
     lambda_, value = options.selection(fit, batch.residuals, lambda_sum, lower_bound)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
-    new = State(
-        w - v @ change(lambda_),
-        jnp.maximum(lambda_sum + lambda_, lower_bound),
-        grams,
-        (state.place + 1) % len(grams),
+    new_w, new_sum = w - v @ change(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)
+
+    finite = jnp.isfinite(new_w).all() & jnp.isfinite(new_sum)
+    choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+    after = State(
+        w=choose(new_w, w),
+        lambda_sum=choose(new_sum, lambda_sum),
+        grams=state.grams.at[state.place].set(choose(batch.gram, state.grams[state.place])),
+        place=choose((state.place + 1) % len(state.grams), state.place),
     )
-    finite = jnp.isfinite(new.w).all() & jnp.isfinite(new.lambda_sum)
-    state = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, state)
-    return state, Info(lambda_, state.lambda_sum, found.trace, found.residual, value, finite)
+    return after, Info(lambda_, after.lambda_sum, found.trace, found.residual, value, finite)

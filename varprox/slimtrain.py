@@ -130,19 +130,21 @@ def _step(optimizer, options, state, batch):
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.theta)
 
     objective = value + penalty
-    finite = chosen.finite & jnp.isfinite(objective)
-    finite = finite & jnp.isfinite(ravel_pytree(updates)[0]).all()
-    after = state._replace(
-        problem=state.problem.with_model(model),
-        theta=optax.apply_updates(state.theta, updates),
+    finite = chosen.finite & jnp.isfinite(objective) & jnp.isfinite(ravel_pytree(updates)[0]).all()
+
+    def choose(new, old):
+        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
+
+    after = State(
+        problem=choose(state.problem.with_model(model), state.problem),
+        theta=choose(optax.apply_updates(state.theta, updates), state.theta),
         tikhonov=tikhonov,
-        optimizer=optimizer_state,
-        objective=objective,
-    )
-    after = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, state)
-    after = after._replace(
+        optimizer=choose(optimizer_state, state.optimizer),
+        objective=choose(objective, state.objective),
         work_units=state.work_units + 2 * len(targets) / state.unit,
-        status=jnp.where(finite, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
+        unit=state.unit,
+        key=state.key,
+        status=choose(jnp.int32(Status.RUNNING), jnp.int32(Status.NON_FINITE)),
     )
     info = Info(
         objective=objective,

@@ -1,0 +1,96 @@
+"""What slimTrain is compared with: any optimizer on θ and W together, on the same minibatches.
+
+The epochs are those of `varprox.minibatches`, so that nothing but the step differs.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from varprox import Method, Problem, Status
+from varprox.minibatches import epoch
+from varprox.model import check_data
+
+
+class State(NamedTuple):
+    """The weights and what the next step starts from."""
+
+    problem: Problem
+    theta: Any
+    w: jax.Array
+    optimizer: Any
+    objective: jax.Array
+    work_units: jax.Array
+    unit: jax.Array
+    key: jax.Array
+    status: jax.Array
+
+
+class Info(NamedTuple):
+    """The loss of a batch before the step."""
+
+    objective: jax.Array
+    finite: jax.Array
+
+
+def jointly(
+    problem: Problem, optimizer: optax.GradientTransformation, start: Callable
+) -> Method:
+    """The optimizer on θ and W, which begins at `start(problem, theta, data, key)`; the problem's
+    penalties count."""
+    return Method(
+        init=partial(_init, problem, optimizer, start),
+        step=partial(_step, optimizer, None),
+        problem=problem,
+        epoch=partial(epoch, _step, optimizer, None),
+    )
+
+
+def _init(problem, optimizer, start, theta, data, key):
+    check_data(problem, theta, data, images=True)
+    drawing, key = jax.random.split(key)
+    w = start(problem, theta, data, drawing)
+    problem, theta, w = jax.tree.map(jnp.asarray, (problem, theta, w))
+    zero = jnp.zeros((), w.dtype)
+    return State(
+        problem=problem,
+        theta=theta,
+        w=w,
+        optimizer=optimizer.init((theta, w)),
+        objective=zero + jnp.nan,
+        work_units=zero,
+        unit=zero + len(data[1]),
+        key=key,
+        status=jnp.int32(Status.RUNNING),
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def _step(optimizer, _, state, batch):
+    inputs, targets = batch
+    problem = state.problem
+
+    def phi(weights):
+        theta, w = weights
+        z, model = problem.model.train(theta, inputs)
+        value = problem.loss.value(model.head.apply(z, w), targets)
+        penalty = problem.penalty(theta) + 0.5 * problem.w_penalty * jnp.sum(w**2)
+        return value + penalty, model
+
+    weights = state.theta, state.w
+    (value, model), gradient = jax.value_and_grad(phi, has_aux=True)(weights)
+    updates, optimizer_state = optimizer.update(gradient, state.optimizer, weights)
+    theta, w = optax.apply_updates(weights, updates)
+    after = state._replace(
+        problem=problem.with_model(model),
+        theta=theta,
+        w=w,
+        optimizer=optimizer_state,
+        objective=value,
+        work_units=state.work_units + 2 * len(targets) / state.unit,
+    )
+    return after, Info(value, jnp.isfinite(value))

@@ -1,0 +1,88 @@
+"""Peaks in minibatches of five points: slimTrain, with and without memory, against Adam.
+
+The setting is that of arXiv:2109.14002, section 5.1: 50 epochs, learning rate 1e-3, λ = 1e-10.
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+
+import numpy as np
+import optax
+
+import varprox as vp
+from benchmarks import baselines, minibatch
+from benchmarks.experiment import Run, Task, by_method, by_seed, text_table
+
+BATCH_SIZE, EPOCHS, QUICK_EPOCHS = 5, 50, 5
+RATE, RATES = 1e-3, (1e-3, 3e-3, 1e-2)
+SHOWN = (1, 2, 5, 10, 20, 50)  # epochs
+CONSTANT = 1e-10
+SELECTIONS = {"sGCV": vp.sgcv(), "constant": vp.constant(CONSTANT)}
+STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
+ADAM = {rate: optax.adam(rate) for rate in RATES}  # one compilation each
+
+
+def train(task: Task, quick: bool) -> list[Run]:
+    """The runs of all methods from one seed; Adam's variants are rates and starts of W."""
+    methods = {
+        (f"slimTrain {name}, r = {memory}", ""): vp.slimtrain(
+            task.problem, ADAM[RATE], memory, selection
+        )
+        for name, selection in SELECTIONS.items()
+        for memory in (0, 5)
+    }
+    for rate in RATES[:1] if quick else RATES:
+        for start, w in STARTS.items():
+            methods["Adam", f"rate {rate:g}, from {start}"] = minibatch.jointly(
+                task.problem, ADAM[rate], w
+            )
+    runs = []
+    for (method, variant), training in methods.items():
+        solution = vp.fit(
+            training,
+            task.theta,
+            task.train,
+            validation=task.validation,
+            epochs=QUICK_EPOCHS if quick else EPOCHS,
+            batch_size=BATCH_SIZE,
+            seed=task.seed,
+        )
+        runs.append(Run(method, variant, task.seed, solution, solution.history))
+    return runs
+
+
+def losses(runs: Sequence[Run]) -> np.ndarray:
+    """Of one method, the median over the seeds of its best variant's validation loss after each
+    epoch, the variant being chosen anew for each."""
+    seeds = [
+        np.min([run.history["validation_loss"] for run in group], axis=0)
+        for group in by_seed(runs).values()
+    ]
+    return np.median(seeds, axis=0)
+
+
+def summary(runs: Sequence[Run]) -> dict:
+    """Of one method: validation losses epoch by epoch, and the time an epoch takes."""
+    seconds = [run.history["seconds"] for run in runs]
+    return {
+        "validation_loss": losses(runs),
+        "seconds_an_epoch": float(np.median([s[-1] / (len(s) - 1) for s in seconds])),
+        "compile_seconds": max(run.solution.compile_seconds for run in runs),
+    }
+
+
+def table(results: Mapping[str, dict]) -> str:
+    """A line a method: its losses after some epochs, and its time."""
+    length = max(len(row["validation_loss"]) for row in results.values())
+    shown = [epoch for epoch in SHOWN if epoch < length]
+    lines = [
+        [
+            method,
+            *(f"{row['validation_loss'][epoch]:.2e}" for epoch in shown),
+            f"{row['seconds_an_epoch']:.2f}",
+            f"{row['compile_seconds']:.1f}",
+        ]
+        for method, row in results.items()
+    ]
+    title = f"Validation loss after so many epochs of batches of {BATCH_SIZE}: median over the seeds"
+    return text_table(title, ["", *map(str, shown), "s an epoch", "compile s"], lines)
