@@ -25,6 +25,7 @@ EXPERIMENTS = {
     "indian_pines": "segment a hyperspectral image (real data, 200 bands, 16 classes)",
     "peaks": "fit a function of two variables, medians over five seeds",
     "ellipse": "classify points inside and outside an ellipse from twenty starts",
+    "autoencoder": "slimTrain and Adam on an autoencoder of MNIST, with many images and with few",
     "race": "time and work to given objectives, on six problems and against more rivals",
 }
 
@@ -34,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = vars(parser().parse_args(arguments))
     name = options.pop("experiment")
     jax.config.update("jax_enable_x64", options.pop("x64"))  # before an experiment makes arrays
-    options["methods"] = tuple(dict.fromkeys(options["methods"] or DEFAULTS.get(name, METHODS)))
+    if "methods" in options:
+        options["methods"] = tuple(dict.fromkeys(options["methods"] or DEFAULTS.get(name, METHODS)))
     options["output"] = options["output"] or Path("results", name)
     import_module(f"benchmarks.{name}").run(**options)
 
@@ -59,22 +61,45 @@ def parser() -> argparse.ArgumentParser:
 def _add_options(name, experiment):
     experiment.add_argument("--quick", action="store_true", help="a shorter version of the same")
     experiment.add_argument("--seed", type=_seed, default=0, help="0 by default")
-    experiment.add_argument(
-        "--method",
-        dest="methods",
-        action="append",
-        choices=RACERS if name == "race" else METHODS,
-        help="run this one only; may be given several times",
-    )
+    if name == "autoencoder":
+        experiment.add_argument(
+            "--epochs",
+            type=_count,
+            default=50,
+            help="over all 50,000 images; 50 by default",
+        )
+        experiment.add_argument(
+            "--size",
+            dest="sizes",
+            action="append",
+            type=_count,
+            help="train on so many images for 50 epochs, too; may be given several times, by "
+            "default 128, 256, …, 16384",
+        )
+    else:
+        experiment.add_argument(
+            "--method",
+            dest="methods",
+            action="append",
+            choices=RACERS if name == "race" else METHODS,
+            help="run this one only; may be given several times",
+        )
     experiment.add_argument(
         "--output", type=Path, metavar="FOLDER", help=f"results/{name} by default"
     )
     precision = experiment.add_mutually_exclusive_group()
+    in_double = name != "autoencoder"
     precision.add_argument(
-        "--x64", action="store_true", default=True, help="double precision (the default)"
+        "--x64",
+        action="store_true",
+        default=in_double,
+        help="double precision" + " (the default)" * in_double,
     )
     precision.add_argument(
-        "--x32", dest="x64", action="store_false", help="single precision instead"
+        "--x32",
+        dest="x64",
+        action="store_false",
+        help="single precision" + " (the default)" * (not in_double),
     )
     if name in ("indian_pines", "peaks"):
         experiment.add_argument(
@@ -97,6 +122,12 @@ def _add_options(name, experiment):
 def _seed(text):
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected an integer ≥ 0, got {text!r}")
+    return int(text)
+
+
+def _count(text):
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected an integer ≥ 1, got {text!r}")
     return int(text)
 
 

@@ -57,7 +57,7 @@ def of_method(make: Callable[[Problem], Method]) -> Entrant:
         method, data = make(task.problem), task.train
         (state, seconds), compiling = _compiled(method.init, task.theta, data, _key(task))
         compile_seconds = compiling + _compiled(method.step, state, data)[1]
-        memory = _Memory()
+        memory = Memory()
         rows = [(float(state.objective), int(state.work_units), seconds)]
         while state.status == Status.RUNNING and not limit.reached(*rows[-1]):
             (state, _), elapsed = _timed(method.step, state, data)
@@ -90,7 +90,7 @@ def lbfgs_of_scipy(start: str) -> Entrant:
 
     def run(task, limit):
         w = STARTS[start](task.problem, task.theta, task.train, _key(task))
-        memory = _Memory()
+        memory = Memory()
         found = scipy_lbfgs(task.problem, task.theta, w, task.train, stop=limit.reached)
         return Result(found, memory.growth())
 
@@ -107,7 +107,7 @@ def trust_region_reflective(scale: float | str, start: str) -> Entrant:
         x, unravel, residuals, jacobian = _residuals(task, start)
         functions = residuals, jacobian
         compile_seconds = sum(_compiled(fn, x)[1] for fn in functions)
-        memory = _Memory()
+        memory = Memory()
         calls = [0, 0]  # of the residuals and of the Jacobian
 
         def counted(i):
@@ -155,7 +155,7 @@ def levenberg_marquardt(start: str) -> Entrant:
         state = solver.init(fn, x, None, {}, shape, None, tags)
         step = equinox.filter_jit(lambda x, state: solver.step(fn, x, None, {}, state, tags)[:2])
         _, compile_seconds = _compiled(step, x, state)
-        memory = _Memory()
+        memory = Memory()
         seconds = 0.0
         rows: list[tuple[float, int, float]] = []
         while not rows or not limit.reached(*rows[-1]):
@@ -202,7 +202,7 @@ def _result(task, weights, rows, limit, compile_seconds, memory):
     return Result(solution, memory.growth())
 
 
-class _Memory:
+class Memory:
     """How much the memory of this process has grown at most; the kernel of Linux keeps count."""
 
     STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")

@@ -30,6 +30,16 @@ COLOURS = {
     "L-BFGS (optax)": "#888888",
     "LM (optimistix)": "#cc79a7",
     "trf (SciPy)": "#b8860b",
+    "slimTrain": "#0072b2",
+    "slimTrain, sGCV": "#56b4e9",
+    "slimTrain, Λ = 0": "#7b3294",
+    "slimTrain, constant ΣΛ": "#d55e00",
+    "Adam, PyTorch's start": "#8fd4a8",
+    "slimTrain sGCV, r = 0": "#9ecbe8",
+    "slimTrain sGCV, r = 5": "#56b4e9",
+    "slimTrain constant, r = 0": "#c9a3d4",
+    "slimTrain constant, r = 5": "#7b3294",
+    "slimTrain proportional, r = 5": "#0072b2",
 }
 # Sixteen colours that can be told apart, light and dark neighbours taking turns.
 CLASSES = (
@@ -101,6 +111,51 @@ def race(path: Path, courses: Mapping[str, Mapping[str, Sequence[Run]]]) -> None
     _save(figure, path)
 
 
+def minibatches(path: Path, groups: Mapping[str, Sequence[Run]], ylabel: str) -> None:
+    """Validation loss against epochs and seconds, and ΣΛ against epochs; every method by the best
+    of its variants in each place, the line being the median and the band the range of the seeds."""
+    figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
+    for method, runs in groups.items():
+        seeds = list(by_seed(runs).values())
+        losses = [
+            np.nanmin([run.history["validation_loss"] for run in group], axis=0) for group in seeds
+        ]
+        history = runs[0].history
+        epochs = history.get("epoch", np.arange(len(losses[0])))
+        seconds = np.median([run.history["seconds"] for run in runs], axis=0)
+        shown = slice(0 if "epoch" in history else 1, None)
+        for ax, x in zip(axes, (epochs, seconds), strict=False):
+            _draw(ax, method, x[shown], np.array(losses)[:, shown], drawstyle="default")
+        if "lambda_sum" in history:
+            sums = np.array([group[0].history["lambda_sum"] for group in seeds])
+            _draw(axes[2], method, epochs[shown], sums[:, shown], drawstyle="default")
+    for ax, x in zip(axes, ("epochs", "seconds", "epochs"), strict=True):
+        ax.set(xlabel=x, yscale="log")
+        ax.grid(alpha=0.3, linewidth=0.6)
+    axes[0].set(ylabel=ylabel)
+    axes[2].set(ylabel="ΣΛ, mean over the epoch")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(
+        handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False
+    )
+    _save(figure, path)
+
+
+def reconstructions(
+    path: Path, images: np.ndarray, reconstructed: Mapping[str, np.ndarray]
+) -> None:
+    """A row of images, and below it a row of what every method makes of them."""
+    rows = {"images": images} | dict(reconstructed)
+    size = 1.1 * len(images) + 1.6, 1.1 * len(rows)
+    figure, grid = plt.subplots(len(rows), len(images), figsize=size, layout="constrained")
+    for line, (name, row) in zip(grid, rows.items(), strict=True):
+        for ax, image in zip(line, row, strict=True):
+            ax.imshow(image[..., 0], cmap="gray_r", vmin=images.min(), vmax=images.max())
+            ax.set(xticks=[], yticks=[])
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center")
+    _save(figure, path)
+
+
 def _curves(runs, axis, limit, columns):
     """Points along `axis`, and there for each column the values of the best run, seed by seed."""
     seeds = by_seed(runs).values()
@@ -119,13 +174,14 @@ def _plain_ticks(axis):
     axis.set_minor_locator(NullLocator())
 
 
-def _draw(ax, method, x, curve):
+def _draw(ax, method, x, curve, drawstyle="steps-post"):
     style = {"color": COLOURS[method], "linestyle": "-" if method.startswith(PROJECTED) else "--"}
-    style |= {"label": method, "linewidth": 1.8, "drawstyle": "steps-post"}
+    style |= {"label": method, "linewidth": 1.8, "drawstyle": drawstyle}
     ax.plot(x, np.median(curve, axis=0), **style)
     if len(curve) > 1:
         band = curve.min(axis=0), curve.max(axis=0)
-        ax.fill_between(x, *band, color=COLOURS[method], alpha=0.12, linewidth=0, step="post")
+        step = "post" if drawstyle == "steps-post" else None
+        ax.fill_between(x, *band, color=COLOURS[method], alpha=0.12, linewidth=0, step=step)
 
 
 def segmentation(path: Path, image, problem: vp.Problem, run: Run) -> None:

@@ -50,7 +50,7 @@ def counting_task(samples=SAMPLES, dtype=np.float64):
 
 def test_a_step_is_slimtik_and_the_gradient_at_the_new_w(x64):
     """Three steps, so that memory and ΣΛ matter; the objective is that at the new W and old θ."""
-    problem, method, theta, data = make(memory=1)
+    problem, method, theta, data = make(memory=1, selection=vp.sgcv())
     tikhonov = vp.slimtik(1)
     state, plain = method.init(theta, data), tikhonov.init(np.zeros((4, 2)))
     without_w = vp.Problem(problem.model, problem.loss, 1e-2)
@@ -64,7 +64,6 @@ def test_a_step_is_slimtik_and_the_gradient_at_the_new_w(x64):
         np.testing.assert_allclose(state.w, plain.w, rtol=1e-10)
         np.testing.assert_allclose([info.objective, state.objective], value, rtol=1e-10)
         np.testing.assert_allclose(info.lambda_sum, expected.lambda_sum, rtol=1e-9)
-        np.testing.assert_allclose(info.freedom, expected.trace / (2 * BATCH), rtol=1e-9)
         assert info.finite
 
 

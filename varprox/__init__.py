@@ -12,7 +12,7 @@ from varprox.method import Method, Status
 from varprox.model import Problem, Separable, predict
 from varprox.penalties import smoothness_in_time, tikhonov
 from varprox.reduced import reduced_objective, solve_w
-from varprox.selection import constant, sdp, sgcv, supre
+from varprox.selection import constant, proportional, sdp, sgcv, supre
 from varprox.slimtik import slimtik
 from varprox.slimtrain import slimtrain
 
@@ -20,7 +20,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "constant", "conv",
     "conv_transpose", "convex_loss", "dense", "fit", "gauss_newton", "gnvpro", "lbfgsvpro",
-    "least_squares", "logistic", "newton", "predict", "reduced_objective", "sdp", "sgcv", "slimtik",
+    "least_squares", "logistic", "newton", "predict", "proportional",
+    "reduced_objective", "sdp", "sgcv", "slimtik",
     "slimtrain", "smoothness_in_time", "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
 ]  # fmt: skip
 

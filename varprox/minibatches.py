@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import jaxprs_in_params
 
 from varprox.checks import check_integer
 from varprox.method import Status
@@ -76,8 +77,14 @@ def _scanned(step, fixed, options, state, data, order):
 
 def _slow_in_loops(*args):
     leaves = jax.tree.leaves(args[2:])
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if jax.default_backend() != "cpu" or any(isinstance(x, jax.core.Tracer) for x in leaves):
         return False
-    if jax.default_backend() != "cpu":
-        return False
-    return "conv_general_dilated" in str(_chosen.trace(*args, np.int32(0)).jaxpr)
+    return _convolves(_chosen.trace(*args, np.int32(0)).jaxpr.jaxpr)
+
+
+def _convolves(jaxpr):
+    return any(
+        eqn.primitive.name == "conv_general_dilated"
+        or any(_convolves(inner) for inner in jaxprs_in_params(eqn.params))
+        for eqn in jaxpr.eqns
+    )

@@ -2,8 +2,8 @@
 
 A selection is a function `select(fit, count, lambda_sum, lower_bound) -> (lambda_, value)`:
 `fit(lambda_)` gives the squared residual of the batch at w(Λ) and the trace of A B(Λ) Aᵀ, both over
-all its `count` scalar residuals; `value` is that of the function which was minimised. Imports
-checks.
+all its `count` scalar residuals, and `fit.scale` is the mean eigenvalue of the Gram matrices in
+memory; `value` is that of the function which was minimised. Imports checks.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,27 @@ class Fit(NamedTuple):
 
     residual: jax.Array
     trace: jax.Array
+
+
+class Trials(NamedTuple):
+    """The batch at any Λ, and what to measure Λ by."""
+
+    at: Callable[[jax.Array], Fit]
+    scale: jax.Array  # the mean eigenvalue of M
+
+    def __call__(self, lambda_: jax.Array) -> Fit:
+        """The batch at w(Λ)."""
+        return self.at(lambda_)
+
+
+def proportional(factor: float = 1.0) -> Partial:
+    """Λ such that ΣΛ is `factor` times the mean eigenvalue of the Gram matrices in memory.
+
+    While features move, W from the last few batches alone is noisy. This keeps it near the one
+    before in directions that these batches say little of, at any scale of the features; as ΣΛ
+    hardly changes from step to step, hardly anything is shrunk. The value is reported as zero.
+    """
+    return Partial(_proportional, check_number("factor", factor))
 
 
 def sgcv() -> Partial:
@@ -91,6 +112,10 @@ def _supre(variance, fit, count):
 
 def _sdp(variance, fit, count):
     return (fit.residual - count * variance) ** 2
+
+
+def _proportional(factor, fit, count, lambda_sum, lower_bound):
+    return factor * fit.scale - lambda_sum, jnp.zeros_like(lambda_sum)
 
 
 def _constant(value, fit, count, lambda_sum, lower_bound):

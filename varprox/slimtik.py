@@ -16,7 +16,7 @@ from jax.tree_util import Partial
 
 from varprox.checks import check_integer, check_number
 from varprox.heads import dense
-from varprox.selection import Fit, sgcv
+from varprox.selection import Fit, Trials, sgcv
 
 
 class State(NamedTuple):
@@ -153,20 +153,21 @@ def tikhonov_step(options: Options, state: State, batch: Batch) -> tuple[State, 
     total = batch.gram + jnp.tensordot(others.astype(w.dtype), state.grams, 1)
     eigenvalues, v = jnp.linalg.eigh(total, symmetrize_input=False)
     eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
-    gradient, weights, gram_v = v.T @ batch.gradient, v.T @ w, batch.gram @ v
-    diagonal = jnp.sum(v * gram_v, axis=0)[:, None]
+    gradient, weights = v.T @ batch.gradient, v.T @ w
+    diagonal = jnp.sum(v * (batch.gram @ v), axis=0)[:, None]
 
     def change(lambda_):
         return (gradient + lambda_ * weights) / (eigenvalues + lambda_sum + lambda_)
 
     def fit(lambda_):
         d = change(lambda_)
-        residual = batch.square - 2 * jnp.sum(d * gradient) + jnp.sum((v @ d) * (gram_v @ d))
+        step = v @ d
+        residual = batch.square - 2 * jnp.sum(d * gradient) + jnp.sum(step * (batch.gram @ step))
         freedom = diagonal / (eigenvalues + lambda_sum + lambda_)
         return Fit(residual, outputs * jnp.sum(freedom))
 
-    lower_bound = options.lower_bound
-    lambda_, value = options.selection(fit, batch.residuals, lambda_sum, lower_bound)
+    lower_bound, trials = options.lower_bound, Trials(fit, jnp.trace(total) / len(total))
+    lambda_, value = options.selection(trials, batch.residuals, lambda_sum, lower_bound)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
     new_w, new_sum = w - v @ change(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)

@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.flatten_util import ravel_pytree
 
 
 from varprox.method import Method, Status
 from varprox.minibatches import epoch
 from varprox.model import Problem, check_data, check_problem, zero_w
+from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
 from varprox.slimtik import checked, of_features, start_tikhonov, tikhonov_step
 
@@ -47,7 +47,6 @@ class Info(NamedTuple):
     lambda_: jax.Array
     lambda_sum: jax.Array
     selection: jax.Array  # the value of the selection function
-    freedom: jax.Array  # effective degrees of freedom by scalar residual of the batch
     finite: jax.Array  # False where the batch was not; all weights then stay as they were
 
 
@@ -65,7 +64,8 @@ def slimtrain(
     Each step takes one forward pass, updates W by `varprox.slimtik` from the features of this batch
     and the Gram matrices of `memory` batches before it, and moves θ by one reverse pass at the new
     W and the optimizer. W has no learning rate, and its regularisation parameter is chosen by
-    `selection`, `sgcv()` by default. Rows and targets go into slimTik divided by √batch; `initial`
+    `selection`: by default `proportional()`, where the paper has `sgcv()`, which looks at the batch
+    that W is fitted to and so lets ΣΛ fall to its lower bound. Rows and targets go into slimTik divided by √batch; `initial`
     and `lower_bound` are those of ΣΛ. The problem's `w_penalty` is not used: ΣΛ takes its place.
 
     The method has an `epoch(state, data, batch_size=…)` beside `init` and `step`, which passes over
@@ -83,6 +83,7 @@ def slimtrain(
         raise TypeError(
             f"optimizer: expected one of optax, such as optax.adam(1e-3), got {optimizer!r}"
         )
+    selection = proportional() if selection is None else selection
     options = checked(memory, selection, initial, lower_bound)
     return Method(
         init=partial(_init, problem, optimizer, options),
@@ -130,7 +131,8 @@ def _step(optimizer, options, state, batch):
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.theta)
 
     objective = value + penalty
-    finite = chosen.finite & jnp.isfinite(objective) & jnp.isfinite(ravel_pytree(updates)[0]).all()
+    all_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]
+    finite = chosen.finite & jnp.isfinite(objective) & jnp.stack(all_finite).all()
 
     def choose(new, old):
         return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
@@ -151,7 +153,6 @@ def _step(optimizer, options, state, batch):
         lambda_=chosen.lambda_,
         lambda_sum=chosen.lambda_sum,
         selection=chosen.value,
-        freedom=chosen.trace / seen.residuals,
         finite=finite,
     )
     return after, info

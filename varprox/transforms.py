@@ -13,6 +13,7 @@ import optax
 from varprox.gnvpro import gnvpro as full_batch
 from varprox.heads import ConvHead, DenseHead, dense
 from varprox.model import Problem
+from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
 from varprox.slimtik import checked, of_features, start_tikhonov, tikhonov_step
 
@@ -45,11 +46,12 @@ def slimtik(
     `head` is the path of the last layer in the parameters, such as "head" or "decoder.out". There
     stand flax's "kernel" and, with bias, "bias", or else an array W (columns, outputs). `layer`
     says what they mean: `varprox.dense()` if it is None, with a bias where there is one. The other
-    options are those of `varprox.slimtik`; under `optax.inject_hyperparams`, `memory` is a static
+    options are those of `varprox.slimtrain`; under `optax.inject_hyperparams`, `memory` is a static
     argument.
 
     Raises ValueError if there is no such path, or if the last layer has other entries.
     """
+    selection = proportional() if selection is None else selection
     options = checked(memory, selection, initial, lower_bound)
 
     def init(params):
