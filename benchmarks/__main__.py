@@ -42,7 +42,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 # Tuning Adam from each of twenty starts would take longer than all the rest.
-DEFAULTS = {"ellipse": tuple(method for method in METHODS if method != "adam"), "race": RACERS}
+DEFAULTS = {
+    "peaks": (*METHODS, "slimtrain"),
+    "ellipse": tuple(method for method in METHODS if method != "adam"),
+    "race": RACERS,
+}
+
+
+CHOICES = {"peaks": DEFAULTS["peaks"], "race": RACERS}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -81,7 +88,7 @@ def _add_options(name, experiment):
             "--method",
             dest="methods",
             action="append",
-            choices=RACERS if name == "race" else METHODS,
+            choices=CHOICES.get(name, METHODS),
             help="run this one only; may be given several times",
         )
     experiment.add_argument(

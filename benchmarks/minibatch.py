@@ -37,9 +37,7 @@ class Info(NamedTuple):
     finite: jax.Array
 
 
-def jointly(
-    problem: Problem, optimizer: optax.GradientTransformation, start: Callable
-) -> Method:
+def jointly(problem: Problem, optimizer: optax.GradientTransformation, start: Callable) -> Method:
     """The optimizer on θ and W, which begins at `start(problem, theta, data, key)`; the problem's
     penalties count."""
     return Method(

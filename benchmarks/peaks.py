@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import varprox as vp
-from benchmarks import plots
+from benchmarks import peaks_minibatches, plots
 from benchmarks.contest import compete
 from benchmarks.experiment import (
     PROJECTED,
@@ -39,18 +39,6 @@ def run(
     budgets = spend(QUICK_BUDGETS if quick else BUDGETS, budget)
     seeds = range(seed, seed + (1 if quick else SEEDS))
     tasks = {s: make_task(s) for s in seeds}
-    runs = []
-    for s, task in tasks.items():
-        print(f"seed {s}", flush=True)
-        runs += compete(task, methods, budgets, rank=RANK, quick=quick)
-    groups = by_method(runs)
-
-    results = {method: summary(group, budgets) for method, group in groups.items()}
-    first = [run for run in runs if run.seed == seed]
-    winner = min(first, key=lambda run: (run.method not in PROJECTED, end(run)["objective"]))
-    output.mkdir(parents=True, exist_ok=True)
-    draw_surface(output / "surface.png", tasks[seed].problem, winner)
-    plots.convergence(output / "convergence.png", groups, budgets[-1])
     settings = {
         "quick": quick,
         "seeds": list(seeds),
@@ -59,7 +47,29 @@ def run(
         "rank": RANK,
         "theta_entries": sum(leaf.size for leaf in jax.tree.leaves(tasks[seed].theta)),
     }
-    write(output, "peaks", [summary_table(results, budgets)], settings, results, runs)
+    output.mkdir(parents=True, exist_ok=True)
+    results, tables, runs = {}, [], []
+    in_minibatches = "slimtrain" in methods
+    full_batch = tuple(method for method in methods if method != "slimtrain")
+    if full_batch:
+        for s, task in tasks.items():
+            print(f"seed {s}", flush=True)
+            runs += compete(task, full_batch, budgets, rank=RANK, quick=quick)
+        groups = by_method(runs)
+        results = {method: summary(group, budgets) for method, group in groups.items()}
+        tables.append(summary_table(results, budgets))
+        first = [run for run in runs if run.seed == seed]
+        winner = min(first, key=lambda run: (run.method not in PROJECTED, end(run)["objective"]))
+        draw_surface(output / "surface.png", tasks[seed].problem, winner)
+        plots.convergence(output / "convergence.png", groups, budgets[-1])
+    if in_minibatches:
+        found = [run for task in tasks.values() for run in peaks_minibatches.train(task, quick)]
+        groups = by_method(found)
+        results["minibatches"] = {m: peaks_minibatches.summary(g) for m, g in groups.items()}
+        tables.append(peaks_minibatches.table(results["minibatches"]))
+        plots.minibatches(output / "minibatches.png", groups, "validation loss")
+        runs += found
+    write(output, "peaks", tables, settings, results, runs)
 
 
 def make_task(seed: int, points: int = 2000) -> Task:

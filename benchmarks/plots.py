@@ -32,6 +32,7 @@ COLOURS = {
     "trf (SciPy)": "#b8860b",
     "slimTrain": "#0072b2",
     "slimTrain, sGCV": "#56b4e9",
+    "slimTrain, sGCV, N = 32": "#cc79a7",
     "slimTrain, Λ = 0": "#7b3294",
     "slimTrain, constant ΣΛ": "#d55e00",
     "Adam, PyTorch's start": "#8fd4a8",

@@ -28,7 +28,7 @@ def benchmarks(*arguments):
 def test_help_lists_the_experiments():
     done = benchmarks("--help")
     assert done.returncode == 0
-    for name in ("indian_pines", "peaks", "ellipse", "race"):
+    for name in ("indian_pines", "peaks", "ellipse", "autoencoder", "race"):
         assert f"\n    {name}" in done.stdout
 
 
@@ -56,6 +56,8 @@ def test_the_race_takes_the_names_of_its_entrants():
         (["peaks", "--budget", "none"], "--budget: expected a number ≥ 2, got 'none'"),
         (["peaks", "--x64", "--x32"], "not allowed with argument"),
         (["ellipse", "--normalise", "band"], "unrecognized arguments: --normalise"),
+        (["autoencoder", "--epochs", "0"], "--epochs: expected an integer ≥ 1, got '0'"),
+        (["autoencoder", "--method", "adam"], "unrecognized arguments: --method"),
         (["race", "--method", "gnvpro"], "--method: invalid choice: 'gnvpro'"),
     ],
 )

@@ -9,6 +9,7 @@ import random
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pandas
 import pytest
 from problems import features, initial_theta, loss_value, make_data, plain_rows
@@ -251,6 +252,7 @@ def fit(method=GNVPRO, theta=None, data=None, **options):
 
 
 INPUTS, TARGETS = VALIDATION
+SLIMTRAIN = vp.slimtrain(make_problem(), optax.sgd(0.05))
 
 REFUSED = {
     "method a number": (fit(3), TypeError, "method", "varprox.gnvpro(problem), or a problem", "3"),
@@ -269,6 +271,10 @@ REFUSED = {
     "validation lengths": (fit(validation=(INPUTS, TARGETS[1:])), ValueError, "validation", "10 samples", "(11, 2)"),
     "validation outputs": (fit(validation=(INPUTS, TARGETS[:, :1])), ValueError, "validation", "(batch, 2)", "(11, 1)"),
     "validation nan": (fit(validation=(INPUTS, TARGETS * np.nan)), ValueError, "validation", "finite", "NaN or Inf"),
+    "batch size without batches": (fit(batch_size=4), ValueError, "batch_size", "None for a method", "4"),
+    "no batch size": (fit(SLIMTRAIN), ValueError, "batch_size", "an integer ≥ 1", "None"),
+    "batch size zero": (fit(SLIMTRAIN, batch_size=0), ValueError, "batch_size", "an integer ≥ 1", "0"),
+    "batch size too large": (fit(SLIMTRAIN, batch_size=17), ValueError, "batch_size", "at most 16", "17"),
     "metrics a function": (fit(metrics=worst), TypeError, "metrics", "mapping", "function worst"),
     "metrics not functions": (fit(metrics={"worst": 3}), TypeError, "metrics", "function", "3"),
 }  # fmt: skip
@@ -305,3 +311,28 @@ def test_without_a_method_the_curvature_is_formed_where_it_can_be(x64, monkeypat
 def test_numpy_numbers_are_budgets(number):
     theta, data = make()
     assert len(vp.fit(GNVPRO, theta, data, epochs=number).history["objective"]) == 3
+
+
+def test_a_stochastic_method_is_run_by_epochs(x64):
+    """An entry an epoch, equal to epochs run by hand; the problem returned is the trained one."""
+    theta, data = make(np.float64)
+    problem = make_problem()
+    method = vp.slimtrain(problem, optax.sgd(0.05))
+    validation = make_data("least_squares", 2, samples=11, seed=5)
+    solution = vp.fit(method, theta, data, validation=validation, epochs=3, batch_size=5, seed=4)
+    state = method.init(theta, data, jax.random.key(4))
+    for entry in range(1, 4):
+        state, info = method.epoch(state, data, batch_size=5)
+        for name in ("objective", "lambda_", "lambda_sum", "finite"):
+            np.testing.assert_allclose(
+                solution.history[name][entry], np.mean(getattr(info, name)), rtol=1e-9
+            )
+        predictions = vp.predict(state.problem, state.theta, state.w, validation[0])
+        loss = loss_value("least_squares", np.asarray(predictions), validation[1])
+        np.testing.assert_allclose(solution.history["validation_loss"][entry], loss, rtol=1e-9)
+    np.testing.assert_allclose(solution.w, state.w, rtol=1e-9)
+    assert np.isnan(solution.history["objective"][0])
+    np.testing.assert_allclose(solution.history["work_units"], 2 * 15 / 16 * np.arange(4))
+    assert solution.status == vp.Status.BUDGET
+    predicted = vp.predict(solution.problem, solution.theta, solution.w, data[0])
+    np.testing.assert_allclose(predicted, vp.predict(problem, state.theta, state.w, data[0]))

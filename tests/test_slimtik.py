@@ -104,6 +104,20 @@ def test_the_sum_stays_above_its_bound(x64):
     assert abs(info.lambda_ - (1e-3 - 0.05)) < 1e-15
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_proportional_follows_the_scale_of_the_rows(scale, x64):
+    """ΣΛ is the factor times the mean eigenvalue of what is remembered, after every step."""
+    rows, targets = batches(4)
+    rows = scale * rows
+    method = vp.slimtik(1, vp.proportional(0.5))
+    state = method.init(jnp.zeros((5, 2)))
+    for k in range(4):
+        state, info = method.update(state, rows[k], targets[k])
+        gram = sum(a.T @ a for a in rows[max(0, k - 1) : k + 1])
+        expected = 0.5 * np.mean(np.linalg.eigvalsh(gram))
+        np.testing.assert_allclose([state.lambda_sum, info.lambda_sum], expected, rtol=1e-9)
+
+
 FITS = {
     "sgcv": (vp.sgcv(), lambda r, t, n: r / (n - t) ** 2 if t < n else np.inf),
     "supre": (vp.supre(0.3), lambda r, t, n: r + 2 * 0.3 * t - n * 0.3),
@@ -187,6 +201,7 @@ def test_it_scans_and_maps_in_single_precision():
         (lambda: vp.slimtik(initial=-1.0), ValueError, "initial: expected"),
         (lambda: vp.slimtik(lower_bound=-1e-7), ValueError, "lower_bound: expected"),
         (lambda: vp.supre(-1.0), ValueError, "noise_variance: expected"),
+        (lambda: vp.proportional(-1.0), ValueError, "factor: expected"),
         (lambda: vp.sdp("small"), TypeError, "noise_variance: expected"),
     ],
 )

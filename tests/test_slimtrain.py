@@ -12,6 +12,7 @@ from jax.tree_util import Partial
 from problems import features, initial_theta, make_data
 
 import varprox as vp
+from varprox import minibatches
 from varprox.model import objective
 
 SAMPLES, BATCH = 16, 4
@@ -25,7 +26,7 @@ def make(dtype=np.float64, **options):
 
 
 def batches(data, size=BATCH):
-    return [jax.tree.map(lambda x: x[k : k + size], data) for k in range(0, SAMPLES, size)]
+    return list(zip(*(np.split(x, SAMPLES // size) for x in data), strict=True))
 
 
 def counting(counts, theta, inputs):
@@ -197,6 +198,33 @@ def test_an_epoch_under_jit_is_the_same(x64):
     np.testing.assert_allclose(jitted.w, plain.w, rtol=1e-10)
 
 
+def test_steps_with_convolutions_are_not_scanned_on_cpu_and_come_to_the_same(x64):
+    """What is called step by step equals the scan, which the epoch is inside of a jit."""
+    if jax.default_backend() != "cpu":
+        pytest.skip("elsewhere all epochs are scanned")
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(8, 4, 4, 2))
+    model = vp.Separable(lambda theta, x: jnp.tanh(theta["scale"] * x), vp.conv((2, 2)))
+    data = images, rng.normal(size=(8, 3, 3, 1))
+    calls = []
+
+    def training(features, theta, inputs):
+        jax.debug.callback(lambda: calls.append(None))
+        return features(theta, inputs), features
+
+    model = vp.Separable(model.features, model.head, training)
+    method = vp.slimtrain(vp.Problem(model, vp.least_squares()), optax.sgd(0.01))
+    state = method.init({"scale": np.ones(2)}, data)
+    plain, infos = method.epoch(state, data, batch_size=3)
+    jitted, expected = jax.jit(functools.partial(method.epoch, batch_size=3))(state, data)
+    chex.assert_trees_all_close(plain.theta, jitted.theta, rtol=1e-9)
+    np.testing.assert_allclose(plain.w, jitted.w, rtol=1e-8)
+    chex.assert_trees_all_close(infos, expected, rtol=1e-7, atol=1e-9)
+    jax.effects_barrier()
+    assert len(calls) == 4
+    assert minibatches.steps_one_by_one(*method.epoch.args, state, data, np.zeros((2, 3), np.int32))
+
+
 def test_constant_features_leave_w_finite(x64):
     model = vp.Separable(lambda theta, inputs: 0 * inputs + theta["level"])
     method = vp.slimtrain(vp.Problem(model, vp.least_squares()), optax.sgd(0.1))
@@ -215,7 +243,10 @@ def no_least_squares():
     vp.slimtrain(problem, optax.sgd(0.1))
 
 
-def with_data(inputs=np.ones((4, 2)), targets=np.ones((4, 2)), head=None):
+ONES = np.ones((4, 2))
+
+
+def with_data(inputs=ONES, targets=ONES, head=None):
     problem = vp.Problem(vp.Separable(features, head), vp.least_squares())
     vp.slimtrain(problem, optax.sgd(0.1)).init(initial_theta(), (inputs, targets))
 

@@ -111,9 +111,7 @@ def test_it_scans_and_maps(name, x64):
     chex.assert_trees_all_close(scanned, stepwise, rtol=1e-7, atol=1e-9)
     both = jax.tree.map(lambda x: jnp.stack([x, 1.1 * x]), params)
     mapped = jax.vmap(run)(both)
-    chex.assert_trees_all_close(
-        jax.tree.map(lambda x: x[0], mapped), scanned, rtol=1e-7, atol=1e-9
-    )
+    chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], mapped), scanned, rtol=1e-7, atol=1e-9)
 
 
 @cases

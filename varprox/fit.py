@@ -72,9 +72,9 @@ def fit(
     (predictions, targets) -> scalar, evaluated after every step on the data and on `validation`, to
     the columns `train_<name>` and `validation_<name>`.
 
-    The first step, or epoch, is run twice, the first time to compile it. Bad data raise TypeError or
-    ValueError before anything runs. The end of the budget, a stall and a non-finite objective are
-    statuses, not exceptions; the last good weights come back.
+    The first step, or epoch, is run twice, the first time to compile it. Bad data raise TypeError
+    or ValueError before anything runs. The end of the budget, a stall and a non-finite objective
+    are statuses, not exceptions; the last good weights come back.
     """
     if isinstance(method, Problem):
         method = _default_method(method, theta, data)
@@ -222,9 +222,10 @@ def _check_validation(method, theta, data, validation):
         check_data(method.problem, theta, validation, images=method.epoch is not None)
     except (TypeError, ValueError) as error:
         raise type(error)(f"validation: {error}") from None
-    outputs, expected = validation[1].shape[1:], data[1].shape[1:]
-    if outputs != expected:
+    expected = data[1].shape[1:]
+    if validation[1].shape[1:] != expected:
+        sizes = ", ".join(map(str, expected))
         raise ValueError(
-            f"validation: expected targets of shape (batch, {', '.join(map(str, expected))}), as the data have, "
+            f"validation: expected targets of shape (batch, {sizes}), as the data have, "
             f"got {validation[1].shape}"
         )

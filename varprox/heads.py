@@ -89,7 +89,7 @@ class ConvHead:
         """rows @ w as images, (batch, height', width', outputs)."""
         _shape_of_images(z)
         kernel, bias = self.unpack(w)
-        pads, strides, dilation = self.padding, self.stride, (1, 1)
+        pads, strides, dilation = list(self.padding), self.stride, (1, 1)
         if self.transposed:
             pads = [k - 1 - p for k, p in zip(self.kernel_size, pads, strict=True)]
             strides, dilation = dilation, strides

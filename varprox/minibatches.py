@@ -39,7 +39,7 @@ def epoch(
     key, used = jax.random.split(state.key)
     order = _order(used, samples, batch_size)
     state = state._replace(key=key)
-    if _slow_in_loops(step, fixed, options, state, data, order):
+    if steps_one_by_one(step, fixed, options, state, data, order):
         infos = []
         for batch in range(len(order)):
             state, info = _chosen(step, fixed, options, state, data, order, batch)
@@ -75,7 +75,9 @@ def _scanned(step, fixed, options, state, data, order):
     return jax.lax.scan(of_batch, state, np.arange(len(order), dtype=np.int32))
 
 
-def _slow_in_loops(*args):
+def steps_one_by_one(*args) -> bool:
+    """Are the steps of this epoch called one by one? The arguments are those of `epoch`, but for
+    the last, the samples of all batches (batches, batch_size)."""
     leaves = jax.tree.leaves(args[2:])
     if jax.default_backend() != "cpu" or any(isinstance(x, jax.core.Tracer) for x in leaves):
         return False

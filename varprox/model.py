@@ -214,7 +214,8 @@ def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
                 f"got shape {jnp.shape(leaf)}"
             )
     z = jax.eval_shape(problem.model.features, theta, inputs)
-    shape, came = getattr(z, "shape", ()), getattr(z, "shape", type(z).__name__)
+    shape: tuple = getattr(z, "shape", ())
+    came = getattr(z, "shape", type(z).__name__)
     if len(shape) != (4 if of_images else 2) or shape[0] != batch or shape[-1] == 0:
         expected = "height, width, channels), channels ≥ 1" if of_images else "m), m ≥ 1"
         raise ValueError(f"features: expected an array of shape ({batch}, {expected}, got {came}")

@@ -328,6 +328,8 @@ class Autoencoder(_Network):
         self.widening = convolution(nnx.ConvTranspose, 2 * channels, channels)
         norm = partial(nnx.BatchNorm, momentum=0.9, param_dtype=dtype, rngs=rngs)
         self.norms = nnx.List([norm(2 * channels), norm(channels)])
+        for statistic in (x for n in self.norms for x in (n.mean, n.var)):
+            statistic[...] = statistic[...].astype(dtype)  # flax has float32 always
         self.head = convolution(nnx.ConvTranspose, channels, image_channels)
 
     def encode(self, images: jax.Array) -> jax.Array:

@@ -82,8 +82,8 @@ def merge(
     nnx.update(whole, jax.tree.map(jnp.asarray, theta))
     nnx.update(layer, {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias})
     if model is not None:
-        state = model.features.args[1]
-        _check_like("model", state, fresh.features.args[1])
+        state = _state(model)
+        _check_like("model", state, _state(fresh))
         nnx.update(whole, state)
     return whole
 
@@ -155,6 +155,10 @@ class _Identity(nnx.Module):
 
 def _features(graphdef, state, theta, inputs):
     return nnx.merge(graphdef, theta, state)(inputs)
+
+
+def _state(model):
+    return model.features.args[1]
 
 
 def _training(features, theta, inputs):

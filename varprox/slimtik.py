@@ -140,7 +140,8 @@ def of_features(head, z: jax.Array, w: jax.Array, targets: jax.Array) -> Batch:
     """A batch of features for a head of `varprox.heads`, with targets shaped like predictions."""
     predictions, transposed = jax.vjp(lambda w: head.apply(z, w), w)
     residual = predictions - targets
-    return Batch(head.gram(z), *transposed(residual), jnp.sum(residual**2), residual.size)
+    (gradient,) = transposed(residual)
+    return Batch(head.gram(z), gradient, jnp.sum(residual**2), residual.size)
 
 
 def tikhonov_step(options: Options, state: State, batch: Batch) -> tuple[State, Info]:

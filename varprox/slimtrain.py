@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-
 from varprox.method import Method, Status
 from varprox.minibatches import epoch
 from varprox.model import Problem, check_data, check_problem, zero_w
@@ -65,8 +64,9 @@ def slimtrain(
     and the Gram matrices of `memory` batches before it, and moves θ by one reverse pass at the new
     W and the optimizer. W has no learning rate, and its regularisation parameter is chosen by
     `selection`: by default `proportional()`, where the paper has `sgcv()`, which looks at the batch
-    that W is fitted to and so lets ΣΛ fall to its lower bound. Rows and targets go into slimTik divided by √batch; `initial`
-    and `lower_bound` are those of ΣΛ. The problem's `w_penalty` is not used: ΣΛ takes its place.
+    that W is fitted to and so lets ΣΛ fall to its lower bound. Rows and targets go into slimTik
+    divided by √batch; `initial` and `lower_bound` are those of ΣΛ. The problem's `w_penalty` is not
+    used: ΣΛ takes its place.
 
     The method has an `epoch(state, data, batch_size=…)` beside `init` and `step`, which passes over
     shuffled batches; samples that do not fill one are left out of this epoch. `init` and `step`
@@ -123,9 +123,7 @@ def _step(optimizer, options, state, batch):
     seen = of_features(head, z, state.w, targets).scaled(1 / len(targets))
     tikhonov, chosen = tikhonov_step(options, state.tikhonov, seen)
 
-    value, slope = jax.value_and_grad(
-        lambda z: loss.value(head.apply(z, tikhonov.w), targets)
-    )(z)
+    value, slope = jax.value_and_grad(lambda z: loss.value(head.apply(z, tikhonov.w), targets))(z)
     penalty, gradient = jax.value_and_grad(state.problem.penalty)(state.theta)
     gradient = jax.tree.map(jnp.add, gradient, *pullback(slope))
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.theta)

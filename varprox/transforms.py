@@ -79,7 +79,8 @@ class _Last:
 
     def __init__(self, params, head, layer):
         path = head.split(".")
-        leaves, self.tree = jax.tree_util.tree_flatten_with_path(params)
+        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
+        self.tree: Any = tree
         names = [[str(_name(key)) for key in keys] for keys, _ in leaves]
         self.places = {
             (*name[len(path) :], "w")[0]: place
