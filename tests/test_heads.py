@@ -44,6 +44,12 @@ def test_rows_times_weights_are_the_convolution(make, bias, size, stride, paddin
     np.testing.assert_allclose(rows @ w, expected.reshape(-1, 2), atol=1e-12)
     np.testing.assert_allclose(head.apply(z, w), expected, atol=1e-12)
     np.testing.assert_allclose(head.gram(z), rows.T @ rows, atol=1e-10)
+    targets = rng.normal(size=expected.shape)
+    residual = rows @ w - targets.reshape(-1, 2)
+    moments = head.moments(z, w, targets)
+    np.testing.assert_allclose(moments.gram, rows.T @ rows, atol=1e-10)
+    np.testing.assert_allclose(moments.gradient, rows.T @ residual, atol=1e-10)
+    np.testing.assert_allclose(moments.square, np.sum(residual**2), rtol=1e-12)
     np.testing.assert_array_equal(head.pack(*head.unpack(w)), w)
 
 

@@ -159,12 +159,12 @@ def test_it_learns_in_single_precision_with_adam(standard_promotion):
     method = vp.slimtrain(problem, optax.adam(1e-2))
     theta, data = initial_theta(dtype=np.float32), make_data("", 2, 64, dtype=np.float32)
     state = method.init(theta, data)
-    dtypes = jax.tree.map(lambda x: x.dtype, state)
+    before = state
     losses = []
     for _ in range(30):
         state, info = method.epoch(state, data, batch_size=8)
         losses.append(float(state.objective))
-    assert jax.tree.map(lambda x: x.dtype, state) == dtypes
+    chex.assert_trees_all_equal_dtypes(state, before)
     assert losses[-1] < 0.7 * losses[0]
     assert info.finite.all()
 

@@ -145,7 +145,7 @@ def test_it_composes_with_chain(name, x64):
 def test_theta_takes_the_optimizer_and_the_head_slimtik(x64):
     params = params_with_head()
     tx = slimtik(initial=0.3)
-    reference = vp.slimtik(1, initial=0.3)
+    reference = vp.slimtik(1, vp.proportional(), initial=0.3)
     last = params["net"]["head"]
     state, plain = tx.init(params), reference.init(np.vstack([last["kernel"], last["bias"]]))
     for k in (0, 8):
@@ -169,7 +169,8 @@ def test_the_head_may_be_an_array_or_a_kernel_alone(bias, x64):
     tx = vp.transforms.slimtik(optax.sgd(0.1), layer=vp.dense(bias=False))
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params, features=z, targets=c)
-    expected, _ = vp.slimtik().update(vp.slimtik().init(w), z / 6**0.5, c / 6**0.5)
+    reference = vp.slimtik(selection=vp.proportional())
+    expected, _ = reference.update(reference.init(w), z / 6**0.5, c / 6**0.5)
     found = updates["head"] if bias else updates["head"]["kernel"]
     np.testing.assert_allclose(w + found, expected.w, rtol=1e-9)
 
@@ -183,7 +184,7 @@ def test_a_convolutional_head_in_the_layout_of_flax(x64):
     tx = vp.transforms.slimtik(optax.sgd(0.1), layer=layer)
     updates, state = tx.update(params, tx.init(params), params, features=z, targets=c)
     new = optax.apply_updates(params, updates)["head"]
-    reference = vp.slimtik()
+    reference = vp.slimtik(selection=vp.proportional())
     rows, targets = layer.rows(z) / 5**0.5, c.reshape(-1, 2) / 5**0.5
     expected, _ = reference.update(reference.init(layer.pack(kernel, bias)), rows, targets)
     np.testing.assert_allclose(layer.pack(new["kernel"], new["bias"]), expected.w, rtol=1e-7)
@@ -227,7 +228,8 @@ def test_it_trains_a_flax_module(standard_promotion):
     """The loop of a user of nnx, whose parameters are an `nnx.State`."""
     nnx = pytest.importorskip("flax.nnx")
     net = vp.networks.Dense((2, 8, 2), rngs=nnx.Rngs(0))
-    optimizer = nnx.Optimizer(net, vp.transforms.slimtik(optax.adam(1e-2)), wrt=nnx.Param)
+    tx = vp.transforms.slimtik(optax.adam(1e-2), selection=vp.sgcv())
+    optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
     inputs, targets = data(np.float32)
 
     @nnx.jit

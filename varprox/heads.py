@@ -16,6 +16,18 @@ import numpy as np
 from varprox.checks import check_integer
 
 
+class Moments(NamedTuple):
+    """Of a batch with rows A, targets c and r = A w − c."""
+
+    gram: jax.Array  # AᵀA
+    gradient: jax.Array  # Aᵀ r
+    square: jax.Array  # ‖r‖²
+
+    def scaled(self, factor) -> "Moments":
+        """Those of √factor times the rows and targets."""
+        return Moments(factor * self.gram, factor * self.gradient, factor * self.square)
+
+
 @dataclass(frozen=True)
 class DenseHead:
     """A fully connected last layer: see `dense`."""
@@ -44,6 +56,10 @@ class DenseHead:
         """rowsᵀ rows, (columns, columns)."""
         rows = self.rows(z)
         return rows.T @ rows
+
+    def moments(self, z: jax.Array, w: jax.Array, targets: jax.Array) -> Moments:
+        """What a step for W has to know of the batch at `w`, for targets like the predictions."""
+        return _moments(self.rows(z), w, targets)
 
 
 class _Phase(NamedTuple):
@@ -120,17 +136,36 @@ class ConvHead:
 
     def gram(self, z: jax.Array) -> jax.Array:
         """rowsᵀ rows, (columns, columns)."""
-        _, *size, channels = _shape_of_images(z)
-        columns = channels * np.prod(self.kernel_size)
-        gram = jnp.zeros((columns + self.bias,) * 2, z.dtype)
-        for phases in product(*self._axes(size)):
-            patches, places = self._patches(z, *phases)
-            patches = patches.reshape(np.prod(patches.shape[:3]), len(places))
-            if self.bias:
-                patches, places = _with_ones(patches), np.append(places, columns)
-            if len(places):
-                gram = gram.at[np.ix_(places, places)].add(patches.T @ patches)
+        columns = _shape_of_images(z)[-1] * np.prod(self.kernel_size) + self.bias
+        gram = jnp.zeros((columns, columns), z.dtype)
+        for rows, places, _ in self._phases(z):
+            gram = gram.at[np.ix_(places, places)].add(rows.T @ rows)
         return gram
+
+    def moments(self, z: jax.Array, w: jax.Array, targets: jax.Array) -> Moments:
+        """What a step for W has to know of the batch at `w`, for targets like the predictions."""
+        gram = jnp.zeros((len(w), len(w)), z.dtype)
+        gradient, square = jnp.zeros_like(w), jnp.zeros((), w.dtype)
+        for rows, places, pixels in self._phases(z):
+            of_phase = targets[:, *pixels].reshape(len(rows), -1)
+            found = _moments(rows, w[places], of_phase)
+            gram = gram.at[np.ix_(places, places)].add(found.gram)
+            gradient = gradient.at[places].add(found.gradient)
+            square = square + found.square
+        return Moments(gram, gradient, square)
+
+    def _phases(self, z):
+        """For each pair of phases its own rows (batch · pixels'', columns''), the places of their
+        columns, and the pixels that they belong to."""
+        vertical, horizontal = self._axes(_shape_of_images(z)[1:3])
+        columns = z.shape[3] * np.prod(self.kernel_size)
+        for i, j in np.ndindex(len(vertical), len(horizontal)):
+            patches, places = self._patches(z, vertical[i], horizontal[j])
+            rows = patches.reshape(np.prod(patches.shape[:3]), len(places))
+            if self.bias:
+                rows, places = _with_ones(rows), np.append(places, columns)
+            pixels = slice(i, None, len(vertical)), slice(j, None, len(horizontal))
+            yield rows, places, pixels
 
     def _axes(self, size):
         """The phases along both axes."""
@@ -164,6 +199,11 @@ class ConvHead:
         index = np.arange(z.shape[3] * np.prod(self.kernel_size))
         index = index.reshape(-1, *self.kernel_size)[:, phases[0].taps][:, :, phases[1].taps]
         return patches.reshape(*nothing.shape[:3], -1), index.reshape(-1)
+
+
+def _moments(rows, w, targets):
+    residual = rows @ w - targets
+    return Moments(rows.T @ rows, rows.T @ residual, jnp.sum(residual**2))
 
 
 def _shape_of_images(z):

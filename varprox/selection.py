@@ -41,7 +41,9 @@ def proportional(factor: float = 1.0) -> Partial:
 
     While features move, W from the last few batches alone is noisy. This keeps it near the one
     before in directions that these batches say little of, at any scale of the features; as ΣΛ
-    hardly changes from step to step, hardly anything is shrunk. The value is reported as zero.
+    hardly changes from step to step, hardly anything is shrunk. The other side of it is that W
+    takes many steps to follow in these directions: fewer with a smaller factor. The value is
+    reported as zero.
     """
     return Partial(_proportional, check_number("factor", factor))
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from varprox.checks import check_integer, check_number
-from varprox.heads import dense
+from varprox.heads import Moments, dense
 from varprox.selection import Fit, Trials, sgcv
 
 
@@ -53,21 +53,6 @@ class SlimTik(NamedTuple):
 
     init: Callable
     update: Callable
-
-
-class Batch(NamedTuple):
-    """All that an update sees of a batch with rows A, targets c and r = A w − c."""
-
-    gram: jax.Array  # AᵀA
-    gradient: jax.Array  # Aᵀ r
-    square: jax.Array  # ‖r‖²
-    residuals: int  # their number, that of scalars
-
-    def scaled(self, factor) -> "Batch":
-        """The batch with √factor times its rows and targets."""
-        return Batch(
-            factor * self.gram, factor * self.gradient, factor * self.square, self.residuals
-        )
 
 
 def slimtik(
@@ -133,19 +118,12 @@ def _update(options, state, rows, targets):
 
 @jax.jit
 def _update_checked(options, state, rows, targets):
-    return tikhonov_step(options, state, of_features(dense(bias=False), rows, state.w, targets))
+    moments = dense(bias=False).moments(rows, state.w, targets)
+    return tikhonov_step(options, state, moments, targets.size)
 
 
-def of_features(head, z: jax.Array, w: jax.Array, targets: jax.Array) -> Batch:
-    """A batch of features for a head of `varprox.heads`, with targets shaped like predictions."""
-    predictions, transposed = jax.vjp(lambda w: head.apply(z, w), w)
-    residual = predictions - targets
-    (gradient,) = transposed(residual)
-    return Batch(head.gram(z), gradient, jnp.sum(residual**2), residual.size)
-
-
-def tikhonov_step(options: Options, state: State, batch: Batch) -> tuple[State, Info]:
-    """The update for a batch of which no more is known than this.
+def tikhonov_step(options: Options, state: State, batch: Moments, count: int) -> tuple[State, Info]:
+    """The update for a batch of `count` scalar residuals, of which no more is known than this.
 
     In the eigenbasis of M, a trial value of Λ takes no solve, and no rows.
     """
@@ -168,7 +146,7 @@ def tikhonov_step(options: Options, state: State, batch: Batch) -> tuple[State, 
         return Fit(residual, outputs * jnp.sum(freedom))
 
     lower_bound, trials = options.lower_bound, Trials(fit, jnp.trace(total) / len(total))
-    lambda_, value = options.selection(trials, batch.residuals, lambda_sum, lower_bound)
+    lambda_, value = options.selection(trials, count, lambda_sum, lower_bound)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
     new_w, new_sum = w - v @ change(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)

@@ -17,7 +17,7 @@ from varprox.minibatches import epoch
 from varprox.model import Problem, check_data, check_problem, zero_w
 from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import checked, of_features, start_tikhonov, tikhonov_step
+from varprox.slimtik import checked, start_tikhonov, tikhonov_step
 
 
 class State(NamedTuple):
@@ -120,8 +120,8 @@ def _step(optimizer, options, state, batch):
     z, pullback, model = jax.vjp(
         lambda theta: state.problem.model.train(theta, inputs), state.theta, has_aux=True
     )
-    seen = of_features(head, z, state.w, targets).scaled(1 / len(targets))
-    tikhonov, chosen = tikhonov_step(options, state.tikhonov, seen)
+    moments = head.moments(z, state.w, targets).scaled(1 / len(targets))
+    tikhonov, chosen = tikhonov_step(options, state.tikhonov, moments, targets.size)
 
     value, slope = jax.value_and_grad(lambda z: loss.value(head.apply(z, tikhonov.w), targets))(z)
     penalty, gradient = jax.value_and_grad(state.problem.penalty)(state.theta)

@@ -15,7 +15,7 @@ from varprox.heads import ConvHead, DenseHead, dense
 from varprox.model import Problem
 from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import checked, of_features, start_tikhonov, tikhonov_step
+from varprox.slimtik import checked, start_tikhonov, tikhonov_step
 
 
 class SlimTikState(NamedTuple):
@@ -66,9 +66,9 @@ def slimtik(
         others = optax.with_extra_args_support(optax.masked(optimizer, last.others))
         updates, inner = others.update(gradients, state.optimizer, params, **extra)
 
-        batch = of_features(last.layer, features, last.w, targets)
-        batch = batch.scaled(1 / len(targets))
-        tikhonov, _ = tikhonov_step(options, state.tikhonov._replace(w=last.w), batch)
+        moments = last.layer.moments(features, last.w, targets).scaled(1 / len(targets))
+        before = state.tikhonov._replace(w=last.w)
+        tikhonov, _ = tikhonov_step(options, before, moments, targets.size)
         return last.put(updates, tikhonov.w - last.w), SlimTikState(inner, tikhonov)
 
     return optax.GradientTransformationExtraArgs(init, update)
@@ -79,8 +79,8 @@ class _Last:
 
     def __init__(self, params, head, layer):
         path = head.split(".")
-        leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-        self.tree: Any = tree
+        leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+        self.tree = jax.tree.structure(params)
         names = [[str(_name(key)) for key in keys] for keys, _ in leaves]
         self.places = {
             (*name[len(path) :], "w")[0]: place
@@ -94,7 +94,9 @@ class _Last:
                 f"parameters, got {head!r}, where there are {found}"
             )
         inside = set(self.places.values())
-        self.others = self.tree.unflatten([place not in inside for place in range(len(leaves))])
+        self.others = jax.tree.unflatten(
+            self.tree, [place not in inside for place in range(len(leaves))]
+        )
         self.layer = dense("bias" in self.places) if layer is None else layer
         of = {name: leaves[place][1] for name, place in self.places.items()}
         self.w = of["w"] if "w" in of else self.layer.pack(of["kernel"], of.get("bias"))
@@ -103,10 +105,10 @@ class _Last:
         """The updates with those of the last layer in their places."""
         kernel, bias = self.layer.unpack(change)
         new = {"w": change, "kernel": kernel, "bias": bias}
-        leaves = self.tree.flatten_up_to(updates)
+        leaves = jax.tree.leaves(updates)
         for name, place in self.places.items():
             leaves[place] = new[name]
-        return self.tree.unflatten(leaves)
+        return jax.tree.unflatten(self.tree, leaves)
 
 
 def _name(key):
