@@ -133,6 +133,8 @@ def minibatches(path: Path, groups: Mapping[str, Sequence[Run]], ylabel: str) ->
     for ax, x in zip(axes, ("epochs", "seconds", "epochs"), strict=True):
         ax.set(xlabel=x, yscale="log")
         ax.grid(alpha=0.3, linewidth=0.6)
+    for ax in axes[:2]:
+        _plain_ticks(ax.yaxis)
     axes[0].set(ylabel=ylabel)
     axes[2].set(ylabel="ΣΛ, mean over the epoch")
     handles, labels = axes[0].get_legend_handles_labels()

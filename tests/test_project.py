@@ -108,3 +108,15 @@ def test_readme_quotes_the_race():
         cells = ["–" if value is None else f"{value:.2g}" for value in row["seconds"]]
         line = " | ".join([method, *cells, f"{row['compile_seconds']:.1f}"])
         assert f"| {line} |" in readme
+
+
+def test_readme_quotes_the_autoencoder():
+    result = ROOT / "benchmarks" / "results" / "autoencoder" / "result.json"
+    parts = json.loads(result.read_text(encoding="utf-8"))["results"]
+    columns = [part for part in ("full", "128", "512", "2048") if part in parts]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method, variants in parts["512"].items():
+        for variant in variants:
+            found = [parts[part].get(method, {}).get(variant) for part in columns]
+            cells = ["–" if row is None else f"{row['lowest']:.1f}" for row in found]
+            assert f"| {method}, {variant} | {' | '.join(cells)} |" in readme
