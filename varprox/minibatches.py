@@ -39,9 +39,10 @@ def epoch(
     key, used = jax.random.split(state.key)
     order = _order(used, samples, batch_size)
     state = state._replace(key=key)
+    data = jax.tree.map(jnp.asarray, data)  # once, not at every step
     if steps_one_by_one(step, fixed, options, state, data, order):
         infos = []
-        for batch in range(len(order)):
+        for batch in np.arange(len(order), dtype=np.int32):
             state, info = _chosen(step, fixed, options, state, data, order, batch)
             infos.append(info)
         infos = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *infos)
