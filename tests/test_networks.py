@@ -1,8 +1,10 @@
 """The networks against their formulas in NumPy, and the properties their constructions promise."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from scipy.integrate import solve_ivp
@@ -321,6 +323,20 @@ def test_the_autoencoder_is_the_composition_of_its_layers():
     z = np.stack([linear(net.decoded, code) for code in codes]).reshape(2, 2, 3, 4)
     z = normalise(relu(spread(net.widening, normalise(z))))
     np.testing.assert_allclose(net(images), spread(net.head, z), rtol=1e-3, atol=1e-4)
+
+
+def test_the_autoencoder_trains_in_the_default_float(x64, standard_promotion):
+    """Its statistics too, so that a step keeps every dtype."""
+    theta, model = vp.nnx.split(autoencoder())
+    images = np.random.default_rng(0).normal(size=(4, 8, 12, 1))
+    method = vp.slimtrain(vp.Problem(model, vp.least_squares()), optax.sgd(1e-3))
+    state = method.init(theta, (images, images))
+    after, info = method.step(state, (images, images))
+    chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
+    floats = [x for x in jax.tree.leaves(after) if jnp.issubdtype(x.dtype, jnp.floating)]
+    assert {str(x.dtype) for x in floats} == {"float64"}
+    again, _ = method.step(after, (images, images))
+    assert info.finite and again.objective < after.objective
 
 
 def test_the_autoencoder_starts_as_pytorch_does():

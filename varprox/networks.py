@@ -328,8 +328,9 @@ class Autoencoder(_Network):
         self.widening = convolution(nnx.ConvTranspose, 2 * channels, channels)
         norm = partial(nnx.BatchNorm, momentum=0.9, param_dtype=dtype, rngs=rngs)
         self.norms = nnx.List([norm(2 * channels), norm(channels)])
-        for statistic in (x for n in self.norms for x in (n.mean, n.var)):
-            statistic[...] = statistic[...].astype(dtype)  # flax has float32 always
+        for normalise in self.norms:  # flax has float32 always
+            normalise.mean = nnx.BatchStat(normalise.mean[...].astype(dtype))
+            normalise.var = nnx.BatchStat(normalise.var[...].astype(dtype))
         self.head = convolution(nnx.ConvTranspose, channels, image_channels)
 
     def encode(self, images: jax.Array) -> jax.Array:
