@@ -144,15 +144,17 @@ class ConvHead:
 
     def moments(self, z: jax.Array, w: jax.Array, targets: jax.Array) -> Moments:
         """What a step for W has to know of the batch at `w`, for targets like the predictions."""
-        gram = jnp.zeros((len(w), len(w)), z.dtype)
-        gradient, square = jnp.zeros_like(w), jnp.zeros((), w.dtype)
+        residual = self.apply(z, w) - targets
+        columns, outputs = w.shape
+        # With the residuals as further columns one product of the rows gives all.
+        total = jnp.zeros((columns + outputs, columns + outputs), z.dtype)
         for rows, places, pixels in self._phases(z):
-            of_phase = targets[:, *pixels].reshape(len(rows), -1)
-            found = _moments(rows, w[places], of_phase)
-            gram = gram.at[np.ix_(places, places)].add(found.gram)
-            gradient = gradient.at[places].add(found.gradient)
-            square = square + found.square
-        return Moments(gram, gradient, square)
+            beside = residual[:, *pixels].reshape(len(rows), outputs)
+            rows = jnp.concatenate([rows, beside], axis=1)
+            places = np.append(places, columns + np.arange(outputs))
+            total = total.at[np.ix_(places, places)].add(rows.T @ rows)
+        square = jnp.trace(total[columns:, columns:])
+        return Moments(total[:columns, :columns], total[:columns, columns:], square)
 
     def _phases(self, z):
         """For each pair of phases its own rows (batch · pixels'', columns''), the places of their
