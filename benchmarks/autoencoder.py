@@ -90,10 +90,10 @@ def run(*, quick: bool, seed: int, output: Path, epochs: int, sizes: Sequence[in
     seeds = range(seed, seed + (1 if quick else SEEDS))
     sizes = sizes or SIZES[: 1 if quick else None]
     limited_epochs = 5 if quick else EPOCHS
-    settings = {
+    settings: dict = {
         "quick": quick,
         "seeds": list(seeds),
-        "sizes": sizes,
+        "sizes": [],
         "epochs": {"full": 0 if quick else epochs, "limited": limited_epochs},
     }
     results: dict[str, dict] = {"step": cost(make_task(512, seed))}
@@ -110,6 +110,7 @@ def run(*, quick: bool, seed: int, output: Path, epochs: int, sizes: Sequence[in
         write(output, "autoencoder", tables, settings, results, runs)
     for size in sizes:
         found = limited_regime(size, seeds, limited_epochs)
+        settings["sizes"].append(size)
         runs += [r._replace(variant=f"{size} images; {r.variant}") for r in found]
         results[str(size)] = {name: summary(group) for name, group in by_method(found).items()}
         tables.append(table(f"{size} images, {limited_epochs} epochs", results[str(size)]))
