@@ -278,8 +278,9 @@ def cost(task: Task, repeats: int = 60) -> dict:
         found[name][kind].append(1e3 * (time.perf_counter() - begin))
 
     def loop(method, state):
-        for _ in range(len(task.train[0]) // BATCH_SIZE):
-            state, _ = method.step(state, batch)
+        order = jax.random.permutation(key, len(task.train[0])).reshape(-1, BATCH_SIZE)
+        for chosen in order:
+            state, _ = method.step(state, jax.tree.map(lambda x: x[chosen], task.train))  # noqa: B023
         return state
 
     def epoch(method, state):
