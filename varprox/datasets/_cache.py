@@ -1,7 +1,12 @@
 """What the data sets share: their form, their dtype, their checks, and where files are found."""
 
+import hashlib
 import importlib
+import json
 import os
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,12 +54,8 @@ def find_file(
     Raises NotADirectoryError where VARPROX_DATA names no folder, ImportError where pooch, which
     downloads, is missing, OSError where the download fails, ValueError where its hash is wrong.
     """
-    folder = os.environ.get("VARPROX_DATA")
-    if folder and not Path(folder).is_dir():
-        raise NotADirectoryError(f"VARPROX_DATA: expected a folder, got {folder!r}")
     cache = _user_cache()
-    in_folder = Path(folder, name) if folder else None
-    for path in (in_folder, cache and cache / name, installed):
+    for path in (*_places(name), installed):
         if path is not None and path.is_file():
             return path
 
@@ -68,6 +69,57 @@ def find_file(
             f"{name}: could not be downloaded from {url} ({error}); "
             f"put it by hand into a folder and name that folder in VARPROX_DATA"
         ) from error
+
+
+def simulated(
+    name: str, parameters: Mapping, simulate: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """What `simulate()` returns, computed once and then read from disk.
+
+    The file `name`-<hash of the parameters>.npz is looked for in the folder that the environment
+    variable VARPROX_DATA names and in the user's cache, and written into the cache. It holds the
+    arrays and, as JSON text under "parameters", all that they were made from: `parameters`, which
+    must determine them.
+
+    Raises NotADirectoryError where VARPROX_DATA names no folder, ValueError where a file of that
+    name holds other parameters or is no such file.
+    """
+    text = json.dumps(dict(parameters), sort_keys=True)
+    file = f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:12]}.npz"
+    places = _places(file)
+    for path in places:
+        if path.is_file():
+            return _read_simulated(path, text)
+    arrays = simulate()
+    if _user_cache() is not None:
+        target = places[-1]
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Written apart and moved, so that no run ever finds half a file.
+        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as handle:
+            np.savez_compressed(handle, parameters=np.array(text), **arrays)
+        os.replace(handle.name, target)
+    return arrays
+
+
+def _read_simulated(path, text):
+    try:
+        with np.load(path) as content:
+            arrays = dict(content)
+        found = str(arrays.pop("parameters"))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: expected simulated data ({error}); delete it") from error
+    if found != text:
+        raise ValueError(f"{path}: expected data made from {text}, got {found}; delete it")
+    return arrays
+
+
+def _places(name) -> list[Path]:
+    """Where `name` may lie: in VARPROX_DATA, in the user's cache."""
+    folder = os.environ.get("VARPROX_DATA")
+    if folder and not Path(folder).is_dir():
+        raise NotADirectoryError(f"VARPROX_DATA: expected a folder, got {folder!r}")
+    folders = (folder, _user_cache())
+    return [Path(place, name) for place in folders if place]
 
 
 def _user_cache() -> Path | None:
