@@ -19,6 +19,7 @@ from scipy.optimize import minimize
 from test_method import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 
 import varprox as vp
+from varprox import trust_region
 from varprox.model import objective
 
 
@@ -89,11 +90,13 @@ def length(step, norm):
 @pytest.mark.parametrize("name, slack", [("gnvpro-kernel", 1 + 1e-8), ("gnvpro-dense", 1.1)])
 @losses
 def test_no_step_leaves_the_trust_region(name, slack, loss, x64):
-    """But for the tenth by which `matrix_step` may miss the radius."""
+    """But for the tenth by which `matrix_step` may miss the radius, and for a correction, which is
+    tried where a step alone has failed."""
     _, _, states, infos, *_ = run(name, loss)
     for before, after, info in zip(states, states[1:], infos, strict=False):
         moved = jax.tree.map(np.subtract, after.theta, before.theta)
-        assert length(moved, after.norm) <= float(info.radius) * slack
+        corrected = 1 + trust_region.SHORT if info.trials > 1 else 1
+        assert length(moved, after.norm) <= float(info.radius) * slack * corrected
 
 
 @losses

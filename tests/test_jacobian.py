@@ -1,7 +1,5 @@
 """The Gauss–Newton matrix and its root, formed by rows, against the dense formulas in NumPy."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,22 +44,42 @@ def form(fn, case, kaufman=False):
     reference = dense_reference(case, theta, case.data)
     rows = case.problem.model.rows(theta, inputs)
     factor = factorise(case.problem, rows, reference.w, targets, whole=True)
-    fn = functools.partial(fn, kaufman=kaufman)
-    made = jax.jit(fn)(case.problem, theta, case.data, reference.w, factor)
-    return reference, *map(np.asarray, made)
+
+    @jax.jit
+    def made(*at):
+        gradient, matrix, transposed = fn(*at, kaufman=kaufman)
+        return gradient, matrix, transposed(*elsewhere(case, reference.w))
+
+    found = made(case.problem, theta, case.data, reference.w, factor)
+    return reference, *map(np.asarray, found)
+
+
+def elsewhere(case, w):
+    """Slopes and weights of no particular place."""
+    rng = np.random.default_rng(5)
+    return rng.normal(size=case.data[1].shape), rng.normal(size=w.shape)
+
+
+def transposed_reference(case, reference):
+    """Jᵀ G + α₂ J_Wᵀ W."""
+    slopes, weights = elsewhere(case, reference.w)
+    of_w = case.w_penalty * reference.w_jacobian.T @ weights.ravel()
+    return reference.jacobian.T @ slopes.ravel() + of_w
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_matrix_equals_the_formula(case, x64):
-    reference, gradient, matrix = form(gauss_newton_matrix, case)
+    reference, gradient, matrix, transposed = form(gauss_newton_matrix, case)
     assert relative(gradient, reference.gradient) < 1e-8
+    assert relative(transposed, transposed_reference(case, reference)) < 1e-8
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_root_gives_the_formula_without_the_penalty(case, x64):
-    reference, gradient, root = form(gauss_newton_root, case)
+    reference, gradient, root, transposed = form(gauss_newton_root, case)
     assert relative(gradient, reference.gradient) < 1e-8
+    assert relative(transposed, transposed_reference(case, reference)) < 1e-8
     theta, unravel = jax.flatten_util.ravel_pytree(initial_theta())
     penalty = jax.hessian(lambda flat: case.problem.penalty(unravel(flat)))(theta)
     assert root.shape == (case.data[1].size + reference.w.size, theta.size)
@@ -70,7 +88,7 @@ def test_the_root_gives_the_formula_without_the_penalty(case, x64):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_kaufmans_matrix_is_a_schur_complement(case, x64):
-    reference, gradient, matrix = form(gauss_newton_matrix, case, kaufman=True)
+    reference, gradient, matrix, _ = form(gauss_newton_matrix, case, kaufman=True)
     assert relative(gradient, reference.gradient) < 1e-8
     assert relative(matrix, kaufman_reference(case, reference.w)) < 1e-8
     assert relative(matrix, reference.gauss_newton) > 1e-6
@@ -78,7 +96,7 @@ def test_kaufmans_matrix_is_a_schur_complement(case, x64):
 
 def test_kaufmans_root_is_that_of_his_matrix(x64):
     case = Case("softmax_cross_entropy", penalty="none")
-    reference, gradient, root = form(gauss_newton_root, case, kaufman=True)
+    reference, gradient, root, _ = form(gauss_newton_root, case, kaufman=True)
     assert relative(gradient, reference.gradient) < 1e-8
     assert relative(root.T @ root, kaufman_reference(case, reference.w)) < 1e-8
 
@@ -91,10 +109,23 @@ def test_blocks_of_any_size_give_the_same_matrix(samples, x64, monkeypatch):
     monkeypatch.setattr(
         jacobian, "BLOCK_BYTES", samples * case.data[1].shape[1] * row * np.dtype(float).itemsize
     )
-    reference, _, matrix = form(
+    reference, _, matrix, transposed = form(
         lambda *at, kaufman: gauss_newton_matrix(*at, kaufman=kaufman), case
     )
     assert relative(matrix, reference.gauss_newton) < 1e-8
+    assert relative(transposed, transposed_reference(case, reference)) < 1e-8
+
+
+def test_rows_are_kept_within_a_budget(x64, monkeypatch):
+    case, theta = Case("least_squares"), initial_theta()
+    bytes_of_k = case.data[1].size * ravel_pytree(theta)[0].nbytes
+    rows = case.problem.model.rows(theta, case.data[0])
+    w = vp.solve_w(case.problem, theta, case.data)
+    factor = factorise(case.problem, rows, w, case.data[1], whole=True)
+    for budget, kept in ((bytes_of_k, True), (bytes_of_k - 1, False)):
+        monkeypatch.setattr(jacobian, "KEPT_BYTES", budget)
+        at = case.problem, theta, case.data, w, factor
+        assert (gauss_newton_matrix(*at, kaufman=True)[2] is not None) == kept
 
 
 def test_inputs_may_be_a_pytree(x64):
@@ -111,7 +142,7 @@ def test_inputs_may_be_a_pytree(x64):
     rows = case.problem.model.rows(theta, inputs)
     factor = factorise(problem, rows, reference.w, targets, whole=True)
     data = tuple(inputs.T), targets
-    _, matrix = gauss_newton_matrix(problem, theta, data, reference.w, factor, kaufman=False)
+    _, matrix, _ = gauss_newton_matrix(problem, theta, data, reference.w, factor, kaufman=False)
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
 
@@ -130,7 +161,7 @@ def test_memory_is_that_of_the_matrix_and_of_a_pass(x64):
 
     def matrix(theta, data, w):
         factor = factorise(problem, problem.model.rows(theta, data[0]), w, data[1], whole=True)
-        return gauss_newton_matrix(problem, theta, data, w, factor, kaufman=False)
+        return gauss_newton_matrix(problem, theta, data, w, factor, kaufman=False)[:2]
 
     used = jax.jit(matrix).lower(theta, tuple(data), w).compile().memory_analysis()
     a_pass = samples * 80 * 8  # bytes of the layers' outputs

@@ -62,6 +62,43 @@ def test_all_forms_solve_the_same_problem(loss, samples, x64, monkeypatch):
             assert relative(shifted @ step.step, -reference.gradient) < 1e-7
 
 
+@pytest.mark.parametrize("make", [quadratic.dense, quadratic.kernel])
+@pytest.mark.parametrize("loss", ["least_squares", "softmax_cross_entropy"])
+def test_a_correction_leaves_an_error_of_third_order(loss, make, x64):
+    """In Jᵀ G + α₂ J_Wᵀ W + ∇R − g − H s with J at θ, where that of a step is of second order."""
+    case, theta = Case(loss, outputs=2), initial_theta()
+    problem, (inputs, targets) = case.problem, case.data
+    reference = dense_reference(case, theta, case.data)
+    flat, unravel = ravel_pytree(theta)
+    rows = problem.model.rows(theta, inputs)
+    factor = factorise(problem, rows, reference.w, targets, whole=True)
+    norm = jnp.zeros(flat.size if make is quadratic.dense else 0)
+    model = make(problem, theta, case.data, reference.w, factor, norm, kaufman=False)
+
+    def end(s):
+        there = unravel(flat + s)
+        w = vp.solve_w(problem, there, case.data)
+        slopes = problem.loss.gradient(problem.model.rows(there, inputs) @ w, targets)
+        return slopes, w, ravel_pytree(jax.grad(problem.penalty)(there))[0]
+
+    def error(s, promised):
+        slopes, w, penalty = end(s)
+        found = reference.jacobian.T @ slopes.ravel() + penalty
+        found += case.w_penalty * reference.w_jacobian.T @ w.ravel()
+        return np.linalg.norm(found - reference.gradient - reference.gauss_newton @ promised)
+
+    y = np.random.default_rng(0).normal(size=flat.size)
+    y /= np.linalg.norm(model.root(y))
+    errors = []
+    for length in (1e-2, 5e-3, 2.5e-3):
+        step = trust_region.Step(length * y, jnp.array(1.0), jnp.array(False), jnp.array(0.0))
+        s = np.asarray(model.root(step.step))
+        a = model.root(model.correct(step, *end(s)[:2]))
+        errors.append((error(s, s), error(s + a, s)))
+    orders = np.diff(np.log2(errors), axis=0)
+    assert (abs(orders[:, 0] + 2) < 0.1).all() and (orders[:, 1] < -2.8).all()
+
+
 def test_the_dense_norm_follows_the_diagonal_and_its_mean(x64):
     """And only ever grows."""
     theta, reference = initial_theta(), dense_reference(CASE, initial_theta(), CASE.data)

@@ -292,6 +292,45 @@ def test_where_no_trial_is_accepted_the_point_stays(bad, x64):
     assert 0 < run.result.radius < np.inf
 
 
+def corrected(correction, *, radius, better=-1.0):
+    """One iteration from 0 on a function that falls by 1 at 1 + 0.25 and by `better` at 1, where
+    the model takes it, its radius being at least 1."""
+
+    def solve(radius, shift):
+        length = jnp.minimum(radius, 1.0)
+        return trust_region.Step(length[None], length, radius <= 1, shift)
+
+    def evaluate(x, predicted):
+        decrease = jnp.select([x[0] == 1, x[0] == 1.25], [better, 1.0], -2.0)
+        return decrease, x[0]
+
+    return trust_region.search(
+        solve, evaluate, jnp.zeros(1), jnp.array(0.0), jnp.array(radius), jnp.array(0.0),
+        max_trials=4, correct=lambda found, aux: correction * aux * jnp.ones(1),
+    )  # fmt: skip
+
+
+def test_a_rejected_step_is_tried_again_corrected(x64):
+    """The radius is then the length of what was accepted."""
+    result = corrected(0.25, radius=1.0)
+    assert result.accepted and result.trials == 2 and result.x == result.aux == 1.25
+    assert result.ratio == 1 and result.first_ratio == -1 and result.radius == 2.5
+    assert corrected(0.25, radius=9.0).radius == 1.25
+
+
+def test_an_accepted_step_is_not_corrected(x64):
+    result = corrected(0.25, radius=1.0, better=0.5)
+    assert result.accepted and result.trials == 1 and result.x == 1
+
+
+@pytest.mark.parametrize("correction, trials", [(0.6, 1), (jnp.nan, 1), (0.3, 2)])
+def test_a_failed_or_long_correction_leaves_the_radius_to_shrink(correction, trials, x64):
+    """Radii 1, 1/4, … are tried, each with its correction where that is short."""
+    result = corrected(correction, radius=1.0)
+    assert not result.accepted and result.trials == 4 and result.x == 0
+    assert result.radius == 0.25 ** (4 / trials)
+
+
 def test_not_a_number_at_the_first_trial_is_recovered_from(x64):
     """Trial points where the function is not defined are rejected like bad ones."""
     run = Run(*quadratic(), lambda x: jnp.where(jnp.sum((x - 1) ** 2) > 0.04, jnp.nan, 0.0))

@@ -95,9 +95,12 @@ def gnvpro(
       products with the full Hessian take over.
     - "dense": from the whole matrix, formed by rows, one for each sample and output; the features
       must treat every sample by itself. The trust region is an ellipsoid that follows the matrix's
-      diagonal. For up to some thousand weights, and for high accuracy.
+      diagonal. For up to some thousand weights, and for high accuracy. A step that fails is tried
+      once more with a second-order correction, which bends it along the valley, where the rows take
+      at most 128 MiB and are kept.
     - "kernel": from the singular values of these rows, where they are fewer than the weights. It
-      needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself.
+      needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself. Steps that fail
+      are corrected, too.
     - "auto": the one of the three with the fewest operations a step, and "krylov" where the
       features cannot be had for one sample. The method's info holds the number it has in
       `varprox.quadratic.Form`.
@@ -204,18 +207,24 @@ def _step(problem, options, state, data, *, curvature, rank, kaufman, w_curvatur
         tolerance = ACCURACY * jnp.minimum(predicted, state.decrease)
         solved = project(problem, rows, targets, projection, tolerance)
         value = solved.value + problem.penalty(trial)
-        return state.objective - value, (value, solved)
+        slopes = problem.loss.gradient(rows @ solved.w, targets)
+        return state.objective - value, (value, solved, slopes)
+
+    def correct(found, aux):
+        _, solved, slopes = aux
+        return model.correct(found, slopes, solved.w)
 
     result = trust_region.search(
         model.step,
         evaluate,
         jnp.zeros_like(theta),
-        (state.objective, projection),
+        (state.objective, projection, jnp.zeros_like(targets)),
         state.radius,
         state.shift,
         max_trials=MAX_TRIALS,
+        correct=model.correct and correct,
     )
-    value, projection = result.aux
+    value, projection, _ = result.aux
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
     newton = state.newton | (options.hand_over & (form is Form.KRYLOV) & (low >= PATIENCE))
     # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.

@@ -11,7 +11,8 @@ Schur complement of the Gauss–Newton matrix in θ and W together. Imports mode
 Source: Kaufman, BIT 15 (1975).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,69 +20,102 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from varprox.model import Problem
-from varprox.projection import Factor
+from varprox.projection import Factor, to_flat
 
 BLOCK_BYTES = 2**22  # of rows of K that are held at a time
+KEPT_BYTES = 2**27  # of rows of K that are kept for `Transposed` products
+Transposed = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def gauss_newton_matrix(
     problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, *, kaufman: bool
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Transposed | None]:
     """The reduced gradient (size,) and the Gauss–Newton matrix (size, size), in the order of
     `ravel_pytree`; the latter without A if `kaufman`.
 
-    `factor` is that of ∇²_W Φ at `w` = W(θ), exact. Beside the matrix this holds at most
-    `BLOCK_BYTES` of rows of K, or those of one sample where they are longer.
+    `factor` is that of ∇²_W Φ at `w` = W(θ), exact. Third comes the map (G, W) ↦ Jᵀ G + α₂ J_Wᵀ W,
+    (batch, outputs) and (columns, outputs) to (size,), which takes no pass of the network, where
+    the rows of K have no more than `KEPT_BYTES`, else None. Beside the matrix and what this map
+    keeps at most `BLOCK_BYTES` of rows of K are held, or those of one sample where they are longer.
     """
     flat, unravel = ravel_pytree(theta)
     samples, outputs = data[1].shape
+    keep = data[1].size * flat.nbytes <= KEPT_BYTES
     blocks = -(-samples // max(1, BLOCK_BYTES // (outputs * flat.nbytes)))
     size = -(-samples // blocks)
 
     def add(total, index):
         # The last block is filled up with repeated samples, which must not count.
         chosen, counts = jnp.minimum(index, samples - 1), index < samples
-        gradient, k, weights = _rows(problem, theta, data, w, chosen, counts)
-        return jax.tree.map(jnp.add, total, (gradient, k.T @ k, weights.T @ k)), None
+        rows = _rows(problem, theta, data, w, chosen, counts)
+        k, weights = rows.rooted, rows.weights
+        total = jax.tree.map(jnp.add, total, (rows.gradient, k.T @ k, weights.T @ k))
+        return total, (rows.k, rows.z) if keep else None
 
     nothing = [jnp.zeros((*n, flat.size), flat.dtype) for n in ((), (flat.size,), (w.size,))]
     index = np.arange(blocks * size, dtype=np.int32).reshape(blocks, size)
-    sums, _ = jax.lax.scan(add, tuple(nothing), index)
+    sums, kept = jax.lax.scan(add, tuple(nothing), index)
     gradient, matrix, b = (total / samples for total in sums)
 
-    matrix = matrix - _squared(factor, b)
+    matrix, right = matrix - _squared(factor, b), b
     if not kaufman:
-        matrix = matrix + _squared(factor, _residual_rows(problem, theta, data, w))
+        a = _residual_rows(problem, theta, data, w)
+        matrix, right = matrix + _squared(factor, a), b + a
     penalty = lambda flat: problem.penalty(unravel(flat))  # noqa: E731
-    return gradient + jax.grad(penalty)(flat), matrix + jax.hessian(penalty)(flat)
+    gradient, matrix = gradient + jax.grad(penalty)(flat), matrix + jax.hessian(penalty)(flat)
+    if not keep:
+        return gradient, matrix, None
+
+    k, z = (x.reshape(-1, *x.shape[2:])[:samples] for x in kept)
+    return gradient, matrix, _transposed(problem, factor, k, z, right)
 
 
 def gauss_newton_root(
     problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, *, kaufman: bool
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, Transposed]:
     """The reduced gradient (size,) and a root M (rows, size) of the Gauss–Newton matrix, which is
     Mᵀ M + ∇²R; there is a row for each sample and output and for each entry of W.
 
-    Arguments are those of `gauss_newton_matrix`. M is held as a whole.
+    Arguments and the third result are those of `gauss_newton_matrix`. M is held as a whole.
     """
     flat, unravel = ravel_pytree(theta)
     samples = len(data[1])
     everything = np.arange(samples)
-    gradient, k, weights = _rows(problem, theta, data, w, everything, everything < samples)
-    right = weights.T @ k / samples
+    rows = _rows(problem, theta, data, w, everything, everything < samples)
+    right = rows.weights.T @ rows.rooted / samples
     if not kaufman:
         right = right + _residual_rows(problem, theta, data, w)
     dw = -jax.vmap(lambda x: factor.root(factor.transposed_root(x)), 1, 1)(right)
     penalty_gradient = jax.grad(lambda flat: problem.penalty(unravel(flat)))(flat)
-    j = (k + weights @ dw) / samples**0.5
+    j = (rows.rooted + rows.weights @ dw) / samples**0.5
     root = jnp.concatenate([j, jnp.sqrt(problem.w_penalty) * dw])
-    return gradient / samples + penalty_gradient, root
+    gradient = rows.gradient / samples + penalty_gradient
+    return gradient, root, _transposed(problem, factor, rows.k, rows.z, right)
+
+
+def _transposed(problem, factor, k, z, right):
+    """(G, W) ↦ Jᵀ G + α₂ J_Wᵀ W from K, Z and A + B."""
+
+    def product(slopes, weights):
+        y = factor.solve(z.T @ slopes + problem.w_penalty * weights)
+        return jnp.tensordot(slopes, k, 2) - to_flat(y) @ right
+
+    return product
+
+
+class _Rows(NamedTuple):
+    """Of some samples: the gradient of the sum of their losses, and with a root L of the curvature
+    of each one's loss Lᵀ K and Lᵀ ⊗ zᵀ, which gives L Lᵀ K ⊗ z."""
+
+    gradient: jax.Array
+    k: jax.Array  # (samples, outputs, size)
+    z: jax.Array  # (samples, columns)
+    rooted: jax.Array  # (samples · outputs, size)
+    weights: jax.Array  # (samples · outputs, entries of W output by output)
 
 
 def _rows(problem, theta, data, w, index, counts):
-    """For the samples at `index`, those only that count: the gradient of the sum of their own
-    losses, Lᵀ K (rows, size) for a root L of the curvature of each one's loss, and Lᵀ ⊗ zᵀ (rows,
-    entries of W output by output), which gives L Lᵀ K ⊗ z."""
+    """Those of the samples at `index`, of which K is zero where they do not count."""
     units = jnp.eye(w.shape[1], dtype=w.dtype)
 
     def of_sample(sample):
@@ -97,7 +131,8 @@ def _rows(problem, theta, data, w, index, counts):
     gradient = slope.reshape(-1) @ k.reshape(-1, k.shape[-1])
     rooted = k if problem.loss.quadratic else root @ k
     weights = root[:, :, :, None] * z[:, None, None, :]  # (samples, outputs, outputs, columns)
-    return gradient, rooted.reshape(-1, k.shape[-1]), weights.reshape(-1, w.size)
+    rooted, weights = rooted.reshape(-1, k.shape[-1]), weights.reshape(-1, w.size)
+    return _Rows(gradient, k, z, rooted, weights)
 
 
 def _squared(factor, rows):

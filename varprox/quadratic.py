@@ -44,6 +44,8 @@ class Quadratic(NamedTuple):
     products: jax.Array
     work: jax.Array  # units spent
     norm: Any  # that of the next model
+    # What to add to a step, given G and W at its end; None where K is not kept.
+    correct: Callable[[trust_region.Step, jax.Array, jax.Array], jax.Array] | None = None
 
 
 class KrylovNorm(NamedTuple):
@@ -162,7 +164,7 @@ def dense(
     added up: the norm follows the problem, but a weight of little curvature is not let off its
     leash. Source: Moré, Lecture Notes in Mathematics 630 (1978), for the running maximum.
     """
-    gradient, matrix = gauss_newton_matrix(problem, theta, data, w, factor, kaufman=kaufman)
+    gradient, matrix, transposed = gauss_newton_matrix(problem, theta, data, w, factor, kaufman=kaufman)
     norm = jnp.maximum(norm, jnp.diagonal(matrix))
     mean = jnp.mean(norm)
     scale = jax.lax.rsqrt(norm + jnp.where(mean > 0, mean, 1))
@@ -171,8 +173,14 @@ def dense(
     def step(radius, shift):
         return trust_region.matrix_step(matrix, scale * gradient, radius, shift)
 
+    def solve(error, shift):
+        shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
+        return jax.scipy.linalg.solve(shifted, error, assume_a="pos")
+
     work = 1 + data[1].shape[1] + (0 if kaufman else w.size)
-    return _formed(gradient, lambda y: scale * y, step, work, norm)
+    root, product = lambda y: scale * y, lambda y: matrix @ y
+    correct = transposed and _correction(problem, theta, gradient, transposed, root, product, solve)
+    return _formed(gradient, root, step, correct, work, norm)
 
 
 def kernel(
@@ -190,7 +198,7 @@ def kernel(
     What the gradient has outside the span of M's rows makes one more eigenvector, of eigenvalue α.
     Steps are measured in θ itself, where the penalty is a multiple of the identity.
     """
-    gradient, root = gauss_newton_root(problem, theta, data, w, factor, kaufman=kaufman)
+    gradient, root, transposed = gauss_newton_root(problem, theta, data, w, factor, kaufman=kaufman)
     _, singular, basis = jnp.linalg.svd(root, full_matrices=False)
     singular, basis = singular[::-1], basis[::-1]  # in ascending order
     inside = basis @ gradient
@@ -198,26 +206,54 @@ def kernel(
     rest = jnp.linalg.norm(outside)
     beyond = outside / jnp.where(rest > 0, rest, 1)
 
-    eigenvalues = jnp.concatenate([jnp.zeros_like(singular[:1]), singular**2])
-    eigenvalues = eigenvalues + tikhonov_weight(problem.theta_penalty)
+    alpha = tikhonov_weight(problem.theta_penalty)
+    eigenvalues = alpha + jnp.concatenate([jnp.zeros_like(singular[:1]), singular**2])
     # What is known to be zero only up to rounding would make a step of any length.
     eigenvalues = jnp.maximum(eigenvalues, jnp.finfo(rest.dtype).eps * eigenvalues[-1])
     coefficients = jnp.concatenate([rest[None], inside])
-    basis = jnp.concatenate([beyond[None], basis])
+    whole = jnp.concatenate([beyond[None], basis])
 
     def step(radius, shift):
         found = trust_region.spectral_step(eigenvalues, coefficients, radius)
-        return found._replace(step=found.step @ basis)
+        return found._replace(step=found.step @ whole)
+
+    def solve(error, shift):
+        inside = basis @ error
+        outside = error - inside @ basis
+        return inside / (eigenvalues[1:] + shift) @ basis + outside / (eigenvalues[0] + shift)
 
     work = 1 + data[1].shape[1] + (0 if kaufman else w.size)
-    return _formed(gradient, lambda y: y, step, work, norm)
+    same, product = lambda y: y, lambda s: (root @ s) @ root + alpha * s
+    correct = _correction(problem, theta, gradient, transposed, same, product, solve)
+    return _formed(gradient, same, step, correct, work, norm)
 
 
-def _formed(gradient, root, step, work, norm):
+def _correction(problem, theta, gradient, transposed, root, product, solve):
+    """The second-order correction a of a step s, at whose end the residuals are off from what the
+    model promised: with G and W there,
+
+        (H + σ I) a = −(Jᵀ G + α₂ J_Wᵀ W + ∇R(θ + s) − g − H s).
+
+    It bends the step along the curved valley that s leaves on a tangent. This is the geodesic
+    acceleration of Transtrum and Sethna, arXiv:1201.5885, with the second derivative as a
+    difference that a trial point gives for nothing, J being at hand.
+    """
+
+    def correct(found, slopes, weights):
+        flat, unravel = ravel_pytree(theta)
+        end = unravel(flat + root(found.step))
+        there = transposed(slopes, weights) + ravel_pytree(jax.grad(problem.penalty)(end))[0]
+        return -solve(root(there - gradient) - product(found.step), found.shift)
+
+    return correct
+
+
+def _formed(gradient, root, step, correct, work, norm):
     return Quadratic(
         gradient_norm=jnp.linalg.norm(gradient),
         root=root,
         step=step,
+        correct=correct,
         products=jnp.zeros((), jnp.int32),
         work=jnp.int32(work),
         norm=norm,

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from varprox.krylov import KrylovSpace, dense, lanczos
 
 ACCEPT, GROW = 1e-4, 0.75  # gain ratios from which a step is taken, and from which the radius grows
+SHORT = 0.5  # the greatest length of a correction, in that of its step
 CLOSE = 0.1  # how near to the radius `matrix_step` comes, relatively
 
 
@@ -153,30 +154,48 @@ def search(
     shift: jax.Array,
     *,
     max_trials: int,
+    correct: Callable[[Step, Any], jax.Array] | None = None,
 ) -> Iteration:
     """Tries the steps `solve(radius, shift)` from `x` until one is accepted.
 
     `decrease, aux = evaluate(trial, predicted)` gives the decrease of the function from `x` to the
     trial point and whatever belongs to that point. A rejected step shrinks the radius; an accepted
     one on the boundary with gain ratio above 0.75 doubles it. An infinite radius is set by the
-    first step. `shift` is a guess at σ.
+    first step. `shift` is a guess at σ. A rejected step is tried once more with `correct(step, aux)`
+    added to it, where that is short beside it.
     """
 
-    def attempt(carry: Iteration) -> Iteration:
-        found = solve(carry.radius, carry.shift)
+    def attempt(carry):
+        carry, corrected, found = carry
+        if correct is None:
+            found = solve(carry.radius, carry.shift)
+        else:
+            found = jax.lax.cond(corrected, lambda: found, lambda: solve(carry.radius, carry.shift))
         step = found.step
         decrease, trial_aux = evaluate(x + step, found.decrease)
         ratio = decrease / found.decrease
         accepted = ratio > ACCEPT
         length = jnp.linalg.norm(step)
         unset = jnp.isinf(carry.radius)
+        again = jnp.array(False)
+        if correct is not None:
+            again = ~accepted & ~corrected
+            more = jax.lax.cond(again, lambda: correct(found, trial_aux), lambda: jnp.zeros_like(x))
+            again &= jnp.linalg.norm(more) < SHORT * length
+            found = found._replace(step=step + more)
         radius = jnp.select(
-            [~accepted, ratio < 0.25, (ratio > GROW) & (found.on_boundary | unset), unset],
-            [0.25 * length, 0.5 * length, 2 * length, length],
+            [
+                corrected & ~accepted,
+                ~accepted,
+                ratio < 0.25,
+                (ratio > GROW) & (found.on_boundary | unset),
+                unset | corrected,
+            ],
+            [carry.radius, 0.25 * length, 0.5 * length, 2 * length, length],
             carry.radius,
         )
         choose = lambda new, old: jnp.where(accepted, new, old)  # noqa: E731
-        return Iteration(
+        carry = Iteration(
             x=choose(x + step, carry.x),
             aux=jax.tree.map(choose, trial_aux, carry.aux),
             radius=radius,
@@ -187,10 +206,14 @@ def search(
             predicted=found.decrease,
             trials=carry.trials + 1,
         )
+        return carry, again, found
 
     zero, none = jnp.zeros_like(shift), jnp.zeros((), jnp.int32)
-    start = Iteration(x, aux, radius, shift, jnp.array(False), zero, zero, zero, none)
-    return jax.lax.while_loop(lambda c: ~c.accepted & (c.trials < max_trials), attempt, start)
+    false = jnp.array(False)
+    start = Iteration(x, aux, radius, shift, false, zero, zero, zero, none)
+    no_step = Step(jnp.zeros_like(x), zero, false, zero)
+    goes_on = lambda c: ~c[0].accepted & (c[0].trials < max_trials)  # noqa: E731
+    return jax.lax.while_loop(goes_on, attempt, (start, false, no_step))[0]
 
 
 def krylov_space(
