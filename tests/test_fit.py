@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import pandas
 import pytest
+from flax import nnx
 from problems import features, initial_theta, loss_value, make_data, plain_rows
 
 import varprox as vp
@@ -336,3 +337,43 @@ def test_a_stochastic_method_is_run_by_epochs(x64):
     assert solution.status == vp.Status.BUDGET
     predicted = vp.predict(solution.problem, solution.theta, solution.w, data[0])
     np.testing.assert_allclose(predicted, vp.predict(problem, state.theta, state.w, data[0]))
+
+
+def test_levels_go_on_from_one_another(x64):
+    """On finer and finer grids in time, with half of the penalty on each."""
+    net = vp.networks.AntisymmetricResNet(2, 3, 1, steps=2, final_time=1.0, rngs=nnx.Rngs(0))
+    theta, model = vp.nnx.split(net)
+    inputs = np.random.default_rng(0).uniform(-1, 1, (40, 2))
+    data = inputs, np.sin(3 * inputs[:, :1]) * inputs[:, 1:]
+    seen = []
+
+    def make(level, solution):
+        seen.append(solution)
+        return vp.gnvpro(vp.Problem(model, vp.least_squares(), 1e-6 / 2**level, 1e-6 / 2**level))
+
+    options = {"levels": 3, "prolong": vp.networks.prolong, "max_work": (60, 50, 40)}
+    solution = vp.fit_levels(make, theta, data, validation=data, **options)
+    assert seen[0] is None and [len(s.theta["bias"]) for s in seen[1:]] == [5, 9]
+    assert len(solution.theta["bias"]) == 17
+
+    history = pandas.DataFrame(solution.history)
+    assert (history.diff().dropna()[["work_units", "seconds", "level"]] >= 0).all(axis=None)
+    levels = [part for _, part in history.groupby("level")]
+    for part, alone, budget in zip(levels, [*seen[1:], None], (60, 50, 40), strict=True):
+        spent = part["work_units"].iloc[-1] - (part["work_units"].iloc[0] - 1)
+        assert budget <= spent < budget + 15
+        if alone is not None:
+            np.testing.assert_array_equal(part["objective"], alone.history["objective"])
+    assert (
+        history["objective"].iloc[-1]
+        == vp.fit(make(2, None), vp.networks.prolong(seen[2].theta), data, max_work=40).history[
+            "objective"
+        ][-1]
+    )
+
+
+@pytest.mark.parametrize("wrong", [{"levels": 0}, {"max_work": (1, 2)}])
+def test_levels_and_their_budgets_are_checked(wrong):
+    options = {"levels": 3, "prolong": lambda theta: theta, "max_work": 10} | wrong
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        vp.fit_levels(lambda *_: GNVPRO, *make(), **options)

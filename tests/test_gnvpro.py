@@ -38,13 +38,14 @@ def test_work_units_add_up(loss):
 @pytest.mark.parametrize("name", ["gnvpro-dense", "gnvpro-kernel"])
 @losses
 def test_work_units_of_formed_models_add_up(name, loss):
-    """1 for the start; then 1 a step, 1 an output, 1 a trial point; and under other losses than
-    least squares, without Kaufman's approximation, 1 an entry of W."""
+    """1 for the start; then 1 a step, 1 a trial point and 1 a column of the rows, or under least
+    squares, with Kaufman's approximation, 1 an output."""
     _, data, states, infos, *_ = run(name, loss)
     assert states[0].work_units == 1
     for before, after, info in zip(states, states[1:], infos, strict=False):
-        spent = 1 + data[1].shape[1] + int(info.trials)
-        spent += 0 if loss == "least_squares" else before.w.size
+        columns, outputs = before.w.shape
+        assert outputs < columns
+        spent = 1 + (outputs if loss == "least_squares" else columns) + int(info.trials)
         assert after.work_units == before.work_units + spent
         assert info.products == 0 and not info.newton
 
@@ -248,13 +249,24 @@ def test_bad_options_are_refused(options, error, named, came):
 
 
 @pytest.mark.parametrize("name", ["gnvpro-dense", "gnvpro-kernel"])
-def test_without_kaufmans_approximation_every_entry_of_w_costs_a_pass(name, x64):
+def test_without_kaufmans_approximation_every_column_costs_a_pass(name, x64):
     theta, data = make()
     method = METHODS[name](make_problem(), kaufman=False)
     state = method.init(theta, data)
     after, info = method.step(state, data)
-    spent = 1 + data[1].shape[1] + state.w.size + int(info.trials)
+    spent = 1 + len(state.w) + int(info.trials)
     assert after.work_units == state.work_units + spent
+    assert after.objective < state.objective
+
+
+@pytest.mark.parametrize("kaufman, passes", [(None, 4), (False, 4), (True, 4)])
+def test_many_outputs_cost_no_more_passes_than_there_are_columns(kaufman, passes, x64):
+    case = Case("least_squares", outputs=7)
+    method = vp.gnvpro(case.problem, curvature="dense", kaufman=kaufman)
+    state = method.init(initial_theta(), case.data)
+    assert len(state.w) == passes
+    after, info = method.step(state, case.data)
+    assert after.work_units == state.work_units + 1 + passes + int(info.trials)
     assert after.objective < state.objective
 
 

@@ -23,6 +23,9 @@ from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
 from varprox.projection import factorise
 
 
+MANY = Case("least_squares", outputs=7)  # more outputs than columns of the rows
+
+
 def kaufman_reference(case, w):
     """Kᵀ Q K − Bᵀ H⁻¹ B + ∇²R, the Schur complement of the Gauss–Newton matrix in (θ, W)."""
     theta, (inputs, targets) = initial_theta(), case.data
@@ -67,7 +70,7 @@ def transposed_reference(case, reference):
     return reference.jacobian.T @ slopes.ravel() + of_w
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, MANY], ids=str)
 def test_the_matrix_equals_the_formula(case, x64):
     reference, gradient, matrix, transposed = form(gauss_newton_matrix, case)
     assert relative(gradient, reference.gradient) < 1e-8
@@ -75,18 +78,21 @@ def test_the_matrix_equals_the_formula(case, x64):
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, MANY], ids=str)
 def test_the_root_gives_the_formula_without_the_penalty(case, x64):
     reference, gradient, root, transposed = form(gauss_newton_root, case)
     assert relative(gradient, reference.gradient) < 1e-8
     assert relative(transposed, transposed_reference(case, reference)) < 1e-8
     theta, unravel = jax.flatten_util.ravel_pytree(initial_theta())
     penalty = jax.hessian(lambda flat: case.problem.penalty(unravel(flat)))(theta)
-    assert root.shape == (case.data[1].size + reference.w.size, theta.size)
+    columns, outputs = reference.w.shape
+    dimensions = min(columns, outputs) if case.problem.loss.quadratic else outputs
+    height = (len(case.data[1]) + columns) * dimensions + reference.w.size
+    assert root.shape == (height, theta.size)
     assert relative(root.T @ root + penalty, reference.gauss_newton) < 1e-8
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", [*CASES, MANY], ids=str)
 def test_kaufmans_matrix_is_a_schur_complement(case, x64):
     reference, gradient, matrix, _ = form(gauss_newton_matrix, case, kaufman=True)
     assert relative(gradient, reference.gradient) < 1e-8

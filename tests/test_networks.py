@@ -361,3 +361,58 @@ def test_the_autoencoder_starts_as_pytorch_does():
 def test_the_autoencoder_refuses_sizes(size):
     with pytest.raises(ValueError, match="size: expected two positive multiples of 4"):
         networks.Autoencoder(size, rngs=nnx.Rngs(0))
+
+
+def at_times(build, steps, piecewise=False):
+    """θ of a network whose flow's weights are values of functions of time: smooth ones, or
+    parabolas that start anew in each of two halves of the time."""
+    theta, model = vp.nnx.split(build(steps=steps))
+    times = np.linspace(0, 1, len(theta["bias"]), endpoint="lower" in theta)
+    rng = np.random.default_rng(3)
+
+    def values(leaf):
+        a, b, c = rng.normal(scale=0.5, size=(3, *leaf.shape[1:]))
+        t = times.reshape(-1, *(1,) * (leaf.ndim - 1))
+        if piecewise:
+            return jnp.asarray(a + abs(t - 0.5) * b + abs(t - 0.5) * t * c)
+        return jnp.asarray(a + b * np.sin(3 * t) + c * np.cos(4 * t))
+
+    flow = {name: values(theta[name]) for name in sorted(theta) if name != "opening"}
+    return theta | flow, model
+
+
+@pytest.mark.parametrize(
+    "build, piecewise, order",
+    [
+        (resnet, False, 1),
+        (hamiltonian, False, 1),
+        (antisymmetric, False, 4),
+        (antisymmetric, True, 4),
+    ],
+)
+def test_prolongation_changes_the_outputs_by_its_order(build, piecewise, order, x64):
+    inputs = np.random.default_rng(0).normal(size=(10, 2))
+    changes = []
+    for steps in (16, 32, 64):
+        theta, model = at_times(build, steps, piecewise)
+        finer = vp.networks.prolong(theta)
+        shapes = [x.shape for x in jax.tree.leaves(at_times(build, 2 * steps)[0])]
+        assert [x.shape for x in jax.tree.leaves(finer)] == shapes
+        assert finer["opening"] is theta["opening"]
+        change = model.features(finer, inputs) - model.features(theta, inputs)
+        changes.append(np.linalg.norm(change))
+    np.testing.assert_allclose(-np.diff(np.log2(changes)), order, atol=0.2)
+
+
+def test_prolongation_of_parabolas_is_exact(x64):
+    theta, _ = at_times(antisymmetric, 4, piecewise=True)
+    finer, _ = at_times(antisymmetric, 8, piecewise=True)
+    found = vp.networks.prolong(theta)
+    np.testing.assert_allclose(found["lower"], finer["lower"], atol=1e-14)
+    np.testing.assert_allclose(found["bias"], finer["bias"], atol=1e-14)
+
+
+@pytest.mark.parametrize("theta", [{"layers": {}}, jnp.ones(3), {"opening": 1, "bias": 2}])
+def test_what_has_no_time_is_not_prolonged(theta):
+    with pytest.raises(ValueError, match="^theta: expected the weights of a ResNet"):
+        vp.networks.prolong(theta)

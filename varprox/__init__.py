@@ -3,7 +3,7 @@
 import importlib
 
 from varprox.curvature import Curvature, gauss_newton, newton
-from varprox.fit import Solution, fit
+from varprox.fit import Solution, fit, fit_levels
 from varprox.gnvpro import gnvpro
 from varprox.heads import conv, conv_transpose, dense
 from varprox.lbfgsvpro import lbfgsvpro
@@ -19,10 +19,10 @@ from varprox.slimtrain import slimtrain
 __version__ = "0.1.0"
 __all__ = [
     "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "constant", "conv",
-    "conv_transpose", "convex_loss", "dense", "fit", "gauss_newton", "gnvpro", "lbfgsvpro",
-    "least_squares", "logistic", "newton", "predict", "proportional",
-    "reduced_objective", "sdp", "sgcv", "slimtik",
-    "slimtrain", "smoothness_in_time", "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
+    "conv_transpose", "convex_loss", "dense", "fit", "fit_levels", "gauss_newton", "gnvpro",
+    "lbfgsvpro", "least_squares", "logistic", "newton", "predict", "proportional",
+    "reduced_objective", "sdp", "sgcv", "slimtik", "slimtrain", "smoothness_in_time",
+    "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
 ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ Imports the methods, for the one it takes where none is named, and what is below
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from varprox.checks import check_integer
 from varprox.gnvpro import gnvpro
 from varprox.lbfgsvpro import lbfgsvpro
 from varprox.method import Method, Status
@@ -126,6 +127,54 @@ def fit(
         Status.BUDGET if status == Status.RUNNING else status,
         compile_seconds,
         _problem(method, state),
+    )
+
+
+def fit_levels(
+    make: Callable[[int, Solution | None], Method],
+    theta: Any,
+    data: tuple,
+    *,
+    levels: int,
+    prolong: Callable[[Any], Any],
+    max_work: float | Sequence[float] | None = None,
+    **options,
+) -> Solution:
+    """`fit` from level to level, each beginning at the weights of the one before, prolonged.
+
+    On level k the method is `make(k, solution)` with the solution of level k − 1, None on level 0:
+    problems may differ in their penalties, not in their model. `prolong` carries θ over, such as
+    `varprox.networks.prolong`, which doubles the steps of a network in time. Options are those of
+    `fit`, and so are the budgets, on every level anew; of `max_work` there may be one for each.
+
+    The history is that of all levels, one below the other, with a column `level`; work units and
+    seconds add up, though a work unit costs more on a finer level. The first entry of each level
+    belongs to the prolonged weights. A level that ends with a non-finite objective is the last.
+    Raises as `fit` does, and ValueError for `levels` below one or not as many budgets as levels.
+    """
+    levels = check_integer("levels", levels, least=1)
+    budgets = list(max_work) if isinstance(max_work, Sequence) else levels * [max_work]
+    if len(budgets) != levels:
+        raise ValueError(f"max_work: expected {levels} numbers, one a level, got {max_work!r}")
+    found: list[Solution] = []
+    for level, budget in enumerate(budgets):
+        method = make(level, found[-1] if found else None)
+        found.append(fit(method, theta, data, max_work=budget, **options))
+        if found[-1].status == Status.NON_FINITE:
+            break
+        theta = prolong(found[-1].theta)
+
+    columns: dict[str, list] = {}
+    for level, solution in enumerate(found):
+        history = dict(solution.history)
+        history["level"] = np.full(len(history["seconds"]), float(level))
+        for spent in ("work_units", "seconds"):
+            history[spent] = history[spent] + (columns[spent][-1][-1] if columns else 0.0)
+        for name, column in history.items():
+            columns.setdefault(name, []).append(column)
+    return found[-1]._replace(
+        history={name: np.concatenate(parts) for name, parts in columns.items()},
+        compile_seconds=sum(solution.compile_seconds for solution in found),
     )
 
 

@@ -105,9 +105,10 @@ def gnvpro(
       features cannot be had for one sample. The method's info holds the number it has in
       `varprox.quadratic.Form`.
 
-    If `kaufman`, "dense" and "kernel" leave out of the matrix what takes a pass for every entry of
-    W and vanishes with the residual, as Kaufman does; None stands for True under least squares, for
-    False under other losses, where residuals stay large.
+    If `kaufman`, "dense" and "kernel" leave out of the matrix what vanishes with the residual, as
+    Kaufman does. This spares passes where there are fewer outputs than columns of the design rows.
+    None stands for True there under least squares, and for False elsewhere: other residuals stay
+    large.
 
     The Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` False and
     `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the authors'
@@ -115,8 +116,8 @@ def gnvpro(
 
     The run has converged when the gradient's norm is at most `tolerance`. Work units: in a Krylov
     space 2 a step and 2 a product (4 with the full Hessian), and 2 for the whitening, an upper
-    bound; with rows 1 a step and 1 an output, and 1 an entry of W unless `kaufman`; 1 for the start
-    and 1 a trial point. `data` is all of it at every step.
+    bound; with rows 1 a step and 1 a column of the design rows, or if `kaufman` 1 an output where
+    these are fewer; 1 for the start and 1 a trial point. `data` is all of it at every step.
     """
     check_problem(problem)
     forms = ["auto", *(form.name.lower() for form in Form)]
@@ -132,7 +133,6 @@ def gnvpro(
     check_number("flat", flat, below=1)
     check_number("tolerance", tolerance)
     options = Options(float(flat), float(tolerance), hand_over)
-    kaufman = problem.loss.quadratic if kaufman is None else kaufman
     static = {"curvature": curvature, "rank": rank, "kaufman": kaufman}
     init = partial(_init, problem, memory=memory, whiten=whiten, **static)
     step = partial(_step, problem, options, w_curvature=w_curvature, **static)
@@ -149,6 +149,7 @@ def _start(problem, theta, data, *, curvature, rank, kaufman, memory, whiten):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
+    kaufman = _kaufman(problem, projection.w, kaufman)
     form = _form(problem, theta, data, projection.w, curvature, rank, kaufman)
     factor = _factor(problem, rows, projection.w, targets, form)
     value = projection.value + problem.penalty(theta)
@@ -168,6 +169,11 @@ def _start(problem, theta, data, *, curvature, rank, kaufman, memory, whiten):
     )
 
 
+def _kaufman(problem, w, kaufman):
+    columns, outputs = w.shape
+    return problem.loss.quadratic and outputs < columns if kaufman is None else kaufman
+
+
 def _form(problem, theta, data, w, curvature, rank, kaufman):
     if curvature == "auto":
         return quadratic.choose(problem, theta, data, w, rank=rank, kaufman=kaufman)
@@ -185,6 +191,7 @@ def _factor(problem, rows, w, targets, form):
 def _step(problem, options, state, data, *, curvature, rank, kaufman, w_curvature):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
+    kaufman = _kaufman(problem, state.w, kaufman)
     form = _form(problem, state.theta, data, state.w, curvature, rank, kaufman)
 
     factor = state.projection.factor

@@ -15,7 +15,7 @@ from jax.flatten_util import ravel_pytree
 
 from varprox import trust_region
 from varprox.curvature import linearise
-from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
+from varprox.jacobian import dimensions, gauss_newton_matrix, gauss_newton_root, passes
 from varprox.model import Problem
 from varprox.penalties import tikhonov_weight
 from varprox.projection import Factor
@@ -75,13 +75,12 @@ def choose(problem: Problem, theta: Any, data: tuple, w: Any, *, rank: int, kauf
     """
     inputs, targets = data
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))
-    samples, outputs = targets.shape
-    rows = targets.size + w.size
-    in_pass = PASS * samples * size
-    in_rows = (2 + outputs + (0 if kaufman else w.size)) * in_pass
+    rows = (len(targets) + len(w)) * dimensions(problem, w) + (0 if kaufman else w.size)
+    in_pass = PASS * len(targets) * size
+    in_rows = (2 + passes(w, kaufman=kaufman)) * in_pass
     costs = {Form.KRYLOV: (2 + 2 * rank) * in_pass}
     if size**2 <= LARGEST:
-        costs[Form.DENSE] = in_rows + targets.size * size**2 + size**3
+        costs[Form.DENSE] = in_rows + rows * size**2 + size**3
     if rows * size <= LARGEST and tikhonov_weight(problem.theta_penalty) is not None:
         costs[Form.KERNEL] = in_rows + 2 * size * rows**2 + 20 * rows**3
     cheapest = min(costs, key=costs.__getitem__)
@@ -164,7 +163,9 @@ def dense(
     added up: the norm follows the problem, but a weight of little curvature is not let off its
     leash. Source: Moré, Lecture Notes in Mathematics 630 (1978), for the running maximum.
     """
-    gradient, matrix, transposed = gauss_newton_matrix(problem, theta, data, w, factor, kaufman=kaufman)
+    gradient, matrix, transposed = gauss_newton_matrix(
+        problem, theta, data, w, factor, kaufman=kaufman
+    )
     norm = jnp.maximum(norm, jnp.diagonal(matrix))
     mean = jnp.mean(norm)
     scale = jax.lax.rsqrt(norm + jnp.where(mean > 0, mean, 1))
@@ -177,7 +178,7 @@ def dense(
         shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
         return jax.scipy.linalg.solve(shifted, error, assume_a="pos")
 
-    work = 1 + data[1].shape[1] + (0 if kaufman else w.size)
+    work = 1 + passes(w, kaufman=kaufman)
     root, product = lambda y: scale * y, lambda y: matrix @ y
     correct = transposed and _correction(problem, theta, gradient, transposed, root, product, solve)
     return _formed(gradient, root, step, correct, work, norm)
@@ -222,7 +223,7 @@ def kernel(
         outside = error - inside @ basis
         return inside / (eigenvalues[1:] + shift) @ basis + outside / (eigenvalues[0] + shift)
 
-    work = 1 + data[1].shape[1] + (0 if kaufman else w.size)
+    work = 1 + passes(w, kaufman=kaufman)
     same, product = lambda y: y, lambda s: (root @ s) @ root + alpha * s
     correct = _correction(problem, theta, gradient, transposed, same, product, solve)
     return _formed(gradient, same, step, correct, work, norm)

@@ -161,8 +161,8 @@ def search(
     `decrease, aux = evaluate(trial, predicted)` gives the decrease of the function from `x` to the
     trial point and whatever belongs to that point. A rejected step shrinks the radius; an accepted
     one on the boundary with gain ratio above 0.75 doubles it. An infinite radius is set by the
-    first step. `shift` is a guess at σ. A rejected step is tried once more with `correct(step, aux)`
-    added to it, where that is short beside it.
+    first step. `shift` is a guess at σ. A rejected step is tried once more with `correct(step,
+    aux)` added to it, where that is short beside it.
     """
 
     def attempt(carry):
