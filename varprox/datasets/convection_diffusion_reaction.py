@@ -31,17 +31,17 @@ from varprox.datasets._cache import _require, check_integer, find_file, float_dt
 
 URL = "http://www.mathcs.emory.edu/~lruthot/pubs/2020-GNvpro/CDR_Data.mat"
 
-DIFFUSION = 0.05
+DIFFUSION = 0.1
 SPEED = 1.0
-STRENGTH, CENTRE, WIDTH = 4.0, (0.3, 0.3), 0.1  # of the source
-RATE, DECAY = 8.0, 2.0  # of the reactions
+STRENGTH, CENTRE, WIDTH = 2.0, (0.3, 0.3), 0.2  # of the source
+RATE, DECAY = 6.0, 1.5  # of the reactions
 MODES = np.array([(k, degree - k) for degree in range(10) for k in range(degree + 1)])
 SENSORS = np.array([(x1, x2) for x2 in (1 / 4, 3 / 4) for x1 in (1 / 6, 1 / 2, 5 / 6)])
 TIMES = np.arange(1, 13) / 12
 
-CELLS = 16  # squares a side
-GROUP = 50  # samples integrated together
-RTOL, ATOL = 1e-5, 1e-6
+CELLS = 12  # squares a side; the points of observation are then nodes
+GROUP = 20  # samples integrated together
+RTOL, ATOL = 1e-5, 1e-7
 
 
 class ConvectionDiffusionReaction(NamedTuple):
