@@ -5,12 +5,18 @@ the error.
 """
 
 from varprox.datasets._cache import Dataset
+from varprox.datasets.convection_diffusion_reaction import (
+    ConvectionDiffusionReaction,
+    cdr_observables,
+    convection_diffusion_reaction,
+)
 from varprox.datasets.ellipse import ellipse
 from varprox.datasets.indian_pines import IndianPines, Pixels, indian_pines
 from varprox.datasets.mnist import Mnist, mnist
 from varprox.datasets.peaks import peaks, peaks_function
 
 __all__ = [
-    "Dataset", "IndianPines", "Mnist", "Pixels", "ellipse", "indian_pines", "mnist", "peaks",
+    "ConvectionDiffusionReaction", "Dataset", "IndianPines", "Mnist", "Pixels", "cdr_observables",
+    "convection_diffusion_reaction", "ellipse", "indian_pines", "mnist", "peaks",
     "peaks_function",
 ]  # fmt: skip
