@@ -26,6 +26,8 @@ EXPERIMENTS = {
     "peaks": "fit a function of two variables, medians over five seeds",
     "ellipse": "classify points inside and outside an ellipse from twenty starts",
     "autoencoder": "slimTrain and Adam on an autoencoder of MNIST, with many images and with few",
+    "cdr": "learn a convection–diffusion–reaction equation from 400 samples",
+    "dcr": "learn the potentials over a body in the ground",
     "race": "time and work to given objectives, on six problems and against more rivals",
 }
 
@@ -41,15 +43,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import_module(f"benchmarks.{name}").run(**options)
 
 
+OF_SURROGATES = ("gnvpro", "lbfgsvpro", "gn", "slimtrain", "adam")
 # Tuning Adam from each of twenty starts would take longer than all the rest.
 DEFAULTS = {
     "peaks": (*METHODS, "slimtrain"),
     "ellipse": tuple(method for method in METHODS if method != "adam"),
     "race": RACERS,
+    "cdr": OF_SURROGATES,
+    "dcr": OF_SURROGATES,
 }
 
 
-CHOICES = {"peaks": DEFAULTS["peaks"], "race": RACERS}
+CHOICES = {name: DEFAULTS[name] for name in ("peaks", "race", "cdr", "dcr")}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -87,7 +87,9 @@ def convergence(
     _save(figure, path)
 
 
-def race(path: Path, courses: Mapping[str, Mapping[str, Sequence[Run]]]) -> None:
+def race(
+    path: Path, courses: Mapping[str, Mapping[str, Sequence[Run]]], ylabel: str = "objective"
+) -> None:
     """A row a course: the objective of each method against work units and seconds, as in
     `convergence`."""
     shape = len(courses), 2
@@ -104,7 +106,7 @@ def race(path: Path, courses: Mapping[str, Mapping[str, Sequence[Run]]]) -> None
             ax.set(xscale="log", yscale="log", xlabel=AXES[axis])
             ax.grid(alpha=0.3, linewidth=0.6)
             handles |= dict(zip(*ax.get_legend_handles_labels()[::-1], strict=True))
-        row[0].set(ylabel="objective", title=course)
+        row[0].set(ylabel=ylabel, title=course)
     figure.legend(
         handles.values(), handles, loc="outside upper center", ncols=min(5, len(handles)),
         frameon=False,
@@ -227,6 +229,58 @@ def surface(path: Path, x: np.ndarray, truth: np.ndarray, fitted: np.ndarray, ti
     for ax in axes:
         ax.set(xlabel="x", aspect="equal")
     axes[0].set(ylabel="y")
+    _save(figure, path)
+
+
+def series(
+    path: Path, times: np.ndarray, names: Sequence[str], truth: np.ndarray, predicted: np.ndarray
+) -> None:
+    """A row a sample, a column a place: what is observed and predicted over time; (samples, places,
+    times)."""
+    shape = truth.shape[:2]
+    size = 2.2 * shape[1] + 0.6, 1.8 * shape[0] + 0.8
+    figure, grid = plt.subplots(
+        *shape, figsize=size, squeeze=False, sharex=True, sharey=True, layout="constrained"
+    )
+    for row, found, expected in zip(grid, predicted, truth, strict=True):
+        for ax, line, points in zip(row, found, expected, strict=True):
+            ax.plot(times, points, "o", color="k", markersize=3, label="simulated")
+            ax.plot(times, line, color=COLOURS["GNvpro"], linewidth=1.8, label="predicted")
+            ax.grid(alpha=0.3, linewidth=0.6)
+    for ax, name in zip(grid[0], names, strict=True):
+        ax.set_title(name, fontsize=10)
+    for ax in grid[-1]:
+        ax.set(xlabel="time")
+    for k, row in enumerate(grid):
+        row[0].set(ylabel=f"test sample {k + 1}\nconcentration")
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    _save(figure, path)
+
+
+def maps(
+    path: Path, x: np.ndarray, names: Sequence[str], truth: np.ndarray, predicted: np.ndarray
+) -> None:
+    """A row for each of `names`, of fields on the square grid of coordinates `x` in metres: as
+    simulated and predicted, (rows, x, y) in mV, and the difference."""
+    figure, grid = plt.subplots(
+        len(names), 3, figsize=(11, 3.1 * len(names)), squeeze=False, sharex=True, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
+    for row, name, field, found in zip(grid, names, truth, predicted, strict=True):
+        columns = (field, found, found - field)
+        scales = [np.abs(field).max()] * 2 + [np.abs(found - field).max()]
+        for ax, values, largest in zip(row, columns, scales, strict=True):
+            cmap = "PuOr" if ax is row[2] else "RdBu_r"
+            shown = ax.pcolormesh(x, x, values.T, cmap=cmap, vmin=-largest, vmax=largest)
+            ax.set_aspect("equal")
+            if ax is not row[0]:
+                figure.colorbar(shown, ax=ax, label="mV", shrink=0.85)
+        row[0].set(ylabel=f"{name}\ny in m")
+    for ax, title in zip(grid[0], ("simulated", "predicted", "difference"), strict=True):
+        ax.set_title(title)
+    for ax in grid[-1]:
+        ax.set(xlabel="x in m")
     _save(figure, path)
 
 

@@ -22,7 +22,6 @@ from varprox import jacobian
 from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
 from varprox.projection import factorise
 
-
 MANY = Case("least_squares", outputs=7)  # more outputs than columns of the rows
 
 

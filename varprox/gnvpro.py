@@ -217,9 +217,9 @@ def _step(problem, options, state, data, *, curvature, rank, kaufman, w_curvatur
         slopes = problem.loss.gradient(rows @ solved.w, targets)
         return state.objective - value, (value, solved, slopes)
 
-    def correct(found, aux):
+    def corrected(correction, found, aux):
         _, solved, slopes = aux
-        return model.correct(found, slopes, solved.w)
+        return correction(found, slopes, solved.w)
 
     result = trust_region.search(
         model.step,
@@ -229,7 +229,7 @@ def _step(problem, options, state, data, *, curvature, rank, kaufman, w_curvatur
         state.radius,
         state.shift,
         max_trials=MAX_TRIALS,
-        correct=model.correct and correct,
+        correct=model.correct and partial(corrected, model.correct),
     )
     value, projection, _ = result.aux
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)

@@ -8,7 +8,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -91,13 +91,15 @@ def simulated(
         if path.is_file():
             return _read_simulated(path, text)
     arrays = simulate()
+    content: dict[str, Any] = arrays | {"parameters": np.array(text)}
     if _user_cache() is not None:
         target = places[-1]
         target.parent.mkdir(parents=True, exist_ok=True)
         # Written apart and moved, so that no run ever finds half a file.
-        with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as handle:
-            np.savez_compressed(handle, parameters=np.array(text), **arrays)
-        os.replace(handle.name, target)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            written = Path(folder, target.name)
+            np.savez_compressed(written, **content)
+            written.replace(target)
     return arrays
 
 
