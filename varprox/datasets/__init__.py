@@ -5,12 +5,13 @@ the error.
 """
 
 from varprox.datasets._cache import Dataset
+from varprox.datasets.dc_resistivity import DcResistivity, dc_resistivity, dcr_observables
 from varprox.datasets.ellipse import ellipse
 from varprox.datasets.indian_pines import IndianPines, Pixels, indian_pines
 from varprox.datasets.mnist import Mnist, mnist
 from varprox.datasets.peaks import peaks, peaks_function
 
 __all__ = [
-    "Dataset", "IndianPines", "Mnist", "Pixels", "ellipse", "indian_pines", "mnist", "peaks",
-    "peaks_function",
+    "Dataset", "DcResistivity", "IndianPines", "Mnist", "Pixels", "dc_resistivity",
+    "dcr_observables", "ellipse", "indian_pines", "mnist", "peaks", "peaks_function",
 ]  # fmt: skip
