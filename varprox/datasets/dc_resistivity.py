@@ -2,11 +2,11 @@
 
 Two dipoles in turn send 1 A through the ground, −div(m grad u) = q, from one electrode at the
 surface to another, (−120, 0) to (120, 60) m and (0, −120) to (−60, 120) m, outside an array of
-21 × 21 receivers 10 m apart that covers |x|, |y| ≤ 100 m. The ground is a box of 1480 × 1480 ×
-740 m without flow through its sides (Neumann conditions), of conductivity m = m₀ c^χ with
+21 × 21 receivers 10 m apart that covers |x|, |y| ≤ 100 m. The ground is a box of 1520 × 1520 ×
+760 m without flow through its sides (Neumann conditions), of conductivity m = m₀ c^χ with
 m₀ = 0.01 S/m, where χ = 1 / (1 + exp((r − 1) / 0.2)) falls smoothly from 1 inside to 0 outside the
 ellipsoid r = 1 below the array's centre. The parameters y, uniform in [−1, 1]³, are the depth of
-its centre, 50 … 90 m, its largest semi-axis, 35 … 65 m (along x; the others are 3/4 of it along y
+its centre, 50 … 90 m, its largest semi-axis, 30 … 60 m (along x; the others are 3/4 of it along y
 and 1/2 of it in depth), and, in the logarithm, its contrast c, 2 … 20. An observable is what the
 body adds to the potential at a receiver, in mV: v = u − u₀, u₀ being the potential for m = m₀,
 which is the same for all samples. It solves −div(m grad v) = div((m − m₀) grad u₀), free of the
@@ -28,11 +28,11 @@ URL = "http://www.mathcs.emory.edu/~lruthot/pubs/2020-GNvpro/DCR_Data.mat"
 PUBLISHED = 10_000  # samples in the authors' file
 
 SPACING, SIDE = 10.0, 21  # m between receivers, receivers along a side of the array
-UNIFORM = 120.0  # m, half the width of the part where cells are `SPACING` wide, and its depth
+UNIFORM = 130.0  # m, half the width of the part where cells are `SPACING` wide, and its depth
 PADDING = (20.0, 40.0, 80.0, 160.0, 320.0)  # m, the cells from there to the sides and the bottom
 ELECTRODES = (((-120.0, 0.0), (120.0, 60.0)), ((0.0, -120.0), (-60.0, 120.0)))  # m; from, to
 CURRENT, BACKGROUND = 1.0, 0.01  # A, S/m
-DEPTH, SEMI_AXIS, CONTRAST = (50.0, 90.0), (35.0, 65.0), (2.0, 20.0)  # m, m, ratio
+DEPTH, SEMI_AXIS, CONTRAST = (50.0, 90.0), (30.0, 60.0), (2.0, 20.0)  # m, m, ratio
 PROPORTIONS = (1.0, 0.75, 0.5)  # of the semi-axes along x, y and in depth
 EDGE = 0.2  # of the logistic edge, relative to the semi-axes
 TOLERANCE = 1e-8  # of conjugate gradients, relative, in the energy norm
