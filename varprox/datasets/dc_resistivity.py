@@ -1,4 +1,4 @@
-"""Direct current resistivity: what a conductive body in the ground does to potentials on its surface.
+"""Direct current resistivity: what a conductive body in the ground adds to potentials.
 
 Two dipoles in turn send 1 A through the ground, −div(m grad u) = q, from one electrode at the
 surface to another, (−120, 0) to (120, 60) m and (0, −120) to (−60, 120) m, outside an array of
@@ -11,10 +11,11 @@ and 1/2 of it in depth), and, in the logarithm, its contrast c, 2 … 20. An obs
 body adds to the potential at a receiver, in mV: v = u − u₀, u₀ being the potential for m = m₀,
 which is the same for all samples. It solves −div(m grad v) = div((m − m₀) grad u₀), free of the
 singularities at the electrodes; its mean over the box is zero, which fixes the constant. Trilinear
-finite elements, 10 m near the array and wider outwards, discretise both u₀ and v.
+finite elements, 10 m wide near the array and wider outwards, discretise both u₀ and v; with elements of half
+the width observables change by 0.4 % of their spread over the samples.
 
-The setting, not its numbers, is that of Newman, Ruthotto, Hart and van Bloemen Waanders,
-arXiv:2007.13171, section 4.
+The equation, the three kinds of parameters, the two dipoles and the array are those of Newman,
+Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171; lengths and conductivities are ours.
 """
 
 from typing import NamedTuple
@@ -52,14 +53,14 @@ def dc_resistivity(n: int = 1000, *, seed: int = 0, source: str = "simulated") -
     """`n` samples of the map from a body's parameters (3) to surface potentials (882).
 
     Of ten samples in a row the ninth is for validation and the tenth for testing, so that 8000,
-    1000 and 1000 of the papers' 10,000 are for training, validation and testing, and the sets of a
-    smaller `n` are part of those of a larger one; the mean is their own. Arrays are in jax's
-    default float dtype.
+    1000 and 1000 of the paper's 10,000 are for training, validation and testing, and the sets of a
+    smaller `n` are part of those of a larger one. The mean that the targets lack is that of the `n`
+    samples' training set. Arrays are in jax's default float dtype.
 
     `source="simulated"` draws the parameters from the seed and computes their `dcr_observables`,
     once: about a tenth of a second a sample; they are kept in the user's cache. `source="original"`
     takes `n` ≤ 10,000 samples of the authors' file DCR_Data.mat in an order drawn from the seed,
-    with parameters as published. The file is looked for in the folder that VARPROX_DATA names and
+    with parameters and columns as published. The file is looked for in the folder that VARPROX_DATA names and
     in the user's cache, and else downloaded.
 
     Raises TypeError or ValueError for another `source`, unless `n` is an integer ≥ 10 and `seed`
@@ -67,18 +68,17 @@ def dc_resistivity(n: int = 1000, *, seed: int = 0, source: str = "simulated") -
     numbers; and what `find_file` and `simulated` raise. The simulation needs SciPy and scikit-fem.
     """
     n = check_integer("n", n, least=10)
-    rng = np.random.default_rng(check_integer("seed", seed, least=0))
+    seed = check_integer("seed", seed, least=0)
+    rng = np.random.default_rng(seed)
     if source == "simulated":
-        inputs = rng.uniform(-1, 1, (n, 3))
-        observables = simulated(
-            "dc_resistivity",
-            _generating_parameters() | {"n": n, "seed": int(seed)},
-            lambda: {"observables": dcr_observables(inputs)},
-        )["observables"]
+        parameters = _generating_parameters() | {"n": n, "seed": seed}
+        arrays = simulated("dc_resistivity", parameters, lambda: _simulate(rng, n))
+        inputs, observables = arrays["inputs"], arrays["observables"]
     elif source == "original":
         if n > PUBLISHED:
             raise ValueError(f"n: expected an integer of at most {PUBLISHED}, got {n}")
-        inputs, observables = (a[rng.permutation(PUBLISHED)[:n]] for a in _read_published())
+        order = rng.permutation(PUBLISHED)[:n]
+        inputs, observables = (array[order] for array in _read_published())
     else:
         raise ValueError(f'source: expected "simulated" or "original", got {source!r}')
     return _split(inputs, observables)
@@ -95,9 +95,16 @@ def dcr_observables(parameters: np.ndarray) -> np.ndarray:
     parameters = np.asarray(parameters, np.float64)
     if parameters.ndim != 2 or parameters.shape[1] != 3:
         raise ValueError(f"parameters: expected shape (n, 3), got {parameters.shape}")
-    if not (np.abs(parameters) <= 1).all():
-        raise ValueError("parameters: expected numbers between -1 and 1, got others")
+    outside = ~(np.abs(parameters) <= 1)
+    if outside.any():
+        found = parameters[outside][0]
+        raise ValueError(f"parameters: expected numbers between -1 and 1, got {found}")
     return _anomalies(_ground(_axes()), parameters, ELECTRODES)
+
+
+def _simulate(rng, n) -> dict[str, np.ndarray]:
+    inputs = rng.uniform(-1, 1, (n, 3))
+    return {"inputs": inputs, "observables": dcr_observables(inputs)}
 
 
 def _generating_parameters() -> dict:
@@ -120,11 +127,10 @@ def _split(inputs, observables) -> DcResistivity:
 def _read_published() -> tuple[np.ndarray, np.ndarray]:
     """Parameters (10000, 3) and observables (10000, 882) from the authors' file."""
     path = find_file("DCR_Data.mat", URL, None)
+    loadmat = _require("scipy.io", purpose=f"reading {path.name}").loadmat
     try:
-        content = _require("scipy.io", purpose=f"reading {path.name}").loadmat(path)
+        content = loadmat(path)
         inputs, observables = (np.asarray(content[key].T, np.float64) for key in ("Y", "C"))
-    except ImportError:
-        raise
     except Exception as error:  # the reader promises no type for a damaged file
         raise _wrong(path, f"a file that cannot be read: {error!r}") from error
     if inputs.shape != (PUBLISHED, 3) or observables.shape != (PUBLISHED, 2 * SIDE**2):
@@ -215,7 +221,10 @@ def _ground(axes: tuple[np.ndarray, ...]) -> _Ground:
     cell = np.tile(np.arange(cells), len(entry) // cells)
     shape = (len(pairs), cells)
 
-    eigenvalues, modes = zip(*(_modes(skfem, models, linalg, axis) for axis in axes), strict=True)
+    lines = [skfem.Basis(skfem.MeshLine(axis), skfem.ElementLineP1()) for axis in axes]
+    forms = models.laplace, models.mass
+    pencils = [[form.assemble(line).toarray() for form in forms] for line in lines]
+    eigenvalues, modes = zip(*(linalg.eigh(*pencil) for pencil in pencils), strict=True)
     total = sum(np.meshgrid(*eigenvalues, indexing="ij", sparse=True))
     reciprocals = np.zeros_like(total)
     reciprocals.flat[1:] = 1 / total.flat[1:]
@@ -229,13 +238,6 @@ def _ground(axes: tuple[np.ndarray, ...]) -> _Ground:
     )
 
 
-def _modes(skfem, models, linalg, axis):
-    """Eigenvalues, and eigenvectors orthonormal in the mass matrix, along one axis."""
-    basis = skfem.Basis(skfem.MeshLine(axis), skfem.ElementLineP1())
-    stiffness, mass = (form.assemble(basis).toarray() for form in (models.laplace, models.mass))
-    return linalg.eigh(stiffness, mass)
-
-
 def _nodes(ground: _Ground, points) -> np.ndarray:
     """The numbers (…,) of the nodes that lie at the points (…, 2) of the surface."""
     x, y, z = ground.axes
@@ -245,7 +247,7 @@ def _nodes(ground: _Ground, points) -> np.ndarray:
 
 def _stiffness(ground: _Ground, conductivity):
     """The matrix K of ∫ m grad u · grad v, with m (cells,) constant in every cell."""
-    from scipy.sparse import csr_array
+    from scipy.sparse import csr_array  # here, because SciPy is optional
 
     size = ground.reciprocals.size
     return csr_array((ground.assembly @ conductivity, *ground.sparsity), shape=(size, size))
