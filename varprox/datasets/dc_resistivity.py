@@ -11,8 +11,8 @@ and 1/2 of it in depth), and, in the logarithm, its contrast c, 2 … 20. An obs
 body adds to the potential at a receiver, in mV: v = u − u₀, u₀ being the potential for m = m₀,
 which is the same for all samples. It solves −div(m grad v) = div((m − m₀) grad u₀), free of the
 singularities at the electrodes; its mean over the box is zero, which fixes the constant. Trilinear
-finite elements, 10 m wide near the array and wider outwards, discretise both u₀ and v; with elements of half
-the width observables change by 0.4 % of their spread over the samples.
+finite elements, 10 m wide near the array and wider outwards, discretise both u₀ and v; with
+elements of half the width observables change by 0.4 % of their spread over the samples.
 
 The equation, the three kinds of parameters, the two dipoles and the array are those of Newman,
 Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171; lengths and conductivities are ours.
@@ -60,8 +60,8 @@ def dc_resistivity(n: int = 1000, *, seed: int = 0, source: str = "simulated") -
     `source="simulated"` draws the parameters from the seed and computes their `dcr_observables`,
     once: about a tenth of a second a sample; they are kept in the user's cache. `source="original"`
     takes `n` ≤ 10,000 samples of the authors' file DCR_Data.mat in an order drawn from the seed,
-    with parameters and columns as published. The file is looked for in the folder that VARPROX_DATA names and
-    in the user's cache, and else downloaded.
+    with parameters and columns as published. The file is looked for in the folder that VARPROX_DATA
+    names and in the user's cache, and else downloaded.
 
     Raises TypeError or ValueError for another `source`, unless `n` is an integer ≥ 10 and `seed`
     one ≥ 0, and where the file does not hold the arrays Y (3, 10000) and C (882, 10000) of finite
