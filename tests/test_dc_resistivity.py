@@ -183,8 +183,9 @@ def test_a_faint_body_adds_borns_approximation(ground, monkeypatch):
     x, z = np.arange(-150, 150, h) + h / 2, np.arange(-195, 0, h) + h / 2
     points = np.stack(np.meshgrid(x, x, z, indexing="ij"), -1).reshape(-1, 3)
     added = module.conductivity(points, sample) - 0.01
-    kernels = np.stack([half_space(receiver[:2], points)[1] for receiver in RECEIVERS])
-    found = module._anomalies(ground, sample[None], module.ELECTRODES).reshape(2, -1)
+    some = slice(None, None, 8)
+    kernels = np.stack([half_space(receiver[:2], points)[1] for receiver in RECEIVERS[some]])
+    found = module._anomalies(ground, sample[None], module.ELECTRODES).reshape(2, -1)[:, some]
     for (start, end), row in zip(module.ELECTRODES, found, strict=True):
         field = half_space(start, points)[1] - half_space(end, points)[1]
         born = -1000 * h**3 * np.einsum("rpd,pd,p->r", kernels, field, added, optimize=True)

@@ -1,7 +1,7 @@
 """Data sets of the papers' experiments, as NumPy arrays, batch first, in jax's default float dtype.
 
-Nothing but NumPy and jax is needed until a file has to be fetched; what is then missing is named in
-the error.
+Nothing but NumPy and jax is needed until a file has to be fetched or an equation solved; what is
+then missing is named in the error.
 """
 
 from varprox.datasets._cache import Dataset

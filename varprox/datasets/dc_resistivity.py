@@ -59,9 +59,9 @@ def dc_resistivity(n: int = 1000, *, seed: int = 0, source: str = "simulated") -
     samples' training set. Arrays are in jax's default float dtype.
 
     `source="simulated"` draws the parameters from the seed and computes their `dcr_observables`,
-    once, in about 0.05 s a sample; they are kept in the user's cache. `source="original"`
-    takes `n` ≤ 10,000 samples of the authors' file DCR_Data.mat in an order drawn from the seed,
-    with parameters and columns as published. The file is looked for in the folder that VARPROX_DATA
+    once, in about 0.05 s a sample; they are kept in the user's cache. `source="original"` takes
+    `n` ≤ 10,000 samples of the authors' file DCR_Data.mat in an order drawn from the seed, with
+    parameters and columns as published. The file is looked for in the folder that VARPROX_DATA
     names and in the user's cache, and else downloaded.
 
     Raises TypeError or ValueError for another `source`, unless `n` is an integer ≥ 10 and `seed`
