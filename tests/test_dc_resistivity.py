@@ -72,19 +72,19 @@ def manufactured_error(cells):
     u = reduce(np.multiply, cosines)
     u_x = -k[0] * np.sin(k[0] * points[0]) * cosines[1] * cosines[2]
     u_z = -k[2] * np.sin(k[2] * points[2]) * cosines[0] * cosines[1]
-    phase = points[0] + 2 * points[2]
-    source = np.exp(np.sin(phase)) * ((k @ k) * u - np.cos(phase) * (u_x + 2 * u_z))
+    phase = points[0] + points[2]
+    source = np.exp(np.sin(phase)) * ((k @ k) * u - np.cos(phase) * (u_x + u_z))
 
-    m = np.exp(np.sin(ground.centres @ (1, 0, 2)))
+    m = np.exp(np.sin(ground.centres @ (1, 0, 1)))
     found = module._solve(ground, m, integrate(ground, source).reshape(-1, 1)).reshape(u.shape)
     return np.sqrt(((found - u) * integrate(ground, found - u)).sum())
 
 
 def test_a_manufactured_solution_converges_with_second_order():
-    errors = np.array([manufactured_error(cells) for cells in (10, 20, 40)])
-    orders = np.log2(errors[:-1] / errors[1:])
-    np.testing.assert_allclose(orders, 2, atol=0.05)
-    assert errors[-1] < 2e-3
+    errors = np.array([manufactured_error(cells) for cells in (8, 16, 32)])
+    coarse, fine = np.log2(errors[:-1] / errors[1:])
+    assert 1.9 < coarse < fine
+    np.testing.assert_allclose(fine, 2, atol=0.02)
 
 
 def test_separation_of_variables_solves_the_homogeneous_ground():
@@ -109,8 +109,8 @@ def test_the_matrix_is_that_of_the_energy():
 
 def divided(parts):
     """A coarser ground, of cells of 40 m and wider, each divided into so many along every axis."""
-    half = np.array([0.0, 40, 80, 120, 160, 240, 400, 720])
-    half = np.interp(np.arange(7 * parts + 1) / parts, np.arange(8), half)
+    half = np.array([0.0, 40, 80, 120, 160, 320])
+    half = np.interp(np.arange(5 * parts + 1) / parts, np.arange(6), half)
     across = np.concatenate([-half[:0:-1], half])
     return module._ground((across, across, -half[::-1]))
 
