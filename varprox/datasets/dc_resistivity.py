@@ -277,7 +277,7 @@ def _solve(ground: _Ground, conductivity, loads: np.ndarray) -> np.ndarray:
     """Solutions u (nodes, k) of K u = loads of mean zero, by conjugate gradients.
 
     The preconditioner is the homogeneous ground between two scalings by 1/√m, which is close to K
-    where m is smooth: the number of steps, 10 to 15, depends little on contrast and grid. Source:
+    where m is smooth: the number of steps, 7 to 16, depends little on the grid. Source:
     Concus, Golub, SIAM J. Numer. Anal. 10, 1973.
     """
     matrix = _stiffness(ground, conductivity)
