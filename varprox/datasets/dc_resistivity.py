@@ -121,8 +121,10 @@ def _split(inputs, observables) -> DcResistivity:
     tenth = np.arange(len(inputs)) % 10
     mean = observables[tenth < 8].mean(axis=0)
     inputs, targets = inputs.astype(float_dtype()), (observables - mean).astype(float_dtype())
-    pairs = [(inputs[at], targets[at]) for at in (tenth < 8, tenth == 8, tenth == 9)]
-    return DcResistivity(*pairs, mean.astype(float_dtype()))
+    train, validation, test = (
+        (inputs[at], targets[at]) for at in (tenth < 8, tenth == 8, tenth == 9)
+    )
+    return DcResistivity(train, validation, test, mean.astype(float_dtype()))
 
 
 def _read_published() -> tuple[np.ndarray, np.ndarray]:
@@ -153,10 +155,8 @@ def _wrong(path, found) -> ValueError:
 
 def conductivity(points: np.ndarray, parameters: np.ndarray) -> np.ndarray:
     """m in S/m at the points (…, 3), in m and z upwards from the surface, for parameters (3,)."""
-    depth, size, exponent = (
-        low + (high - low) * (1 + y) / 2
-        for y, (low, high) in zip(parameters, (DEPTH, SEMI_AXIS, np.log(CONTRAST)), strict=True)
-    )
+    low, high = np.array([DEPTH, SEMI_AXIS, np.log(CONTRAST)]).T
+    depth, size, exponent = low + (high - low) * (1 + parameters) / 2
     r = np.linalg.norm((points + (0, 0, depth)) / (size * np.array(PROPORTIONS)), axis=-1)
     return BACKGROUND * np.exp(exponent * (1 - np.tanh((r - 1) / (2 * EDGE))) / 2)
 
@@ -228,7 +228,7 @@ def _ground(axes: tuple[np.ndarray, ...]) -> _Ground:
     forms = models.laplace, models.mass
     pencils = [[form.assemble(line).toarray() for form in forms] for line in lines]
     eigenvalues, modes = zip(*(linalg.eigh(*pencil) for pencil in pencils), strict=True)
-    total = sum(np.meshgrid(*eigenvalues, indexing="ij", sparse=True))
+    total = reduce(np.add.outer, eigenvalues)
     reciprocals = np.zeros_like(total)
     reciprocals.flat[1:] = 1 / total.flat[1:]
     weights = reduce(np.multiply.outer, [mass.sum(axis=0) for _, mass in pencils]).ravel()
@@ -277,8 +277,8 @@ def _solve(ground: _Ground, conductivity, loads: np.ndarray) -> np.ndarray:
     """Solutions u (nodes, k) of K u = loads of mean zero, by conjugate gradients.
 
     The preconditioner is the homogeneous ground between two scalings by 1/√m, which is close to K
-    where m is smooth: the number of steps, 7 to 16, depends little on the grid. Source:
-    Concus, Golub, SIAM J. Numer. Anal. 10, 1973.
+    where m is smooth: the number of steps, 7 to 16, depends little on the grid. Source: Concus,
+    Golub, SIAM J. Numer. Anal. 10, 1973.
     """
     matrix = _stiffness(ground, conductivity)
     scale = np.sqrt(ground.diagonal / matrix.diagonal())[:, None]
