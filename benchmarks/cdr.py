@@ -26,5 +26,16 @@ def draw(path: Path, targets: np.ndarray, predicted: np.ndarray) -> None:
     plots.series(path, TIMES, names, *shown)
 
 
-SETTING = surrogate.Setting("cdr", load, cdr_observables, timed=20, work=200, draw=draw)
+SETTING = surrogate.Setting(
+    "cdr",
+    load,
+    cdr_observables,
+    timed=20,
+    work=200,
+    curvatures={
+        "krylov": {"curvature": "krylov"},
+        "whitened": {"curvature": "krylov", "whiten": True},
+    },
+    draw=draw,
+)
 run = partial(surrogate.run, SETTING)

@@ -22,5 +22,17 @@ def draw(path: Path, targets: np.ndarray, predicted: np.ndarray) -> None:
     plots.maps(path, x, ("first source", "second source"), *shown)
 
 
-SETTING = surrogate.Setting("dcr", load, dcr_observables, timed=4, work=400, draw=draw)
+SETTING = surrogate.Setting(
+    "dcr",
+    load,
+    dcr_observables,
+    timed=4,
+    work=400,
+    curvatures={
+        "krylov": {"curvature": "krylov"},
+        "whitened": {"curvature": "krylov", "whiten": True},
+        "dense": {"curvature": "dense"},
+    },
+    draw=draw,
+)
 run = partial(surrogate.run, SETTING)

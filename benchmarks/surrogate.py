@@ -41,6 +41,7 @@ class Setting(NamedTuple):
     simulate: Callable[[np.ndarray], np.ndarray]
     timed: int  # samples that the simulator is timed with
     work: float  # units a level
+    curvatures: Mapping[str, dict]  # the variants of GNvpro, by their options
     draw: Callable[[Path, np.ndarray, np.ndarray], None]  # of true and predicted test targets
 
 
@@ -73,7 +74,9 @@ def run(
     for width in widths:
         surrogates = [make(data, width, s) for s in range(seed, seed + seeds)]
         floor = lowest_loss(surrogates[0].sets["train"][1], width)
-        found = [one for s in surrogates for one in compete(s, methods, work, floor, quick)]
+        entered = entrants(setting.curvatures, quick)
+        entered = {name: entered[name] for name in entered if name.lower() in methods}
+        found = [one for s in surrogates for one in compete(s, entered, work, floor)]
         title = f"{setting.name}, width {width}"
         panels[title] = by_method(found)
         results[title] = summary(panels[title], surrogates, LEVELS * work, floor)
@@ -126,29 +129,31 @@ def error(predicted: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.linalg.norm(predicted - targets) / jnp.linalg.norm(targets)
 
 
-def compete(
-    surrogate: Surrogate, methods: Sequence[str], work: float, floor: float, quick: bool
-) -> list[Run]:
-    """The runs of all methods from one seed. GNvpro goes first, and the others have at least as
-    long as it took."""
+def compete(surrogate: Surrogate, entered: Mapping, work: float, floor: float) -> list[Run]:
+    """The runs of all methods from one seed. The first method sets the time for the others, which
+    have at least as long as the fastest of its variants took."""
     runs: list[Run] = []
     seconds = 0.0
-    for method, variants in entrants(quick).items():
-        if method.lower() not in methods:
-            continue
+    for method, variants in entered.items():
         for variant, (make_method, batch_size) in variants.items():
             print(f"seed {surrogate.seed}: {method} {variant}".rstrip(), flush=True)
-            make_run = partial(train, surrogate, make_method, batch_size, work, floor)
-            solution, history = make_run(seconds)
-            runs.append(Run(method, variant, surrogate.seed, solution, history))
-        if method == "GNvpro":
-            seconds = runs[0].history["seconds"][-1]
+            trained = train(surrogate, make_method, batch_size, work, floor, seconds)
+            runs.append(Run(method, variant, surrogate.seed, *trained))
+        seconds = seconds or time_of(runs)
     return runs
 
 
-def entrants(quick: bool) -> dict[str, dict[str, tuple[Make, int | None]]]:
+def time_of(runs: Sequence[Run]) -> float:
+    """The seconds in which the fastest of the runs spent its work."""
+    return min(end(run)["seconds"] for run in runs)
+
+
+def entrants(curvatures: Mapping[str, dict], quick: bool) -> dict[str, dict[str, tuple]]:
     """The variants of every method: how it is made, and the size of its batches if it has such."""
     rates, sizes = (list(ADAM)[1:2], SIZES[:1]) if quick else (list(ADAM), SIZES)
+
+    def gnvpro(options, problem, w):
+        return vp.gnvpro(problem, **options)
 
     def gn(start, problem, w):
         return baselines.gn(problem, start=going_on(start, w))
@@ -157,7 +162,7 @@ def entrants(quick: bool) -> dict[str, dict[str, tuple[Make, int | None]]]:
         return minibatch.jointly(problem, ADAM[rate], going_on(baselines.solved_w, w))
 
     return {
-        "GNvpro": {"": (lambda problem, w: vp.gnvpro(problem), None)},
+        "GNvpro": {name: (partial(gnvpro, kw), None) for name, kw in curvatures.items()},
         "LBFGSvpro": {"": (lambda problem, w: vp.lbfgsvpro(problem), None)},
         "GN": {f"from {name}": (partial(gn, start), None) for name, start in STARTS.items()},
         "slimTrain": {f"rate {rate:g}": (partial(slimtrain, rate), SLIM_SIZE) for rate in rates},
@@ -235,7 +240,7 @@ def summary(
 ) -> dict:
     """Excesses at equal work and seconds, relative errors, and what prolongation changed."""
     first = next(iter(groups.values()))
-    limits = {one.seed: one.solution.history["seconds"][-1] for one in first}
+    limits = {seed: time_of(group) for seed, group in by_seed(first).items()}
     methods = {}
     for method, runs in groups.items():
         excess: dict[str, list[float]] = {"work_units": [], "seconds": []}
