@@ -28,7 +28,7 @@ def benchmarks(*arguments):
 def test_help_lists_the_experiments():
     done = benchmarks("--help")
     assert done.returncode == 0
-    for name in ("indian_pines", "peaks", "ellipse", "autoencoder", "race"):
+    for name in ("indian_pines", "peaks", "ellipse", "autoencoder", "cdr", "dcr", "race"):
         assert f"\n    {name}" in done.stdout
 
 
@@ -59,6 +59,7 @@ def test_the_race_takes_the_names_of_its_entrants():
         (["autoencoder", "--epochs", "0"], "--epochs: expected an integer ≥ 1, got '0'"),
         (["autoencoder", "--method", "adam"], "unrecognized arguments: --method"),
         (["race", "--method", "gnvpro"], "--method: invalid choice: 'gnvpro'"),
+        (["cdr", "--method", "lbfgs"], "--method: invalid choice: 'lbfgs'"),
     ],
 )
 def test_a_bad_command_line_is_refused(arguments, complaint, capsys):

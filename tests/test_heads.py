@@ -1,11 +1,13 @@
 """Design rows of convolutional heads against lax's convolutions and the authors' rows."""
 
 import itertools
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import varprox as vp
@@ -118,3 +120,31 @@ def test_features_that_are_no_images_are_refused():
         assert str(caught.value) == (
             "features: expected shape (batch, height, width, channels), got (4, 3)"
         )
+
+
+@dataclass(frozen=True)
+class Doubled(vp.Head):
+    """Every feature, and its square: the user's own rows."""
+
+    def rows(self, z):
+        return jnp.concatenate([z, z**2], axis=1)
+
+
+def test_a_head_of_ones_own_needs_no_more_than_its_rows(x64):
+    """It trains and predicts with both methods."""
+    rng = np.random.default_rng(0)
+    inputs, theta = rng.normal(size=(24, 3)), {"scale": jnp.ones(3)}
+    model = vp.Separable(lambda theta, y: jnp.tanh(theta["scale"] * y), head=Doubled())
+    w = rng.normal(size=(6, 2))
+    data = inputs, np.asarray(model.rows({"scale": jnp.array([1.5, 0.5, 2.0])}, inputs) @ w)
+    problem = vp.Problem(model, vp.least_squares(), 1e-12, 1e-12)
+    solution = vp.fit(vp.gnvpro(problem), theta, data, epochs=20)
+    np.testing.assert_allclose(abs(solution.theta["scale"]), [1.5, 0.5, 2.0], rtol=1e-4)
+    predicted = vp.predict(problem, solution.theta, solution.w, inputs)
+    np.testing.assert_allclose(predicted, data[1], atol=1e-4)
+
+    method = vp.slimtrain(problem, optax.sgd(1e-2), selection=vp.sgcv())
+    state, before = method.step(method.init(theta, data), data)
+    for _ in range(20):
+        state, after = method.step(state, data)
+    assert after.objective < before.objective / 2

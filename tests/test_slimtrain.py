@@ -54,12 +54,11 @@ def test_a_step_is_slimtik_and_the_gradient_at_the_new_w(x64):
     problem, method, theta, data = make(memory=1, selection=vp.sgcv())
     tikhonov = vp.slimtik(1)
     state, plain = method.init(theta, data), tikhonov.init(np.zeros((4, 2)))
-    without_w = vp.Problem(problem.model, problem.loss, 1e-2)
     for batch in batches(data)[:3]:
         state, info = method.step(state, batch)
         rows = problem.model.rows(theta, batch[0]) / BATCH**0.5
         plain, expected = tikhonov.update(plain, rows, batch[1] / BATCH**0.5)
-        value, gradient = jax.value_and_grad(objective, 1)(without_w, theta, plain.w, batch)
+        value, gradient = jax.value_and_grad(objective, 1)(problem, theta, plain.w, batch)
         theta = jax.tree.map(lambda x, g: x - RATE * g, theta, gradient)
         chex.assert_trees_all_close(state.theta, theta, rtol=1e-10)
         np.testing.assert_allclose(state.w, plain.w, rtol=1e-10)

@@ -5,7 +5,7 @@ import importlib
 from varprox.curvature import Curvature, gauss_newton, newton
 from varprox.fit import Solution, fit, fit_levels
 from varprox.gnvpro import gnvpro
-from varprox.heads import conv, conv_transpose, dense
+from varprox.heads import Head, conv, conv_transpose, dense
 from varprox.lbfgsvpro import lbfgsvpro
 from varprox.losses import convex_loss, least_squares, logistic, softmax_cross_entropy
 from varprox.method import Method, Status
@@ -18,7 +18,7 @@ from varprox.slimtrain import slimtrain
 
 __version__ = "0.1.0"
 __all__ = [
-    "Curvature", "Method", "Problem", "Separable", "Solution", "Status", "constant", "conv",
+    "Curvature", "Head", "Method", "Problem", "Separable", "Solution", "Status", "constant", "conv",
     "conv_transpose", "convex_loss", "dense", "fit", "fit_levels", "gauss_newton", "gnvpro",
     "lbfgsvpro", "least_squares", "logistic", "newton", "predict", "proportional",
     "reduced_objective", "sdp", "sgcv", "slimtik", "slimtrain", "smoothness_in_time",

@@ -28,29 +28,18 @@ class Moments(NamedTuple):
         return Moments(factor * self.gram, factor * self.gradient, factor * self.square)
 
 
-@dataclass(frozen=True)
-class DenseHead:
-    """A fully connected last layer: see `dense`."""
-
-    bias: bool = True
+class Head:
+    """A last layer given by its design rows. For one of your own, such as a linear operator that
+    acts on the features, write `rows`; heads of equal settings should be equal, as those of a
+    frozen dataclass are, so that nothing compiles twice."""
 
     def rows(self, z: jax.Array) -> jax.Array:
-        """Features (batch, m) to design rows (batch, m + 1), or (batch, m) without bias."""
-        if not self.bias:
-            return z
-        return _with_ones(z)
+        """Features to design rows (rows, columns)."""
+        raise NotImplementedError
 
     def apply(self, z: jax.Array, w: jax.Array) -> jax.Array:
-        """rows @ w, (batch, outputs)."""
+        """rows @ w, shaped like the targets, (rows, outputs)."""
         return self.rows(z) @ w
-
-    def pack(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """`w` from a kernel (m, outputs) and a bias (outputs,), or None without bias."""
-        return kernel if bias is None else jnp.vstack([kernel, bias])
-
-    def unpack(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Kernel and bias, the inverse of `pack`."""
-        return (w[:-1], w[-1]) if self.bias else (w, None)
 
     def gram(self, z: jax.Array) -> jax.Array:
         """rowsᵀ rows, (columns, columns)."""
@@ -59,7 +48,28 @@ class DenseHead:
 
     def moments(self, z: jax.Array, w: jax.Array, targets: jax.Array) -> Moments:
         """What a step for W has to know of the batch at `w`, for targets like the predictions."""
-        return _moments(self.rows(z), w, targets)
+        rows = self.rows(z)
+        residual = rows @ w - targets
+        return Moments(rows.T @ rows, rows.T @ residual, jnp.sum(residual**2))
+
+
+@dataclass(frozen=True)
+class DenseHead(Head):
+    """A fully connected last layer: see `dense`."""
+
+    bias: bool = True
+
+    def rows(self, z: jax.Array) -> jax.Array:
+        """Features (batch, m) to design rows (batch, m + 1), or (batch, m) without bias."""
+        return _with_ones(z) if self.bias else z
+
+    def pack(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        """`w` from a kernel (m, outputs) and a bias (outputs,), or None without bias."""
+        return kernel if bias is None else jnp.vstack([kernel, bias])
+
+    def unpack(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Kernel and bias, the inverse of `pack`."""
+        return (w[:-1], w[-1]) if self.bias else (w, None)
 
 
 class _Phase(NamedTuple):
@@ -71,7 +81,7 @@ class _Phase(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ConvHead:
+class ConvHead(Head):
     """A convolution or, if `transposed`, its transpose as last layer: see `conv`.
 
     A transposed convolution of stride s is s · s convolutions of stride one side by side, its
@@ -201,11 +211,6 @@ class ConvHead:
         index = np.arange(z.shape[3] * np.prod(self.kernel_size))
         index = index.reshape(-1, *self.kernel_size)[:, phases[0].taps][:, :, phases[1].taps]
         return patches.reshape(*nothing.shape[:3], -1), index.reshape(-1)
-
-
-def _moments(rows, w, targets):
-    residual = rows @ w - targets
-    return Moments(rows.T @ rows, rows.T @ residual, jnp.sum(residual**2))
 
 
 def _shape_of_images(z):

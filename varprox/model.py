@@ -15,7 +15,7 @@ import numpy as np
 from jax.tree_util import Partial, register_pytree_node
 
 from varprox.checks import check_number
-from varprox.heads import ConvHead, DenseHead, dense
+from varprox.heads import ConvHead, Head, dense
 from varprox.losses import Loss
 from varprox.penalties import as_penalty
 
@@ -33,15 +33,15 @@ class Separable:
     """
 
     features: Callable[[Any, Any], jax.Array]
-    head: DenseHead | ConvHead
+    head: Head
     training: Callable | None
 
-    def __init__(self, features, head: DenseHead | ConvHead | None = None, training=None):
+    def __init__(self, features, head: Head | None = None, training=None):
         if not callable(features):
             raise TypeError(f"features: expected a function of (theta, inputs), got {features!r}")
         head = dense() if head is None else head
-        if not hasattr(head, "rows"):
-            raise TypeError(f"head: expected a head such as varprox.dense(), got {head!r}")
+        if not isinstance(head, Head):
+            raise TypeError(f"head: expected a varprox.Head, such as dense(), got {head!r}")
         if training is not None and not callable(training):
             raise TypeError(
                 f"training: expected a function of (features, theta, inputs), got {training!r}"

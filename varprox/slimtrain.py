@@ -65,8 +65,8 @@ def slimtrain(
     W and the optimizer. W has no learning rate, and its regularisation parameter is chosen by
     `selection`: by default `proportional()`, where the paper has `sgcv()`, which looks at the batch
     that W is fitted to and so lets ΣΛ fall to its lower bound. Rows and targets go into slimTik
-    divided by √batch; `initial` and `lower_bound` are those of ΣΛ. The problem's `w_penalty` is not
-    used: ΣΛ takes its place.
+    divided by √batch; `initial` and `lower_bound` are those of ΣΛ, which takes the place of the
+    problem's `w_penalty`: this is part of the objective that is reported, and of nothing else.
 
     The method has an `epoch(state, data, batch_size=…)` beside `init` and `step`, which passes over
     shuffled batches; samples that do not fill one are left out of this epoch. `init` and `step`
@@ -125,10 +125,11 @@ def _step(optimizer, options, state, batch):
 
     value, slope = jax.value_and_grad(lambda z: loss.value(head.apply(z, tikhonov.w), targets))(z)
     penalty, gradient = jax.value_and_grad(state.problem.penalty)(state.theta)
+    penalty_on_w = 0.5 * state.problem.w_penalty * jnp.sum(tikhonov.w**2)
     gradient = jax.tree.map(jnp.add, gradient, *pullback(slope))
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.theta)
 
-    objective = value + penalty
+    objective = value + penalty + penalty_on_w
     all_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]
     finite = chosen.finite & jnp.isfinite(objective) & jnp.stack(all_finite).all()
 

@@ -1,0 +1,137 @@
+"""Surrogates in levels: the floor, the excess over it, equal work and equal time."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import varprox as vp
+from benchmarks import baselines, cdr, dcr, surrogate
+from benchmarks.experiment import Run, by_method
+
+WORK = 20
+
+
+def data(samples=40, outputs=5):
+    """A map from 3 parameters that is not linear, and 20 samples each for validation and testing."""
+    rng = np.random.default_rng(0)
+    mix = rng.normal(size=(3, outputs))
+    inputs = [rng.uniform(-1, 1, (n, 3)) for n in (samples, 20, 20)]
+    return [(y, 3 * np.sin(2 * y) @ mix + 1) for y in inputs]
+
+
+@pytest.fixture
+def small(x64):
+    return surrogate.make(data(), 2, seed=0)
+
+
+def test_the_floor_is_that_of_the_best_features(x64):
+    """With the leading singular vectors as features W(θ) has just this loss, and with random ones
+    of the same number more."""
+    targets = data()[0][1]
+    floor = surrogate.lowest_loss(targets, 2)
+    best = np.linalg.svd(targets - targets.mean(axis=0))[0][:, :2]
+    problem = vp.Problem(vp.Separable(lambda theta, z: theta * z), vp.least_squares())
+
+    def loss(z):
+        w = vp.solve_w(problem, jnp.ones(()), (z, targets))
+        return problem.loss.value(problem.model.rows(jnp.ones(()), z) @ w, targets)
+
+    np.testing.assert_allclose(loss(best), floor, rtol=1e-10)
+    assert loss(np.random.default_rng(1).normal(size=best.shape)) > 1.5 * floor
+
+
+def test_targets_are_in_units_of_their_root_mean_square(small):
+    np.testing.assert_allclose(jnp.mean(small.sets["train"][1] ** 2), 1, rtol=1e-12)
+    ratio = small.sets["test"][1] / data()[2][1]
+    np.testing.assert_allclose(ratio, 1 / surrogate.unit(data()), rtol=1e-12)
+
+
+def test_ridge_regression_finds_what_is_affine(x64):
+    (y, _), *_ = data()
+    affine = [(y, y @ np.ones((3, 2)) + 5)] * 3
+    assert max(surrogate.ridge(affine).values()) < 1e-8
+    curved = surrogate.ridge(data())
+    assert all(0.05 < curved[name] < 0.8 for name in surrogate.SETS)
+
+
+@pytest.fixture
+def trained(small):
+    """GN, which compiles fastest, for work alone and for a second."""
+    floor = surrogate.lowest_loss(small.sets["train"][1], 2)
+
+    def make(problem, w):
+        return baselines.gn(problem, rank=4, start=surrogate.going_on(baselines.solved_w, w))
+
+    run = partial(surrogate.train, small, make, None, WORK, floor)
+    return small, floor, run(0.0), run(1.0)
+
+
+def test_training_goes_through_the_levels_and_on_to_equal_time(trained):
+    small, floor, (solution, history), (again, longer) = trained
+    assert solution.history is history
+    level, work = history["level"], history["work_units"]
+    assert set(level) == {0, 1, 2} and len(solution.theta["bias"]) == 17
+    for k in range(3):
+        spent = work[level == k][-1] - (work[level < k][-1] if k else 0)
+        assert WORK <= spent < WORK + 12
+    # The rest of a longer run comes on the last level; what comes before is the same.
+    jax.tree.map(np.testing.assert_array_equal, again.theta, solution.theta)
+    np.testing.assert_array_equal(longer["objective"][: len(level)], history["objective"])
+    assert len(longer["objective"]) > len(level) and set(longer["level"][len(level) :]) == {2}
+
+
+def test_the_objective_of_a_history_is_the_excess_of_the_loss(trained):
+    small, floor, (solution, history), _ = trained
+    inputs, targets = small.sets["train"]
+    predictions = vp.predict(solution.problem, solution.theta, solution.w, inputs)
+    loss = solution.problem.loss.value(predictions, targets)
+    np.testing.assert_allclose(history["objective"][-1] + floor, loss, rtol=1e-10)
+    assert 0 < history["objective"][-1] < history["objective"][0]
+
+
+def test_the_summary_reads_at_equal_work_and_at_equal_seconds(trained):
+    small, floor, (solution, history), (_, longer) = trained
+    runs = [Run("first", "", 0, solution, history), Run("second", "", 0, solution, longer)]
+    result = surrogate.summary(by_method(runs), [small], 3 * WORK, floor)
+    within = history["objective"][history["work_units"] <= 3 * WORK][-1]
+    for row in result["methods"].values():
+        assert row["excess"]["work_units"] == [within]
+        (error,) = row["errors"]["test"]
+        inputs, targets = small.sets["test"]
+        predicted = vp.predict(solution.problem, solution.theta, solution.w, inputs)
+        relative = np.linalg.norm(predicted - targets) / np.linalg.norm(targets)
+        np.testing.assert_allclose(error, relative, rtol=1e-10)
+    assert result["seconds"] == history["seconds"][-1]
+    assert result["methods"]["first"]["excess"]["seconds"] == [history["objective"][-1]]
+    changes = surrogate.prolonged(runs[0], floor)
+    assert len(changes) == 2 and result["prolongation"] == changes
+
+
+def test_slimtrain_begins_at_the_w_it_is_given(small):
+    problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
+    train = small.sets["train"]
+    w = np.ones((3, 5))
+    for given, expected in ((w, w), (None, vp.solve_w(problem, small.theta, train))):
+        state = surrogate.slimtrain(1e-3, problem, given).init(small.theta, train, None)
+        np.testing.assert_array_equal(state.w, expected)
+
+
+@pytest.mark.parametrize("module", [cdr, dcr])
+def test_the_pictures_of_a_surrogate_are_drawn(module, tmp_path):
+    outputs = {cdr: 72, dcr: 882}[module]
+    targets = np.random.default_rng(0).normal(size=(4, outputs))
+    module.SETTING.draw(tmp_path / "predictions.png", targets, targets + 0.1)
+    assert (tmp_path / "predictions.png").stat().st_size > 10_000
+
+
+def test_every_variant_of_a_method_makes_one(small):
+    problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
+    for setting in (cdr.SETTING, dcr.SETTING):
+        for variants in surrogate.entrants(setting.curvatures, quick=False).values():
+            for make, batch_size in variants.values():
+                method = make(problem, None)
+                assert isinstance(method, vp.Method)
+                assert (method.epoch is None) == (batch_size is None)
