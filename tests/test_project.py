@@ -125,3 +125,26 @@ def test_readme_quotes_the_autoencoder():
     ratios = step["slimTrain"]["ratio"], step["sGCV"]["ratio"]
     words = "A step takes {:.1f} times as long as Adam's, {:.1f} times with sGCV".format(*ratios)
     assert words in " ".join(readme.split())
+
+
+@pytest.mark.parametrize("experiment", ["cdr", "dcr"])
+def test_readme_quotes_the_surrogates(experiment):
+    """Medians of the excess at equal work and equal seconds, and test errors, of both widths."""
+    result = ROOT / "benchmarks" / "results" / experiment / "result.json"
+    contents = json.loads(result.read_text(encoding="utf-8"))["results"]
+    widths = [contents[f"{experiment}, width {width}"]["methods"] for width in (8, 16)]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in widths[0]:
+        cells = []
+        for rows in widths:
+            excess, errors = rows[method]["excess"], rows[method]["errors"]["test"]
+            cells += [
+                f"{statistics.median(excess[axis]):.1e}" for axis in ("work_units", "seconds")
+            ]
+            cells.append(
+                f"{100 * statistics.mean(errors):.2g} ± {100 * statistics.pstdev(errors):.1g}"
+            )
+        assert f"| {method} | {' | '.join(cells)} |" in readme
+    assert f"ridge regression has {100 * contents['ridge']['test']:.0f} %" in " ".join(
+        readme.split()
+    )

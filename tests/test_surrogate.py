@@ -15,7 +15,7 @@ WORK = 20
 
 
 def data(samples=40, outputs=5):
-    """A map from 3 parameters that is not linear, and 20 samples each for validation and testing."""
+    """A map from 3 parameters that is not linear; 20 samples each for validation and testing."""
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(3, outputs))
     inputs = [rng.uniform(-1, 1, (n, 3)) for n in (samples, 20, 20)]
