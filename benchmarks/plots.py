@@ -30,7 +30,7 @@ COLOURS = {
     "L-BFGS (optax)": "#888888",
     "LM (optimistix)": "#cc79a7",
     "trf (SciPy)": "#b8860b",
-    "slimTrain": "#0072b2",
+    "slimTrain": "#e69f00",
     "slimTrain, sGCV": "#56b4e9",
     "slimTrain, sGCV, N = 32": "#cc79a7",
     "slimTrain, Λ = 0": "#7b3294",
