@@ -281,6 +281,7 @@ def maps(
         ax.set_title(title)
     for ax in grid[-1]:
         ax.set(xlabel="x in m")
+        ax.locator_params(axis="x", nbins=4)
     _save(figure, path)
 
 
