@@ -74,7 +74,7 @@ def merge(
     _check_like("theta", theta, expected)
     whole = _clone(net)
     *_, layer = _find(whole, head)
-    last = fresh.head
+    last = _head_of(layer, head)
     like = jax.eval_shape(last.pack, *_weights(layer))
     if jnp.shape(w) != like.shape:
         raise ValueError(f"w: expected shape {like.shape}, got {jnp.shape(w)}")
