@@ -158,11 +158,11 @@ def fit_levels(
         raise ValueError(f"max_work: expected {levels} numbers, one a level, got {max_work!r}")
     found: list[Solution] = []
     for level, budget in enumerate(budgets):
-        method = make(level, found[-1] if found else None)
-        found.append(fit(method, theta, data, max_work=budget, **options))
+        before = found[-1] if found else None
+        start = theta if before is None else prolong(before.theta)
+        found.append(fit(make(level, before), start, data, max_work=budget, **options))
         if found[-1].status == Status.NON_FINITE:
             break
-        theta = prolong(found[-1].theta)
 
     columns: dict[str, list] = {}
     for level, solution in enumerate(found):
