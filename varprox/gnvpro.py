@@ -93,11 +93,11 @@ def gnvpro(
       whitened at the start of the run (see `varprox.whitening`) if `whiten`, which pays in the
       first steps where inputs are many and correlated, such as spectra. When gain ratios stay low,
       products with the full Hessian take over.
-    - "dense": from the whole matrix, formed by rows, one for each sample and output; the features
-      must treat every sample by itself. The trust region is an ellipsoid that follows the matrix's
-      diagonal. For up to some thousand weights, and for high accuracy. A step that fails is tried
-      once more with a second-order correction, which bends it along the valley, where the rows take
-      at most 128 MiB and are kept.
+    - "dense": from the whole matrix, formed by rows, for each sample one an output or, where these
+      are fewer, a column of the design rows; the features must treat every sample by itself. The
+      trust region is an ellipsoid that follows the matrix's diagonal. For up to some thousand
+      weights, and for high accuracy. A step that fails is tried once more with a second-order
+      correction, which bends it along the valley, where the rows take at most 128 MiB and are kept.
     - "kernel": from the singular values of these rows, where they are fewer than the weights. It
       needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself. Steps that fail
       are corrected, too.

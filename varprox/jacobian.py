@@ -49,13 +49,15 @@ def gauss_newton_matrix(
 
     `factor` is that of ∇²_W Φ at `w` = W(θ), exact. Third comes the map (G, W) ↦ Jᵀ G + α₂ J_Wᵀ W,
     (batch, outputs) and (columns, outputs) to (size,), which takes no pass of the network, where
-    the rows of K have no more than `KEPT_BYTES`, else None. Beside the matrix and what this map
-    keeps at most `BLOCK_BYTES` of rows are held, or those of one sample where they are longer.
+    the rows of K have no more than `KEPT_BYTES`, else None. Beside the matrix, A and B, which have
+    a row for each entry of W, and what this map keeps, at most `BLOCK_BYTES` of rows of dZ or K are
+    held, or those of one sample where they are longer.
     """
     flat, unravel = ravel_pytree(theta)
     samples, dims = len(data[1]), dimensions(problem, w)
     keep = samples * dims * flat.nbytes <= KEPT_BYTES
-    blocks = -(-samples // max(1, BLOCK_BYTES // (passes(w, kaufman=kaufman) * flat.nbytes)))
+    longest = max(passes(w, kaufman=kaufman), dims) * flat.nbytes  # bytes of a sample's rows
+    blocks = -(-samples // max(1, BLOCK_BYTES // longest))
     size = -(-samples // blocks)
 
     def add(total, index):

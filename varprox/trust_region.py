@@ -185,7 +185,7 @@ def search(
             found = found._replace(step=step + more)
         radius = jnp.select(
             [
-                corrected & ~accepted,
+                corrected & ~accepted,  # the step that it corrects has shrunk the radius
                 ~accepted,
                 ratio < 0.25,
                 (ratio > GROW) & (found.on_boundary | unset),
