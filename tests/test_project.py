@@ -108,6 +108,9 @@ def test_readme_quotes_the_race():
         cells = ["–" if value is None else f"{value:.2g}" for value in row["seconds"]]
         line = " | ".join([method, *cells, f"{row['compile_seconds']:.1f}"])
         assert f"| {line} |" in readme
+    units = [course[method]["work_units"][4] for method in ("trf (SciPy)", "GNvpro dense")]
+    words = "{:.0f} units to 1e-6 where GNvpro takes {:.0f}".format(*units)
+    assert words in " ".join(readme.split())
 
 
 def test_readme_quotes_the_autoencoder():
