@@ -1,5 +1,7 @@
 """The networks against their formulas in NumPy, and the properties their constructions promise."""
 
+from functools import partial
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -261,7 +263,9 @@ def test_time_grid_is_checked(build, name, value):
         build(**{name: value})
 
 
-@pytest.mark.parametrize("name, value", [("width", 1), ("gamma", -1.0), ("in_features", 0)])
+@pytest.mark.parametrize(
+    "name, value", [("width", 1), ("gamma", -1.0), ("in_features", 0), ("min_steps", 0)]
+)
 def test_antisymmetric_network_refuses(name, value):
     with pytest.raises(ValueError, match=f"^{name}: expected .*, got {value}"):
         antisymmetric(**{name: value})
@@ -410,6 +414,21 @@ def test_prolongation_of_parabolas_is_exact(x64):
     found = vp.networks.prolong(theta)
     np.testing.assert_allclose(found["lower"], finer["lower"], atol=1e-14)
     np.testing.assert_allclose(found["bias"], finer["bias"], atol=1e-14)
+
+
+@pytest.mark.parametrize("steps, min_steps", [(2, 8), (3, 10), (1, 2)])
+def test_prolongation_up_to_the_states_steps_changes_nothing(steps, min_steps, x64):
+    inputs = np.random.default_rng(0).normal(size=(10, 2))
+    build = partial(antisymmetric, min_steps=min_steps)
+    theta, model = at_times(build, steps, piecewise=True)
+    expected = model.features(theta, inputs)
+    while len(theta["bias"]) < 2 * min_steps + 1:
+        theta = vp.networks.prolong(theta)
+        np.testing.assert_allclose(model.features(theta, inputs), expected, atol=1e-13)
+    # Without `min_steps`, these weights are in as many steps of the states.
+    coarse = at_times(antisymmetric, steps)[1]
+    np.testing.assert_allclose(coarse.features(theta, inputs), expected, atol=1e-13)
+    assert np.abs(coarse.features(at_times(build, steps)[0], inputs) - expected).max() > 1e-4
 
 
 @pytest.mark.parametrize("theta", [{"layers": {}}, jnp.ones(3), {"opening": 1, "bias": 2}])

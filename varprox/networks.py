@@ -156,10 +156,12 @@ class AntisymmetricResNet(_Flow):
     for small γ they do not fade. The weights are T and b at the nodes and midpoints of the time
     grid: `lower` (2 steps + 1, width (width − 1) / 2), T row by row, and `bias` (2 steps + 1,
     width). All nodes start equal: T normal with standard deviation 1.5 / √width, which puts K's
-    eigenvalues within about ±3i, so that states turn and mix on their way, and b zero. Raises
-    ValueError for a count that is no positive integer, a width below 2, a final time that is not
-    positive and a negative gamma. Source: Haber, Ruthotto, Stable architectures for deep neural
-    networks, arXiv:1705.03341.
+    eigenvalues within about ±3i, so that states turn and mix on their way, and b zero. Between its
+    nodes a step's weights are the parabola through them: `min_steps` has the states follow it in
+    finer steps, their number doubled until they are as many, and `prolong` up to there changes
+    nothing. Raises ValueError for a count that is no positive integer, a width below 2, a final
+    time that is not positive and a negative gamma. Source: Haber, Ruthotto, Stable architectures
+    for deep neural networks, arXiv:1705.03341.
     """
 
     def __init__(
@@ -172,6 +174,7 @@ class AntisymmetricResNet(_Flow):
         final_time: float,
         bias_scale: float = 1.0,
         gamma: float = 1e-4,
+        min_steps: int = 1,
         rngs: nnx.Rngs,
         param_dtype=None,
     ):
@@ -183,7 +186,9 @@ class AntisymmetricResNet(_Flow):
             raise ValueError(f"width: expected at least 2, got {width}")
         if not (gamma >= 0 and math.isfinite(gamma)):
             raise ValueError(f"gamma: expected a number ≥ 0, got {gamma!r}")
+        _check_counts(min_steps=min_steps)
         self.gamma = float(gamma)
+        self.min_steps = min_steps
         draw = nnx.initializers.normal(1.5 / math.sqrt(width))
         lower = draw(rngs.params(), (width * (width - 1) // 2,), dtype)
         self.lower = nnx.Param(jnp.tile(lower, (2 * steps + 1, 1)))
@@ -203,6 +208,8 @@ class AntisymmetricResNet(_Flow):
     def flow(self, z: jax.Array) -> jax.Array:
         """States (width, samples) at time zero to those at `final_time`."""
         kernels, biases = self.kernels(), self.bias[..., None]
+        while len(kernels) < 2 * self.min_steps + 1:
+            kernels, biases = _interpolate(kernels), _interpolate(biases)
         h = 2 * self.final_time / (len(kernels) - 1)
 
         def slope(z, node):
@@ -282,7 +289,8 @@ def prolong(theta: dict) -> dict:
     The model stays the same, for the weights' leading axis says how many steps there are. Weights
     at nodes and midpoints, those of `AntisymmetricResNet`, are interpolated in every step by the
     parabola through its three, which are all that RK4 sees of it: this changes the outputs by O(h⁴)
-    for steps of length h, be the weights smooth from step to step or not. Weights that belong to
+    for steps of length h, be the weights smooth from step to step or not, and by nothing but
+    rounding where the network takes its `min_steps` before and after. Weights that belong to
     whole steps, those of `ResNet` and `HamiltonianNet`, are repeated, which changes the outputs by
     O(h), the order of these methods. Raises ValueError for any other θ.
     """
@@ -293,14 +301,7 @@ def prolong(theta: dict) -> dict:
             f"got {list(theta) if isinstance(theta, dict) else type(theta).__name__}"
         )
 
-    def interpolate(nodes):
-        start, middle, end = nodes[:-1:2], nodes[1::2], nodes[2::2]
-        first = (3 * start + 6 * middle - end) / 8
-        third = (3 * end + 6 * middle - start) / 8
-        steps = jnp.stack([start, first, middle, third], axis=1).reshape(-1, *nodes.shape[1:])
-        return jnp.concatenate([steps, nodes[-1:]])
-
-    refine = interpolate if "lower" in theta else lambda steps: jnp.repeat(steps, 2, axis=0)
+    refine = _interpolate if "lower" in theta else lambda steps: jnp.repeat(steps, 2, axis=0)
     return {name: refine(x) if name != "opening" else x for name, x in theta.items()}
 
 
@@ -373,6 +374,15 @@ class Autoencoder(_Network):
         first, second = self.norms
         z = first(self.decoded(self.encode(inputs)).reshape(-1, *self.smallest))
         return second(nnx.relu(self.widening(z)))
+
+
+def _interpolate(nodes):
+    """Weights at nodes and midpoints of a time grid, (2 steps + 1, …), for twice the steps."""
+    start, middle, end = nodes[:-1:2], nodes[1::2], nodes[2::2]
+    first = (3 * start + 6 * middle - end) / 8
+    third = (3 * end + 6 * middle - start) / 8
+    steps = jnp.stack([start, first, middle, third], axis=1).reshape(-1, *nodes.shape[1:])
+    return jnp.concatenate([steps, nodes[-1:]])
 
 
 def _square_kernels(key, steps, width, dtype):
