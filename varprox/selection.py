@@ -16,6 +16,7 @@ from jax.tree_util import Partial
 from varprox.checks import check_number
 
 GRID, REFINEMENTS = 30, 2  # magnitudes of Λ for either sign, and how often the best is refined
+MOST = 10  # times the ΣΛ it asks for is what `proportional` puts up with
 
 
 class Fit(NamedTuple):
@@ -37,13 +38,14 @@ class Trials(NamedTuple):
 
 
 def proportional(factor: float = 1.0) -> Partial:
-    """Λ such that ΣΛ is `factor` times the mean eigenvalue of the Gram matrices in memory.
+    """A ΣΛ of `factor` times the mean eigenvalue of the Gram matrices in memory, or a little more.
 
     While features move, W from the last few batches alone is noisy. This keeps it near the one
-    before in directions that these batches say little of, at any scale of the features; as ΣΛ
-    hardly changes from step to step, hardly anything is shrunk. The other side of it is that W
-    takes many steps to follow in these directions: fewer with a smaller factor. The value is
-    reported as zero.
+    before in directions that these batches say little of, at any scale of the features; the other
+    side of it is that W takes many steps to follow in these directions: fewer with a smaller
+    factor. ΣΛ rises with the mean eigenvalue, and stays where it is while this falls by no more
+    than a tenfold: Λ scales W in the same directions, so that a ΣΛ that took part in the noise of
+    small batches would pass it on to W. The value is reported as zero.
     """
     return Partial(_proportional, check_number("factor", factor))
 
@@ -117,7 +119,9 @@ def _sdp(variance, fit, count):
 
 
 def _proportional(factor, fit, count, lambda_sum, lower_bound):
-    return factor * fit.scale - lambda_sum, jnp.zeros_like(lambda_sum)
+    lowest = factor * fit.scale
+    keep = (lowest <= lambda_sum) & (lambda_sum <= MOST * lowest)
+    return jnp.where(keep, 0, lowest - lambda_sum), jnp.zeros_like(lambda_sum)
 
 
 def _constant(value, fit, count, lambda_sum, lower_bound):
