@@ -1,80 +1,18 @@
-"""The papers' feature extractors as flax `nnx` modules, each ending in a linear layer, `head`.
-
-A network computes `head(features(inputs))` for inputs (…, in_features) of its weights' dtype. That
-is `param_dtype`, where None means JAX's default float: float64 under x64, else float32. Linear
-layers start with LeCun-normal kernels and zero biases, those that open a flow with normal biases of
-standard deviation `bias_scale`, which spreads the points where their units saturate over the
-inputs. Imports JAX and flax.
-"""
+"""Networks that are flows in time, and how their weights go over to a finer time grid."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
+
+from varprox.networks.dense import Network, check_counts, dtype_or_default, tanh
 
 
-@jax.custom_jvp
-def tanh(x: jax.Array) -> jax.Array:
-    """The hyperbolic tangent, whose derivative keeps one array, 1 − tanh²; `jnp.tanh` keeps two."""
-    return jnp.tanh(x)
-
-
-@tanh.defjvp
-def _tanh_jvp(primals, tangents):
-    y = checkpoint_name(jnp.tanh(*primals), "tanh")  # for the policy of `jax.checkpoint` below
-    return y, tangents[0] * (1 - y * y)
-
-
-class _Network(nnx.Module):
-    head: nnx.Linear | nnx.ConvTranspose
-
-    def features(self, inputs: jax.Array) -> jax.Array:
-        raise NotImplementedError
-
-    def __call__(self, inputs: jax.Array) -> jax.Array:
-        """Inputs (…, in_features) to outputs (…, out_features)."""
-        return self.head(self.features(inputs))
-
-
-class Dense(_Network):
-    """Fully connected layers: activation(z K + b) for each hidden layer, then the head.
-
-    `sizes` counts inputs, hidden units layer by layer, and outputs: (2, 4, 4, 2) has two hidden
-    layers of width 4. Raises ValueError for fewer than two sizes or one that is no positive
-    integer.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        *,
-        activation: Callable[[jax.Array], jax.Array] = tanh,
-        rngs: nnx.Rngs,
-        param_dtype=None,
-    ):
-        if len(sizes) < 2:
-            raise ValueError(f"sizes: expected at least inputs and outputs, got {sizes!r}")
-        _check_counts(**{f"sizes[{i}]": size for i, size in enumerate(sizes)})
-        linear = partial(nnx.Linear, param_dtype=_dtype(param_dtype), rngs=rngs)
-        self.activation = activation
-        self.layers = nnx.List([linear(m, n) for m, n in pairwise(sizes[:-1])])
-        self.head = linear(*sizes[-2:])
-
-    def features(self, inputs: jax.Array) -> jax.Array:
-        """Inputs (…, sizes[0]) to features (…, sizes[-2])."""
-        z = inputs
-        for layer in self.layers:
-            z = self.activation(layer(z))
-        return z
-
-
-class _Flow(_Network):
+class _Flow(Network):
     """An opening layer tanh(y K₀ + b₀), a flow through time on its output, and the head.
 
     The flow's weights have time as their leading axis, which alone says how many steps there are.
@@ -86,7 +24,7 @@ class _Flow(_Network):
     def __init__(
         self, in_features, width, out_features, steps, final_time, bias_scale, rngs, dtype
     ):
-        _check_counts(in_features=in_features, width=width, out_features=out_features, steps=steps)
+        check_counts(in_features=in_features, width=width, out_features=out_features, steps=steps)
         if not (final_time > 0 and math.isfinite(final_time)):
             raise ValueError(f"final_time: expected a positive number, got {final_time!r}")
         self.final_time = float(final_time)
@@ -130,7 +68,7 @@ class ResNet(_Flow):
         rngs: nnx.Rngs,
         param_dtype=None,
     ):
-        dtype = _dtype(param_dtype)
+        dtype = dtype_or_default(param_dtype)
         super().__init__(
             in_features, width, out_features, steps, final_time, bias_scale, rngs, dtype
         )
@@ -178,7 +116,7 @@ class AntisymmetricResNet(_Flow):
         rngs: nnx.Rngs,
         param_dtype=None,
     ):
-        dtype = _dtype(param_dtype)
+        dtype = dtype_or_default(param_dtype)
         super().__init__(
             in_features, width, out_features, steps, final_time, bias_scale, rngs, dtype
         )
@@ -186,7 +124,7 @@ class AntisymmetricResNet(_Flow):
             raise ValueError(f"width: expected at least 2, got {width}")
         if not (gamma >= 0 and math.isfinite(gamma)):
             raise ValueError(f"gamma: expected a number ≥ 0, got {gamma!r}")
-        _check_counts(min_steps=min_steps)
+        check_counts(min_steps=min_steps)
         self.gamma = float(gamma)
         self.min_steps = min_steps
         draw = nnx.initializers.normal(1.5 / math.sqrt(width))
@@ -258,7 +196,7 @@ class HamiltonianNet(_Flow):
         rngs: nnx.Rngs,
         param_dtype=None,
     ):
-        dtype = _dtype(param_dtype)
+        dtype = dtype_or_default(param_dtype)
         super().__init__(
             in_features, width, out_features, steps, final_time, bias_scale, rngs, dtype
         )
@@ -305,77 +243,6 @@ def prolong(theta: dict) -> dict:
     return {name: refine(x) if name != "opening" else x for name, x in theta.items()}
 
 
-class Autoencoder(_Network):
-    """A convolutional autoencoder of images, whose head is a transposed convolution.
-
-    The encoder halves the images twice by convolutions (4×4, stride 2), to `channels` and
-    2 `channels`, with a rectifier between them, and maps what is left to `latent` numbers. The
-    decoder goes the way back through a linear layer, batch norm, a transposed convolution, a
-    rectifier and batch norm to `channels` features of half the image's size; the head doubles
-    it. All weights start uniform within ±1/√n, n being the number of inputs that an output of the
-    layer sees, for transposed convolutions its number of outputs times that of taps. Raises
-    ValueError for a count that is no positive integer, and for images that four does not divide.
-    Source: arXiv:2109.14002, section 5.2.
-    """
-
-    def __init__(
-        self,
-        size: tuple[int, int],
-        image_channels: int = 1,
-        *,
-        channels: int = 16,
-        latent: int = 50,
-        rngs: nnx.Rngs,
-        param_dtype=None,
-    ):
-        _check_counts(image_channels=image_channels, channels=channels, latent=latent)
-        if len(size) != 2 or any(n < 4 or n % 4 for n in size):
-            raise ValueError(f"size: expected two positive multiples of 4, got {size!r}")
-        dtype = _dtype(param_dtype)
-        self.smallest = size[0] // 4, size[1] // 4, 2 * channels
-        flat = math.prod(self.smallest)
-
-        def layer(kind, inputs, outputs, *taps, **options):
-            seen = (outputs if kind is nnx.ConvTranspose else inputs) * math.prod(taps)
-            draw = nnx.initializers.uniform(2 / math.sqrt(seen))
-            centred = lambda *args: draw(*args) - 1 / math.sqrt(seen)  # noqa: E731
-            inits = {"kernel_init": centred, "bias_init": centred, "param_dtype": dtype}
-            where = (taps,) if taps else ()
-            return kind(inputs, outputs, *where, rngs=rngs, **inits, **options)
-
-        def convolution(kind, inputs, outputs):
-            return layer(kind, inputs, outputs, 4, 4, strides=(2, 2), padding="SAME")
-
-        self.narrowing = nnx.List(
-            [
-                convolution(nnx.Conv, image_channels, channels),
-                convolution(nnx.Conv, channels, 2 * channels),
-            ]
-        )
-        self.encoded = layer(nnx.Linear, flat, latent)
-        self.decoded = layer(nnx.Linear, latent, flat)
-        self.widening = convolution(nnx.ConvTranspose, 2 * channels, channels)
-        norm = partial(nnx.BatchNorm, momentum=0.9, param_dtype=dtype, rngs=rngs)
-        self.norms = nnx.List([norm(2 * channels), norm(channels)])
-        for normalise in self.norms:  # flax has float32 always
-            normalise.mean = nnx.BatchStat(normalise.mean[...].astype(dtype))
-            normalise.var = nnx.BatchStat(normalise.var[...].astype(dtype))
-        self.head = convolution(nnx.ConvTranspose, channels, image_channels)
-
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Images (batch, height, width, image_channels) to codes (batch, latent)."""
-        first, second = self.narrowing
-        z = second(nnx.relu(first(images)))
-        return self.encoded(z.reshape(len(z), -1))
-
-    def features(self, inputs: jax.Array) -> jax.Array:
-        """Images (batch, height, width, image_channels) to (batch, height / 2, width / 2,
-        channels)."""
-        first, second = self.norms
-        z = first(self.decoded(self.encode(inputs)).reshape(-1, *self.smallest))
-        return second(nnx.relu(self.widening(z)))
-
-
 def _interpolate(nodes):
     """Weights at nodes and midpoints of a time grid, (2 steps + 1, …), for twice the steps."""
     start, middle, end = nodes[:-1:2], nodes[1::2], nodes[2::2]
@@ -389,13 +256,3 @@ def _square_kernels(key, steps, width, dtype):
     """LeCun-normal kernels (steps, width, width) that act as K @ z."""
     draw = nnx.initializers.lecun_normal(in_axis=-1, out_axis=-2, batch_axis=0)
     return draw(key, (steps, width, width), dtype)
-
-
-def _dtype(param_dtype):
-    return jnp.result_type(float) if param_dtype is None else param_dtype
-
-
-def _check_counts(**counts):
-    for name, count in counts.items():
-        if not isinstance(count, int | np.integer) or count < 1:
-            raise ValueError(f"{name}: expected a positive integer, got {count!r}")
