@@ -65,7 +65,8 @@ def run(
     data = setting.load(quick)
     settings = {
         "quick": quick, "seeds": list(range(seed, seed + seeds)), "widths": widths,
-        "work_units_a_level": work, "levels": LEVELS, "steps": STEPS, "final_time": FINAL_TIME,
+        "work_units_a_level": work, "levels": LEVELS, "steps": STEPS, "state_steps": STATE_STEPS,
+        "final_time": FINAL_TIME,
         "penalty": PENALTY, "samples": [len(pair[1]) for pair in data[:3]],
     }  # fmt: skip
     output.mkdir(parents=True, exist_ok=True)

@@ -109,6 +109,16 @@ def test_the_summary_reads_at_equal_work_and_at_equal_seconds(trained):
     changes = surrogate.prolonged(runs[0], floor)
     assert len(changes) == 2 and result["prolongation"] == changes
     np.testing.assert_allclose(changes, 0, atol=1e-5)  # the states' steps stay the same
+    theta = solution.theta
+
+    def least(theta):
+        rows = np.asarray(solution.problem.model.rows(theta, small.sets["train"][0]))
+        c = np.asarray(small.sets["train"][1])
+        return np.sum((rows @ np.linalg.lstsq(rows, c, rcond=None)[0] - c) ** 2)
+
+    change = least(vp.networks.prolong(theta)) / least(theta) - 1
+    np.testing.assert_allclose(result["refinement"], [change], rtol=1e-3)
+    assert abs(change) > 1e-6
 
 
 def test_slimtrain_begins_at_the_w_it_is_given(small):
