@@ -5,6 +5,7 @@ import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from importlib import import_module
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -159,6 +160,17 @@ def test_the_group_a_sample_is_in_matters_within_the_tolerance(monkeypatch):
     alone = datasets.cdr_observables(y)
     # The solver bounds the error of a step, of which there are about a hundred.
     np.testing.assert_allclose(together, alone, rtol=10 * module.RTOL, atol=10 * module.ATOL)
+
+
+def test_memory_that_is_not_yet_set_has_no_part_in_it(monkeypatch):
+    """SciPy's BDF subtracts from such memory, whose content is chance, and warns of signalling
+    NaNs."""
+    y = strengths(1, seed=1)
+    expected = datasets.cdr_observables(y)
+    signalling = lambda shape, dtype: np.full(shape, 0x7FF0000000000001).view(dtype)  # noqa: E731
+    poisoned = SimpleNamespace(**vars(np) | {"empty": signalling})
+    monkeypatch.setattr("scipy.integrate._ivp.bdf.np", poisoned)
+    np.testing.assert_array_equal(datasets.cdr_observables(y), expected)
 
 
 def test_shapes_dtypes_and_ranges(small):

@@ -160,7 +160,7 @@ def _system(cells: int) -> _System:
 def _observe(system: _System, y: np.ndarray, times=TIMES, rtol=RTOL, atol=ATOL) -> np.ndarray:
     """Observations (samples, points, times) for y (samples, 55), integrated as one system."""
     from scipy import sparse
-    from scipy.integrate import solve_ivp
+    from scipy.integrate import BDF, solve_ivp
 
     rates = (y @ system.rates).T
     source = system.source[:, None]
@@ -173,11 +173,19 @@ def _observe(system: _System, y: np.ndarray, times=TIMES, rtol=RTOL, atol=ATOL) 
     def jacobian(_, u):
         return linear + sparse.diags_array(rates.ravel() / (1 + u) ** 2, format="csc")
 
+    class Clean(BDF):
+        """SciPy's, whose first step subtracts a row of differences that is not yet set: without
+        consequence, but a warning where this memory happens to hold a signalling NaN."""
+
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            self.D[2:] = 0
+
     found = solve_ivp(
         derivative,
         (0, times[-1]),
         np.zeros(rates.size),
-        method="BDF",
+        method=Clean,
         t_eval=times,
         jac=jacobian,
         rtol=rtol,
