@@ -96,6 +96,32 @@ def test_an_update_equals_the_dense_formula(memory, x64):
         np.testing.assert_allclose([state.lambda_sum, info.lambda_sum], total, rtol=1e-12)
 
 
+def test_a_constant_updates_like_the_same_value_of_a_selection_that_may_try_others(x64):
+    rows, targets = batches(3)
+    given_, constant = vp.slimtik(1, given(0.2)), vp.slimtik(1, vp.constant(0.2))
+    a, b = given_.init(jnp.ones((5, 2))), constant.init(jnp.ones((5, 2)))
+    for batch in zip(rows, targets, strict=True):
+        (a, about_a), (b, about_b) = given_.update(a, *batch), constant.update(b, *batch)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-9), a, b)
+        np.testing.assert_allclose(about_b.trace, about_a.trace, rtol=1e-12)
+        np.testing.assert_allclose(about_b.residual, about_a.residual, rtol=1e-9)
+
+
+@pytest.mark.parametrize("selection", [given(0.0), vp.constant(0.0)], ids=["basis", "Cholesky"])
+@pytest.mark.parametrize("columns", [10, 100, 300])
+def test_a_sum_that_rounding_hides_still_fits_a_singular_matrix(columns, selection):
+    """Of rank three at ΣΛ of 1e-7 of nothing, in single precision."""
+    rng = np.random.default_rng(columns)
+    rows = 80 * rng.normal(size=(60, 3)) @ rng.normal(size=(3, columns))
+    rows, w = rows.astype(np.float32), rng.normal(size=(columns, 1)).astype(np.float32)
+    with np.errstate(all="raise"), pytest.raises(np.linalg.LinAlgError):
+        np.linalg.cholesky(rows.T @ rows + np.float32(1e-7) * np.eye(columns, dtype=np.float32))
+    method = vp.slimtik(0, selection, initial=1e-7)
+    state, info = method.update(method.init(jnp.zeros_like(w)), rows, rows @ w)
+    assert info.finite
+    np.testing.assert_allclose(rows @ state.w, rows @ w, atol=1e-3 * np.abs(rows @ w).max())
+
+
 def test_the_sum_stays_above_its_bound(x64):
     rows, targets = batches(1)
     method = vp.slimtik(0, given(-1.0), initial=0.05, lower_bound=1e-3)
@@ -168,10 +194,11 @@ def test_sgcv_keeps_away_from_beyond_its_pole():
     assert np.isfinite(selections._sgcv(beyond, 34))
 
 
+@pytest.mark.parametrize("selection", [None, vp.constant(0.1)], ids=["sgcv", "constant"])
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_batch_that_is_not_finite_changes_nothing(bad, x64):
+def test_a_batch_that_is_not_finite_changes_nothing(bad, selection, x64):
     rows, targets = batches(2)
-    method = vp.slimtik(2)
+    method = vp.slimtik(2, selection)
     state, info = method.update(method.init(jnp.ones((5, 2))), rows[0], targets[0])
     assert info.finite
     rows[1, 2, 3] = bad

@@ -80,6 +80,11 @@ def minimise(criterion: Callable) -> Partial:
     return Partial(_minimise, criterion if isinstance(criterion, Partial) else Partial(criterion))
 
 
+def tries(selection: Partial) -> bool:
+    """Whether a selection may ask for the batch at values of Λ; false for two of these here."""
+    return selection.func not in (_proportional, _constant)
+
+
 def candidates(lambda_sum: jax.Array) -> jax.Array:
     """±logspace(−16, log₁₀(ΣΛ/2), GRID), in ascending order."""
     sizes = jnp.logspace(-16, jnp.log10(lambda_sum / 2), GRID, dtype=lambda_sum.dtype)

@@ -12,11 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.scipy.linalg import cho_factor, cho_solve
 from jax.tree_util import Partial
 
 from varprox.checks import check_integer, check_number
 from varprox.heads import Moments, dense
-from varprox.selection import Fit, Trials, sgcv
+from varprox.selection import Fit, Trials, sgcv, tries
 
 
 class State(NamedTuple):
@@ -67,8 +68,10 @@ def slimtik(
         W ← W − (M + (ΣΛ + Λ) I)⁻¹ (Aᵀ(A W − c) + Λ W),   ΣΛ ← ΣΛ + Λ,   M = Σ AᵀA in memory
 
     `selection` chooses Λ, which may be negative, as in `varprox.selection`: `sgcv()` by default.
-    ΣΛ begins at `initial` and is never below `lower_bound`. Rows (batch, columns) and targets
-    (batch, outputs) are taken as they are. Several outputs share one Gram matrix. `update` raises
+    ΣΛ begins at `initial` and is never below `lower_bound`; less than rounding error of M counts as
+    that much. Rows (batch, columns) and targets
+    (batch, outputs) are taken as they are. Several outputs share one Gram matrix, whose eigenbasis
+    selections try Λ in; `constant` and `proportional` need none and cost less. `update` raises
     ValueError for shapes that do not fit W; a batch that is not finite changes nothing but
     `info.finite`.
     """
@@ -123,33 +126,22 @@ def _update_checked(options, state, rows, targets):
 
 
 def tikhonov_step(options: Options, state: State, batch: Moments, count: int) -> tuple[State, Info]:
-    """The update for a batch of `count` scalar residuals, of which no more is known than this.
-
-    In the eigenbasis of M, a trial value of Λ takes no solve, and no rows.
-    """
-    w, lambda_sum, outputs = state.w, state.lambda_sum, state.w.shape[1]
+    """The update for a batch of `count` scalar residuals, of which no more is known than this."""
+    w, lambda_sum, lower_bound = state.w, state.lambda_sum, options.lower_bound
     others = jnp.arange(len(state.grams), dtype=jnp.int32) != state.place
     total = batch.gram + jnp.tensordot(others.astype(w.dtype), state.grams, 1)
-    eigenvalues, v = jnp.linalg.eigh(total, symmetrize_input=False)
-    eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
-    gradient, weights = v.T @ batch.gradient, v.T @ w
-    diagonal = jnp.sum(v * (batch.gram @ v), axis=0)[:, None]
+    trace = jnp.trace(total)
+    least = 4 * jnp.finfo(w.dtype).eps * trace  # what is added to M and not lost to rounding
+    ridge = lambda lambda_: jnp.maximum(lambda_sum + lambda_, least)  # noqa: E731
+    change, fit = _in_eigenbasis(total, batch, w, ridge)
 
-    def change(lambda_):
-        return (gradient + lambda_ * weights) / (eigenvalues + lambda_sum + lambda_)
-
-    def fit(lambda_):
-        d = change(lambda_)
-        step = v @ d
-        residual = batch.square - 2 * jnp.sum(d * gradient) + jnp.sum(step * (batch.gram @ step))
-        freedom = diagonal / (eigenvalues + lambda_sum + lambda_)
-        return Fit(residual, outputs * jnp.sum(freedom))
-
-    lower_bound, trials = options.lower_bound, Trials(fit, jnp.trace(total) / len(total))
+    trials = Trials(fit, trace / len(total))
     lambda_, value = options.selection(trials, count, lambda_sum, lower_bound)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
-    new_w, new_sum = w - v @ change(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)
+    # A selection that tries nothing leaves the eigenbasis unused, and XLA then leaves it out.
+    find = change if tries(options.selection) else partial(_solved, total, batch, w, ridge)
+    new_w, new_sum = w - find(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)
 
     finite = jnp.isfinite(new_w).all() & jnp.isfinite(new_sum)
     choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
@@ -160,3 +152,28 @@ def tikhonov_step(options: Options, state: State, batch: Moments, count: int) ->
         place=choose((state.place + 1) % len(state.grams), state.place),
     )
     return after, Info(lambda_, after.lambda_sum, found.trace, found.residual, value, finite)
+
+
+def _in_eigenbasis(total, batch, w, ridge):
+    """What W loses at Λ, and the fit there: in the basis of M a trial takes no solve, and no
+    rows."""
+    eigenvalues, v = jnp.linalg.eigh(total, symmetrize_input=False)
+    eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
+    gradient, weights = v.T @ batch.gradient, v.T @ w
+    diagonal = jnp.sum(v * (batch.gram @ v), axis=0)[:, None]
+
+    def change(lambda_):
+        return v @ ((gradient + lambda_ * weights) / (eigenvalues + ridge(lambda_)))
+
+    def fit(lambda_):
+        step = change(lambda_)
+        residual = batch.square + jnp.sum(step * (batch.gram @ step - 2 * batch.gradient))
+        return Fit(residual, w.shape[1] * jnp.sum(diagonal / (eigenvalues + ridge(lambda_))))
+
+    return change, fit
+
+
+def _solved(total, batch, w, ridge, lambda_):
+    """What W loses at Λ, at a fraction of the cost of a basis."""
+    matrix = total + ridge(lambda_) * jnp.eye(len(total), dtype=w.dtype)
+    return cho_solve(cho_factor(matrix), batch.gradient + lambda_ * w)
