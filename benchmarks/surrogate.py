@@ -22,6 +22,7 @@ import varprox as vp
 from benchmarks import baselines, minibatch, plots
 from benchmarks.experiment import Run, best, by_method, by_seed, end, evaluate, text_table, write
 from varprox import Method, Problem
+from varprox.fit import join
 
 LEVELS, STEPS, FINAL_TIME, PENALTY = 3, 2, 1.0, 1e-10
 STATE_STEPS = STEPS * 2 ** (LEVELS - 1)
@@ -206,36 +207,38 @@ def train(
     and from the same start, if this took less than `seconds`. Its `objective` is the excess of the
     training loss over the floor."""
 
+    theta, train = surrogate.theta, surrogate.sets["train"]
+    square = float(jnp.sum(train[1] ** 2) / len(train[1]))
+    options = {
+        "validation": surrogate.sets["validation"],
+        "metrics": {"error": jax.jit(error)},
+        "batch_size": batch_size,
+        "seed": surrogate.seed,
+    }
+
     def level(k, before):
         penalty = PENALTY / 2**k
         problem = Problem(surrogate.model, vp.least_squares(), vp.tikhonov(penalty), penalty)
         return make_method(problem, None if before is None else before.w)
 
+    prolong, last = vp.networks.prolong, LEVELS - 1
+    before = vp.fit_levels(
+        level, theta, train, levels=last, prolong=prolong, max_work=work, **options
+    )
+
     def fit(budget):
-        solution = vp.fit_levels(
-            level,
-            surrogate.theta,
-            surrogate.sets["train"],
-            levels=LEVELS,
-            prolong=vp.networks.prolong,
-            max_work=budget,
-            validation=surrogate.sets["validation"],
-            metrics={"error": error},
-            batch_size=batch_size,
-            seed=surrogate.seed,
+        found = vp.fit(
+            level(last, before), prolong(before.theta), train, max_work=budget, **options
         )
-        square = float(jnp.sum(targets**2) / len(targets))
+        solution = join([before, found])
         loss = 0.5 * square * solution.history["train_error"] ** 2
         return solution._replace(history=dict(solution.history) | {"objective": loss - floor})
 
-    targets = surrogate.sets["train"][1]
     solution = fit(work)
-    spent = solution.history["seconds"]
-    if spent[-1] >= seconds:
+    spent, earlier = solution.history["seconds"][-1], before.history["seconds"][-1]
+    if spent >= seconds:
         return solution, solution.history
-    of_last = spent[-1] - spent[solution.history["level"] < LEVELS - 1][-1]
-    more = work * (1 + 1.1 * (seconds - spent[-1]) / of_last)
-    return solution, fit((*(LEVELS - 1) * [work], more)).history
+    return solution, fit(work * (1 + 1.1 * (seconds - spent) / (spent - earlier))).history
 
 
 def summary(
@@ -347,7 +350,7 @@ def spread(errors: Sequence[float]) -> str:
 
 
 def speed(setting: Setting, solution: vp.Solution, inputs: np.ndarray) -> dict:
-    """Seconds a sample: of the simulator, of the network for one and for all of `inputs`."""
+    """Seconds a sample of the simulator and of the network, for one alone and among many."""
     predict = jax.jit(partial(vp.predict, solution.problem, solution.theta, solution.w))
 
     def seconds(samples):
@@ -358,17 +361,23 @@ def speed(setting: Setting, solution: vp.Solution, inputs: np.ndarray) -> dict:
             times.append(time.perf_counter() - begin)
         return float(np.median(times[1:])) / len(samples)  # the first one compiles
 
-    begin = time.perf_counter()
-    setting.simulate(np.asarray(inputs[: setting.timed], float))
-    simulator = (time.perf_counter() - begin) / setting.timed
-    return {"simulator": simulator, "one": seconds(inputs[:1]), "many": seconds(inputs)}
+    def simulating(samples):
+        begin = time.perf_counter()
+        setting.simulate(np.asarray(samples, float))
+        return (time.perf_counter() - begin) / len(samples)
+
+    alone = [simulating(inputs[k : k + 1]) for k in range(setting.timed)]
+    return {
+        "simulator": {"one": float(np.median(alone)), "many": simulating(inputs[: setting.timed])},
+        "network": {"one": seconds(inputs[:1]), "many": seconds(inputs)},
+    }
 
 
 def speed_text(times: dict) -> str:
     """The same in words."""
+    (one, many), (fast, faster) = ((times[who]["one"], times[who]["many"]) for who in times)
     return (
-        f"A sample takes the simulator {times['simulator']:.3g} s, and the network "
-        f"{1e6 * times['one']:.3g} µs alone and {1e6 * times['many']:.3g} µs among many:\n"
-        f"1/{times['simulator'] / times['one']:.0f} and "
-        f"1/{times['simulator'] / times['many']:.0f} of that."
+        f"A sample takes the simulator {one:.3g} s alone and {many:.3g} s among many, the network "
+        f"{1e6 * fast:.3g} µs\nalone and {1e6 * faster:.3g} µs among many: 1/{one / fast:.0f} and "
+        f"1/{many / faster:.0f} of that."
     )

@@ -163,18 +163,25 @@ def fit_levels(
         found.append(fit(make(level, before), start, data, max_work=budget, **options))
         if found[-1].status == Status.NON_FINITE:
             break
+    return join(found)
 
+
+def join(levels: Sequence[Solution]) -> Solution:
+    """The solution of the last of several levels with the history of them all, as `fit_levels` has
+    it. The first may be a solution of `fit_levels` itself."""
     columns: dict[str, list] = {}
-    for level, solution in enumerate(found):
-        history = dict(solution.history)
-        history["level"] = np.full(len(history["seconds"]), float(level))
+    level = 0.0
+    for solution in levels:
+        history = {"level": np.zeros(len(solution.history["seconds"]))} | dict(solution.history)
+        history["level"] = history["level"] + level
+        level = history["level"][-1] + 1
         for spent in ("work_units", "seconds"):
             history[spent] = history[spent] + (columns[spent][-1][-1] if columns else 0.0)
         for name, column in history.items():
             columns.setdefault(name, []).append(column)
-    return found[-1]._replace(
+    return levels[-1]._replace(
         history={name: np.concatenate(parts) for name, parts in columns.items()},
-        compile_seconds=sum(solution.compile_seconds for solution in found),
+        compile_seconds=sum(solution.compile_seconds for solution in levels),
     )
 
 
