@@ -1,5 +1,6 @@
 """Surrogates in levels: the floor, the excess over it, equal work and equal time."""
 
+import time
 from functools import partial
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 import varprox as vp
-from benchmarks import baselines, cdr, dcr, surrogate
+from benchmarks import baselines, cdr, dcr, levels, surrogate
 from benchmarks.experiment import Run, by_method
 
 WORK = 20
@@ -24,14 +25,14 @@ def data(samples=40, outputs=5):
 
 @pytest.fixture
 def small(x64):
-    return surrogate.make(data(), 2, seed=0)
+    return levels.make(data(), 2, seed=0)
 
 
 def test_the_floor_is_that_of_the_best_features(x64):
     """With the leading singular vectors as features W(θ) has just this loss, and with random ones
     of the same number more."""
     targets = data()[0][1]
-    floor = surrogate.lowest_loss(targets, 2)
+    floor = levels.lowest_loss(targets, 2)
     best = np.linalg.svd(targets - targets.mean(axis=0))[0][:, :2]
     problem = vp.Problem(vp.Separable(lambda theta, z: theta * z), vp.least_squares())
 
@@ -46,7 +47,7 @@ def test_the_floor_is_that_of_the_best_features(x64):
 def test_targets_are_in_units_of_their_root_mean_square(small):
     np.testing.assert_allclose(jnp.mean(small.sets["train"][1] ** 2), 1, rtol=1e-12)
     ratio = small.sets["test"][1] / data()[2][1]
-    np.testing.assert_allclose(ratio, 1 / surrogate.unit(data()), rtol=1e-12)
+    np.testing.assert_allclose(ratio, 1 / levels.unit(data()), rtol=1e-12)
 
 
 def test_ridge_regression_finds_what_is_affine(x64):
@@ -54,18 +55,18 @@ def test_ridge_regression_finds_what_is_affine(x64):
     affine = [(y, y @ np.ones((3, 2)) + 5)] * 3
     assert max(surrogate.ridge(affine).values()) < 1e-8
     curved = surrogate.ridge(data())
-    assert all(0.05 < curved[name] < 0.8 for name in surrogate.SETS)
+    assert all(0.05 < curved[name] < 0.8 for name in levels.SETS)
 
 
 @pytest.fixture
 def trained(small):
     """GN, which compiles fastest, for work alone and for a second."""
-    floor = surrogate.lowest_loss(small.sets["train"][1], 2)
+    floor = levels.lowest_loss(small.sets["train"][1], 2)
 
     def make(problem, w):
-        return baselines.gn(problem, rank=4, start=surrogate.going_on(baselines.solved_w, w))
+        return baselines.gn(problem, rank=4, start=levels.going_on(baselines.solved_w, w))
 
-    run = partial(surrogate.train, small, make, None, WORK, floor)
+    run = partial(levels.train, small, make, None, WORK, floor)
     return small, floor, run(0.0), run(1.0)
 
 
@@ -121,12 +122,23 @@ def test_the_summary_reads_at_equal_work_and_at_equal_seconds(trained):
     assert abs(change) > 1e-6
 
 
+def test_one_answer_is_held_against_one_simulation_and_many_against_many(trained):
+    """With a simulator that takes 20 ms however many samples it is given."""
+    small, _, (solution, _), _ = trained
+    setting = cdr.SETTING._replace(simulate=lambda inputs: time.sleep(0.02), timed=10)
+    found = surrogate.speed(setting, solution, small.sets["test"][0])
+    assert 0.02 <= found["simulator"]["one"] < 0.1 and 0.002 <= found["simulator"]["many"] < 0.01
+    assert 0 < found["network"]["many"] < found["network"]["one"] < 0.02
+    for ratio in (found["simulator"][k] / found["network"][k] for k in ("one", "many")):
+        assert f"1/{ratio:.0f}" in surrogate.speed_text(found)
+
+
 def test_slimtrain_begins_at_the_w_it_is_given(small):
     problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
     train = small.sets["train"]
     w = np.ones((3, 5))
     for given, expected in ((w, w), (None, vp.solve_w(problem, small.theta, train))):
-        state = surrogate.slimtrain(1e-3, problem, given).init(small.theta, train, None)
+        state = levels.slimtrain(1e-3, problem, given).init(small.theta, train, None)
         np.testing.assert_array_equal(state.w, expected)
 
 
@@ -141,7 +153,7 @@ def test_the_pictures_of_a_surrogate_are_drawn(module, tmp_path):
 def test_every_variant_of_a_method_makes_one(small):
     problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
     for setting in (cdr.SETTING, dcr.SETTING):
-        for variants in surrogate.entrants(setting.curvatures, quick=False).values():
+        for variants in levels.entrants(setting.curvatures, quick=False).values():
             for make, batch_size in variants.values():
                 method = make(problem, None)
                 assert isinstance(method, vp.Method)

@@ -1,0 +1,185 @@
+"""Surrogates of simulators: networks that learn a map from parameters to observables, in levels.
+
+The protocol is that of arXiv:2007.13171, section 4: an antisymmetric ResNet with weights for 2
+steps in time is trained with penalties of 1e-10, prolonged to 4 and then to 8, the penalties being
+halved each time. States take 8 steps throughout, so that prolongation is free of losses. Here are
+the network, the rivals and their training; `surrogate` draws up the results.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import varprox as vp
+from benchmarks import baselines, minibatch
+from benchmarks.experiment import Run, end
+from varprox import Method, Problem
+from varprox.fit import join
+
+LEVELS, STEPS, FINAL_TIME, PENALTY = 3, 2, 1.0, 1e-10
+STATE_STEPS = STEPS * 2 ** (LEVELS - 1)
+SIZES = (16, 64, 256)  # of Adam's batches
+SLIM_SIZE = 16  # of slimTrain's
+ADAM = {rate: optax.adam(rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)}  # one compilation each
+STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
+SETS = ("train", "validation", "test")
+Make = Callable[[Problem, Any], Method]  # of a level's problem and the W before it, None at first
+
+
+class Surrogate(NamedTuple):
+    """The data, targets in units of their root mean square, and a network for them."""
+
+    sets: Mapping[str, tuple]
+    theta: Any
+    model: vp.Separable
+    seed: int
+
+
+def unit(data: tuple) -> float:
+    """The root mean square of the training targets, in units of which networks see them."""
+    return float(np.sqrt(np.mean(data[0][1] ** 2)))
+
+
+def make(data: tuple, width: int, seed: int) -> Surrogate:
+    """A network drawn from the seed."""
+    (inputs, targets), *_ = data
+    net = vp.networks.AntisymmetricResNet(
+        inputs.shape[1], width, targets.shape[1], steps=STEPS, final_time=FINAL_TIME,
+        min_steps=STATE_STEPS, rngs=nnx.Rngs(seed),
+    )  # fmt: skip
+    sets = {
+        name: (jnp.asarray(y), jnp.asarray(c / unit(data)))
+        for name, (y, c) in zip(SETS, data[:3], strict=True)
+    }
+    theta, model = vp.nnx.split(net)
+    return Surrogate(sets, theta, model, seed)
+
+
+def lowest_loss(targets: jax.Array, width: int) -> float:
+    """The loss that no network with so many features and a bias falls below: that of the best
+    approximation of the targets, less their mean, of this rank.
+
+    It is between those of the best approximations of the targets themselves of rank `width` and
+    `width` + 1.
+    """
+    singular = np.linalg.svd(targets - targets.mean(axis=0), compute_uv=False)
+    return float(0.5 * np.sum(singular[width:] ** 2) / len(targets))
+
+
+def error(predicted: jax.Array, targets: jax.Array) -> jax.Array:
+    """The relative error, in the Frobenius norm."""
+    return jnp.linalg.norm(predicted - targets) / jnp.linalg.norm(targets)
+
+
+def compete(surrogate: Surrogate, entered: Mapping, work: float, floor: float) -> list[Run]:
+    """The runs of all methods from one seed. The first method sets the time for the others, which
+    have at least as long as the fastest of its variants took."""
+    runs: list[Run] = []
+    seconds = 0.0
+    for method, variants in entered.items():
+        for variant, (make_method, batch_size) in variants.items():
+            print(f"seed {surrogate.seed}: {method} {variant}".rstrip(), flush=True)
+            trained = train(surrogate, make_method, batch_size, work, floor, seconds)
+            runs.append(Run(method, variant, surrogate.seed, *trained))
+        seconds = seconds or time_of(runs)
+    return runs
+
+
+def time_of(runs: Sequence[Run]) -> float:
+    """The seconds in which the fastest of the runs spent its work."""
+    return min(end(run)["seconds"] for run in runs)
+
+
+def entrants(curvatures: Mapping[str, dict], quick: bool) -> dict[str, dict[str, tuple]]:
+    """The variants of every method: how it is made, and the size of its batches if it has such."""
+    rates, sizes = (list(ADAM)[1:2], SIZES[:1]) if quick else (list(ADAM), SIZES)
+
+    def gnvpro(options, problem, w):
+        return vp.gnvpro(problem, **options)
+
+    def gn(start, problem, w):
+        return baselines.gn(problem, start=going_on(start, w))
+
+    def adam(rate, problem, w):
+        return minibatch.jointly(problem, ADAM[rate], going_on(baselines.solved_w, w))
+
+    return {
+        "GNvpro": {name: (partial(gnvpro, kw), None) for name, kw in curvatures.items()},
+        "LBFGSvpro": {"": (lambda problem, w: vp.lbfgsvpro(problem), None)},
+        "GN": {f"from {name}": (partial(gn, start), None) for name, start in STARTS.items()},
+        "slimTrain": {f"rate {rate:g}": (partial(slimtrain, rate), SLIM_SIZE) for rate in rates},
+        "Adam": {
+            f"rate {rate:g}, batch {size}": (partial(adam, rate), size)
+            for rate in rates
+            for size in sizes
+        },
+    }
+
+
+def going_on(start: Callable, w: jax.Array | None) -> Callable:
+    """`start`, or where there is a W from the level before, this one."""
+    return start if w is None else lambda problem, theta, data, key: w
+
+
+def slimtrain(rate: float, problem: Problem, w: jax.Array | None) -> Method:
+    """slimTrain beginning at W(θ) or at the W from the level before, as its rivals do."""
+    method = vp.slimtrain(problem, ADAM[rate])
+
+    def init(theta, data, key):
+        state = method.init(theta, data, key)
+        start = going_on(baselines.solved_w, w)(problem, theta, data, key)
+        return state._replace(tikhonov=state.tikhonov._replace(w=start))
+
+    return method._replace(init=init)
+
+
+def train(
+    surrogate: Surrogate,
+    make_method: Make,
+    batch_size: int | None,
+    work: float,
+    floor: float,
+    seconds: float,
+) -> tuple[vp.Solution, dict[str, np.ndarray]]:
+    """The solution after `work` units on every level, and a history that goes on, on the last level
+    and from the same start, if this took less than `seconds`. Its `objective` is the excess of the
+    training loss over the floor."""
+
+    theta, train = surrogate.theta, surrogate.sets["train"]
+    square = float(jnp.sum(train[1] ** 2) / len(train[1]))
+    options = {
+        "validation": surrogate.sets["validation"],
+        "metrics": {"error": jax.jit(error)},
+        "batch_size": batch_size,
+        "seed": surrogate.seed,
+    }
+
+    def level(k, before):
+        penalty = PENALTY / 2**k
+        problem = Problem(surrogate.model, vp.least_squares(), vp.tikhonov(penalty), penalty)
+        return make_method(problem, None if before is None else before.w)
+
+    prolong, last = vp.networks.prolong, LEVELS - 1
+    before = vp.fit_levels(
+        level, theta, train, levels=last, prolong=prolong, max_work=work, **options
+    )
+
+    def fit(budget):
+        found = vp.fit(
+            level(last, before), prolong(before.theta), train, max_work=budget, **options
+        )
+        solution = join([before, found])
+        loss = 0.5 * square * solution.history["train_error"] ** 2
+        return solution._replace(history=dict(solution.history) | {"objective": loss - floor})
+
+    solution = fit(work)
+    spent, earlier = solution.history["seconds"][-1], before.history["seconds"][-1]
+    if spent >= seconds:
+        return solution, solution.history
+    return solution, fit(work * (1 + 1.1 * (seconds - spent) / (spent - earlier))).history
