@@ -33,8 +33,9 @@ SETTING = surrogate.Setting(
     timed=20,
     work=200,
     curvatures={
-        "krylov": {"curvature": "krylov"},
-        "whitened": {"curvature": "krylov", "whiten": True},
+        "krylov": 2 * ({"curvature": "krylov"},),
+        "whitened": 2 * ({"curvature": "krylov", "whiten": True},),
+        "krylov, then dense": ({"curvature": "krylov"}, {"curvature": "dense"}),
     },
     draw=draw,
 )

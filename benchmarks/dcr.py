@@ -29,9 +29,9 @@ SETTING = surrogate.Setting(
     timed=4,
     work=400,
     curvatures={
-        "krylov": {"curvature": "krylov"},
-        "whitened": {"curvature": "krylov", "whiten": True},
-        "dense": {"curvature": "dense"},
+        "krylov": 2 * ({"curvature": "krylov"},),
+        "whitened": 2 * ({"curvature": "krylov", "whiten": True},),
+        "dense": 2 * ({"curvature": "dense"},),
     },
     draw=draw,
 )

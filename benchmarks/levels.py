@@ -96,12 +96,14 @@ def time_of(runs: Sequence[Run]) -> float:
     return min(end(run)["seconds"] for run in runs)
 
 
-def entrants(curvatures: Mapping[str, dict], quick: bool) -> dict[str, dict[str, tuple]]:
+def entrants(
+    curvatures: Mapping[str, tuple[dict, dict]], quick: bool
+) -> dict[str, dict[str, tuple]]:
     """The variants of every method: how it is made, and the size of its batches if it has such."""
     rates, sizes = (list(ADAM)[1:2], SIZES[:1]) if quick else (list(ADAM), SIZES)
 
-    def gnvpro(options, problem, w):
-        return vp.gnvpro(problem, **options)
+    def gnvpro(first, after, problem, w):
+        return vp.gnvpro(problem, **(first if w is None else after))
 
     def gn(start, problem, w):
         return baselines.gn(problem, start=going_on(start, w))
@@ -110,7 +112,7 @@ def entrants(curvatures: Mapping[str, dict], quick: bool) -> dict[str, dict[str,
         return minibatch.jointly(problem, ADAM[rate], going_on(baselines.solved_w, w))
 
     return {
-        "GNvpro": {name: (partial(gnvpro, kw), None) for name, kw in curvatures.items()},
+        "GNvpro": {name: (partial(gnvpro, *kw), None) for name, kw in curvatures.items()},
         "LBFGSvpro": {"": (lambda problem, w: vp.lbfgsvpro(problem), None)},
         "GN": {f"from {name}": (partial(gn, start), None) for name, start in STARTS.items()},
         "slimTrain": {f"rate {rate:g}": (partial(slimtrain, rate), SLIM_SIZE) for rate in rates},

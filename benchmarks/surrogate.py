@@ -30,7 +30,8 @@ class Setting(NamedTuple):
     simulate: Callable[[np.ndarray], np.ndarray]
     timed: int  # samples that the simulator is timed with
     work: float  # units a level
-    curvatures: Mapping[str, dict]  # the variants of GNvpro, by their options
+    # The variants of GNvpro, by its options on the first level and on those after it.
+    curvatures: Mapping[str, tuple[dict, dict]]
     draw: Callable[[Path, np.ndarray, np.ndarray], None]  # of true and predicted test targets
 
 
@@ -65,7 +66,7 @@ def run(
         runs += [one._replace(variant=f"width {width}; {one.variant}") for one in found]
         plots.race(output / "convergence.png", panels, "excess of the training loss")
         write(output, setting.name, tables, settings, results, runs)
-    surrogate, first = surrogates[0], found[0].solution
+    surrogate, first = surrogates[0], most_valid(by_seed(found)[seed])
     inputs, targets = data[2]
     predicted = vp.predict(first.problem, first.theta, first.w, surrogate.sets["test"][0])
     setting.draw(output / "predictions.png", targets, np.asarray(predicted) * levels.unit(data))
@@ -89,7 +90,7 @@ def summary(
             group = by_seed(runs)[surrogate.seed]
             for axis, limit in (("work_units", work), ("seconds", limits[surrogate.seed])):
                 excess[axis].append(best(group, axis, limit)["objective"])
-            chosen = min(group, key=lambda one: end(one)["validation_error"]).solution
+            chosen = most_valid(group)
             found = evaluate(
                 chosen.problem, chosen.theta, chosen.w, surrogate.sets, {"error": error}
             )
@@ -108,6 +109,11 @@ def summary(
         "prolongation": [change for one in first for change in prolonged(one, floor)],
         "refinement": [refined(one, surrogates[0].sets["train"]) for one in first],
     }
+
+
+def most_valid(runs: Sequence[Run]) -> vp.Solution:
+    """The solution with the lowest validation error."""
+    return min(runs, key=lambda one: end(one)["validation_error"]).solution
 
 
 def prolonged(run: Run, floor: float) -> list[float]:

@@ -4,7 +4,7 @@ Imports checks and method.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -76,13 +76,20 @@ def _scanned(step, fixed, options, state, data, order):
     return jax.lax.scan(of_batch, state, np.arange(len(order), dtype=np.int32))
 
 
-def steps_one_by_one(*args) -> bool:
+def steps_one_by_one(step, fixed, *args) -> bool:
     """Are the steps of this epoch called one by one? The arguments are those of `epoch`, but for
     the last, the samples of all batches (batches, batch_size)."""
-    leaves = jax.tree.leaves(args[2:])
+    leaves, structure = jax.tree.flatten(args)
     if jax.default_backend() != "cpu" or any(isinstance(x, jax.core.Tracer) for x in leaves):
         return False
-    return _convolves(_chosen.trace(*args, np.int32(0)).jaxpr.jaxpr)
+    return _step_convolves(step, fixed, structure, tuple(map(jax.typeof, leaves)))
+
+
+@lru_cache
+def _step_convolves(step, fixed, structure, types):
+    like = (jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in types)
+    args = jax.tree.unflatten(structure, like)
+    return _convolves(_chosen.trace(step, fixed, *args, np.int32(0)).jaxpr.jaxpr)
 
 
 def _convolves(jaxpr):
