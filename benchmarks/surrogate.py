@@ -78,18 +78,21 @@ def run(
 def summary(
     groups: Mapping[str, Sequence[Run]], surrogates: Sequence[Surrogate], work: float, floor: float
 ) -> dict:
-    """Excesses at equal work and seconds, relative errors, and what prolongation changed, between
-    levels and if there is one more, to finer steps of the states."""
+    """Excesses at equal work and seconds, the seconds that the lowest at equal work took, relative
+    errors, and what prolongation changed, between levels and if there is one more, to finer steps
+    of the states."""
     first = next(iter(groups.values()))  # GNvpro's, unless it was not asked for
     limits = {seed: time_of(group) for seed, group in by_seed(first).items()}
     methods = {}
     for method, runs in groups.items():
         excess: dict[str, list[float]] = {"work_units": [], "seconds": []}
         errors: dict[str, list[float]] = {name: [] for name in SETS}
+        spent = []
         for surrogate in surrogates:
             group = by_seed(runs)[surrogate.seed]
             for axis, limit in (("work_units", work), ("seconds", limits[surrogate.seed])):
                 excess[axis].append(best(group, axis, limit)["objective"])
+            spent.append(best(group, "work_units", work)["seconds"])
             chosen = most_valid(group)
             found = evaluate(
                 chosen.problem, chosen.theta, chosen.w, surrogate.sets, {"error": error}
@@ -99,7 +102,7 @@ def summary(
         methods[method] = {
             "excess": excess,
             "errors": errors,
-            "seconds": float(np.median([end(one)["seconds"] for one in runs])),
+            "seconds": float(np.median(spent)),
             "compile_seconds": max(one.solution.compile_seconds for one in runs),
         }
     return {

@@ -98,6 +98,8 @@ def test_the_summary_reads_at_equal_work_and_at_equal_seconds(trained):
     runs = [Run("first", "", 0, solution, history), Run("second", "", 0, solution, longer)]
     result = surrogate.summary(by_method(runs), [small], 3 * WORK, floor)
     within = history["objective"][history["work_units"] <= 3 * WORK][-1]
+    seconds = history["seconds"][history["work_units"] <= 3 * WORK][-1]
+    assert result["methods"]["first"]["seconds"] == seconds
     for row in result["methods"].values():
         assert row["excess"]["work_units"] == [within]
         (error,) = row["errors"]["test"]
