@@ -4,8 +4,12 @@ The warnings are pytest's `filterwarnings` in pyproject.toml. JAX's promotion mo
 before a test module can trace anything under the other one.
 """
 
+from pathlib import Path
+
 import jax
 import pytest
+
+MOST_MAPS = 20_000  # a module may add as many
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # The tests compile much and compute little.
@@ -20,6 +24,16 @@ def pytest_configure(config):
     config.addinivalue_line(
         "filterwarnings", "ignore:Error (reading|writing) persistent compilation"
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_maps():
+    """XLA maps memory for each thing it compiles, and crashes where Linux allows no more maps (by
+    default 65,530 a process): what is compiled goes before that."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
