@@ -152,7 +152,6 @@ def train(
     """The solution after `work` units on every level, and a history that goes on, on the last level
     and from the same start, if this took less than `seconds`. Its `objective` is the excess of the
     training loss over the floor."""
-
     theta, train = surrogate.theta, surrogate.sets["train"]
     square = float(jnp.sum(train[1] ** 2) / len(train[1]))
     options = {
@@ -171,11 +170,10 @@ def train(
     before = vp.fit_levels(
         level, theta, train, levels=last, prolong=prolong, max_work=work, **options
     )
+    start = prolong(before.theta)
 
     def fit(budget):
-        found = vp.fit(
-            level(last, before), prolong(before.theta), train, max_work=budget, **options
-        )
+        found = vp.fit(level(last, before), start, train, max_work=budget, **options)
         solution = join([before, found])
         loss = 0.5 * square * solution.history["train_error"] ** 2
         return solution._replace(history=dict(solution.history) | {"objective": loss - floor})

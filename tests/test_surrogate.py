@@ -1,6 +1,5 @@
 """Surrogates in levels: the floor, the excess over it, equal work and equal time."""
 
-import time
 from functools import partial
 
 import jax
@@ -124,15 +123,27 @@ def test_the_summary_reads_at_equal_work_and_at_equal_seconds(trained):
     assert abs(change) > 1e-6
 
 
-def test_one_answer_is_held_against_one_simulation_and_many_against_many(trained):
-    """With a simulator that takes 20 ms however many samples it is given."""
+def test_one_answer_is_held_against_one_simulation_and_many_against_many(trained, monkeypatch):
+    """By a clock that goes on by a millisecond when it is read and by 3 s in a simulation, however
+    many samples this is given."""
     small, _, (solution, _), _ = trained
-    setting = cdr.SETTING._replace(simulate=lambda inputs: time.sleep(0.02), timed=10)
+    now, given = [0.0], []
+
+    def read():
+        now[0] += 1e-3
+        return now[0]
+
+    def simulate(inputs):
+        now[0] += 3
+        given.append(len(inputs))
+
+    monkeypatch.setattr(surrogate.time, "perf_counter", read)
+    setting = cdr.SETTING._replace(simulate=simulate, timed=10)
     found = surrogate.speed(setting, solution, small.sets["test"][0])
-    assert 0.02 <= found["simulator"]["one"] < 0.1 and 0.002 <= found["simulator"]["many"] < 0.01
-    assert 0 < found["network"]["many"] < found["network"]["one"] < 0.02
-    for ratio in (found["simulator"][k] / found["network"][k] for k in ("one", "many")):
-        assert f"1/{ratio:.0f}" in surrogate.speed_text(found)
+    assert given == 10 * [1] + [10]
+    np.testing.assert_allclose(list(found["simulator"].values()), [3.001, 0.3001], rtol=1e-9)
+    np.testing.assert_allclose(list(found["network"].values()), [1e-3, 1e-3 / 20], rtol=1e-9)
+    assert "1/3001 and 1/6002 of that" in surrogate.speed_text(found)
 
 
 def test_slimtrain_begins_at_the_w_it_is_given(small):

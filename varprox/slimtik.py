@@ -69,11 +69,10 @@ def slimtik(
 
     `selection` chooses Λ, which may be negative, as in `varprox.selection`: `sgcv()` by default.
     ΣΛ begins at `initial` and is never below `lower_bound`; less than rounding error of M counts as
-    that much. Rows (batch, columns) and targets
-    (batch, outputs) are taken as they are. Several outputs share one Gram matrix, whose eigenbasis
-    selections try Λ in; `constant` and `proportional` need none and cost less. `update` raises
-    ValueError for shapes that do not fit W; a batch that is not finite changes nothing but
-    `info.finite`.
+    that much. Rows (batch, columns) and targets (batch, outputs) are taken as they are. Several
+    outputs share one Gram matrix, whose eigenbasis serves all trials of Λ; `constant` and
+    `proportional` try none and take a Cholesky factor, which costs less. `update` raises ValueError
+    for shapes that do not fit W; a batch that is not finite changes nothing but `info.finite`.
     """
     options = checked(memory, selection, initial, lower_bound)
     return SlimTik(partial(start_tikhonov, options), partial(_update, options))
@@ -133,15 +132,19 @@ def tikhonov_step(options: Options, state: State, batch: Moments, count: int) ->
     trace = jnp.trace(total)
     least = 4 * jnp.finfo(w.dtype).eps * trace  # what is added to M and not lost to rounding
     ridge = lambda lambda_: jnp.maximum(lambda_sum + lambda_, least)  # noqa: E731
-    change, fit = _in_eigenbasis(total, batch, w, ridge)
+    solver = _in_eigenbasis if tries(options.selection) else _by_cholesky
+    change, freedom = solver(total, batch, w, ridge)
+
+    def fit(lambda_):
+        step = change(lambda_)
+        residual = batch.square + jnp.sum(step * (batch.gram @ step - 2 * batch.gradient))
+        return Fit(residual, w.shape[1] * freedom(lambda_))
 
     trials = Trials(fit, trace / len(total))
     lambda_, value = options.selection(trials, count, lambda_sum, lower_bound)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
-    # A selection that tries nothing leaves the eigenbasis unused, and XLA then leaves it out.
-    find = change if tries(options.selection) else partial(_solved, total, batch, w, ridge)
-    new_w, new_sum = w - find(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)
+    new_w, new_sum = w - change(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)
 
     finite = jnp.isfinite(new_w).all() & jnp.isfinite(new_sum)
     choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
@@ -155,8 +158,8 @@ def tikhonov_step(options: Options, state: State, batch: Moments, count: int) ->
 
 
 def _in_eigenbasis(total, batch, w, ridge):
-    """What W loses at Λ, and the fit there: in the basis of M a trial takes no solve, and no
-    rows."""
+    """Functions of Λ: what W loses, and the trace of A B Aᵀ for one output. In the basis of M a
+    trial takes no solve, and no rows."""
     eigenvalues, v = jnp.linalg.eigh(total, symmetrize_input=False)
     eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
     gradient, weights = v.T @ batch.gradient, v.T @ w
@@ -165,15 +168,22 @@ def _in_eigenbasis(total, batch, w, ridge):
     def change(lambda_):
         return v @ ((gradient + lambda_ * weights) / (eigenvalues + ridge(lambda_)))
 
-    def fit(lambda_):
-        step = change(lambda_)
-        residual = batch.square + jnp.sum(step * (batch.gram @ step - 2 * batch.gradient))
-        return Fit(residual, w.shape[1] * jnp.sum(diagonal / (eigenvalues + ridge(lambda_))))
+    def freedom(lambda_):
+        return jnp.sum(diagonal / (eigenvalues + ridge(lambda_)))
 
-    return change, fit
+    return change, freedom
 
 
-def _solved(total, batch, w, ridge, lambda_):
-    """What W loses at Λ, at a fraction of the cost of a basis."""
-    matrix = total + ridge(lambda_) * jnp.eye(len(total), dtype=w.dtype)
-    return cho_solve(cho_factor(matrix), batch.gradient + lambda_ * w)
+def _by_cholesky(total, batch, w, ridge):
+    """The same by one factorisation for each Λ."""
+
+    def solve(lambda_, right):
+        return cho_solve(cho_factor(total + ridge(lambda_) * jnp.eye(len(w), dtype=w.dtype)), right)
+
+    def change(lambda_):
+        return solve(lambda_, batch.gradient + lambda_ * w)
+
+    def freedom(lambda_):
+        return jnp.trace(solve(lambda_, batch.gram))
+
+    return change, freedom
