@@ -34,7 +34,7 @@ def reference(transposed, z, kernel, stride, padding):
     ("size", "stride", "padding"), list(itertools.product(KERNELS, STRIDES, PADDINGS))
 )
 def test_rows_times_weights_are_the_convolution(make, bias, size, stride, padding, x64):
-    """And `gram` is the product of the rows, also where some phases see no tap at all."""
+    """And `gram` is the product of the rows, also where some pixels see no tap at all."""
     rng = np.random.default_rng(0)
     z, kernel = rng.normal(size=(2, 5, 6, 3)), rng.normal(size=(*size, 3, 2))
     head = make(size, stride=stride, padding=padding, bias=bias)
@@ -75,12 +75,23 @@ def test_dense_gram_is_the_product_of_the_rows(x64):
         np.testing.assert_array_equal(head.pack(*head.unpack(w)), w)
 
 
-def test_a_gram_matrix_by_phases_takes_a_fraction_of_the_product():
+def test_a_gram_matrix_takes_a_fraction_of_the_product_of_rows():
     """The decoder of the MNIST autoencoder: 25,088 rows of 257 columns a batch of 32."""
     z = jax.ShapeDtypeStruct((32, 14, 14, 16), jnp.float32)
     head = vp.conv_transpose((4, 4), stride=(2, 2), padding=(1, 1))
     operations = jax.jit(head.gram).lower(z).compile().cost_analysis()["flops"]
-    assert operations < 2 * 25_088 * 257**2 / 8
+    assert operations < 2 * 25_088 * 257**2 / 100
+
+
+def test_a_gram_matrix_from_differences_keeps_single_precision():
+    """Features at the edges are a hundred times those inside, and their pixels mostly cut off."""
+    z = np.random.default_rng(0).normal(size=(8, 6, 7, 4)).astype(np.float32)
+    z[:, [0, -1]] *= 100
+    z[:, :, [0, -1]] *= 100
+    head = vp.conv_transpose((4, 4), stride=(2, 2), padding=(2, 3))
+    rows = np.asarray(head.rows(z), np.float64)
+    expected, eps = rows.T @ rows, np.finfo(np.float32).eps
+    np.testing.assert_allclose(head.gram(z), expected, atol=4 * eps * np.trace(expected), rtol=0)
 
 
 def test_slimtik_takes_the_rows_of_a_convolution(x64):
