@@ -121,6 +121,33 @@ def test_blocks_of_any_size_give_the_same_matrix(samples, x64, monkeypatch):
     assert relative(transposed, transposed_reference(case, reference)) < 1e-8
 
 
+@pytest.mark.parametrize("samples", [16, 5])
+def test_slopes_are_compressed_to_their_rank(samples, x64, monkeypatch):
+    """With more samples than outputs and with fewer, in parts of two, of which rounding leaves some
+    out: targets differ from what can be fitted in two directions only."""
+    monkeypatch.setattr(jacobian, "OUTPUTS", 2)
+    inputs, targets = (x[:samples] for x in MANY.data)
+    rng = np.random.default_rng(1)
+    targets = rng.normal(size=(samples, 2)) @ rng.normal(size=(2, targets.shape[1]))
+    theta = initial_theta()
+    size = ravel_pytree(theta)[0].size
+    w = vp.solve_w(MANY.problem, theta, (inputs, targets))
+    at = MANY.problem, theta, (inputs, targets), w
+    parts, used = jacobian._compressed(*at, size)
+    assert len(parts) == -(-min(samples, 7) // 2) and used == 1
+
+    factor = factorise(MANY.problem, MANY.problem.model.rows(theta, inputs), w, targets, whole=True)
+    _, compressed, _ = gauss_newton_matrix(*at, factor, kaufman=False)
+    reference = dense_reference(MANY, theta, (inputs, targets))
+    assert relative(compressed, reference.gauss_newton) < 1e-8
+
+
+def test_wide_symmetric_products_are_halved(x64, monkeypatch):
+    monkeypatch.setattr(jacobian, "NARROW", 2)
+    rows = np.random.default_rng(0).normal(size=(6, 11))
+    np.testing.assert_allclose(jacobian._gram(rows), rows.T @ rows, rtol=1e-12, atol=1e-14)
+
+
 def test_rows_are_kept_within_a_budget(x64, monkeypatch):
     case, theta = Case("least_squares"), initial_theta()
     bytes_of_k = case.data[1].size * ravel_pytree(theta)[0].nbytes

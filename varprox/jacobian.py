@@ -9,8 +9,8 @@ from dZ, one reverse pass for each column of Z. A is of the size of the residual
 approximation leaves it out; what is left is the Schur complement of the Gauss–Newton matrix in θ
 and W together, and takes one pass for each output where these are fewer. Under least squares, where
 Q is the identity, K and B only count in the span of Wᵀ, which has no more dimensions than Z has
-columns, however many outputs there are. Imports model and projection. Source: Kaufman, BIT 15
-(1975).
+columns, however many outputs there are; and Aᵀ H⁻¹ A depends on G Gᵀ alone, whose numerical rank is
+what it costs. Imports model and projection. Source: Kaufman, BIT 15 (1975).
 """
 
 from collections.abc import Callable
@@ -24,8 +24,10 @@ from jax.flatten_util import ravel_pytree
 from varprox.model import Problem
 from varprox.projection import Factor, to_flat
 
-BLOCK_BYTES = 2**22  # of rows of dZ or K that are held at a time
-KEPT_BYTES = 2**27  # of rows of K that are kept for `Transposed` products
+BLOCK_BYTES = 2**22  # of rows of dZ or K that are held at a time, where the matrix takes less
+KEPT_BYTES = 2**27  # of rows of dZ that are kept for `Transposed` products
+OUTPUTS = 64  # for which rows of A are added up at a time, at least
+NARROW = 256  # columns down to which a symmetric product is halved
 Transposed = Callable[[jax.Array, jax.Array], jax.Array]
 
 
@@ -49,41 +51,50 @@ def gauss_newton_matrix(
 
     `factor` is that of ∇²_W Φ at `w` = W(θ), exact. Third comes the map (G, W) ↦ Jᵀ G + α₂ J_Wᵀ W,
     (batch, outputs) and (columns, outputs) to (size,), which takes no pass of the network, where
-    the rows of K have no more than `KEPT_BYTES`, else None. Beside the matrix, A and B, which have
-    a row for each entry of W, and what this map keeps, at most `BLOCK_BYTES` of rows of dZ or K are
-    held, or those of one sample where they are longer.
+    the rows of dZ have no more than `KEPT_BYTES`, else None. Beside the matrix, A and B, which have
+    a row for each entry of W, and what this map keeps, rows of dZ or K are held that take
+    `BLOCK_BYTES` or as many as the matrix, or those of one sample where they are longer.
     """
     flat, unravel = ravel_pytree(theta)
-    samples, dims = len(data[1]), dimensions(problem, w)
-    keep = samples * dims * flat.nbytes <= KEPT_BYTES
-    longest = max(passes(w, kaufman=kaufman), dims) * flat.nbytes  # bytes of a sample's rows
-    blocks = -(-samples // max(1, BLOCK_BYTES // longest))
+    samples, dims, taken = len(data[1]), dimensions(problem, w), passes(w, kaufman=kaufman)
+    keep = samples * taken * flat.nbytes <= KEPT_BYTES
+    # Less than the matrix at a time would be multiplied faster than it is added up.
+    held = max(BLOCK_BYTES, flat.size * flat.nbytes)
+    blocks = -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
     size = -(-samples // blocks)
+    slopes, used = (None, 0) if kaufman else _compressed(problem, theta, data, w, flat.size)
 
     def add(total, index):
         # The last block is filled up with repeated samples, which must not count.
         chosen, counts = jnp.minimum(index, samples - 1), index < samples
         rows = _rows(problem, theta, data, w, chosen, counts, kaufman=kaufman)
         k, weights = rows.rooted, rows.weights
-        total = jax.tree.map(jnp.add, total, (rows.gradient, k.T @ k, weights.T @ k, rows.a))
-        return total, (rows.k, rows.z) if keep else None
+        sums, a = total
+        sums = jax.tree.map(jnp.add, sums, (rows.gradient, _gram(k), weights.T @ k))
+        add_a = lambda part, a: a.at[part].add(_a(slopes[part, chosen], rows.pulled))  # noqa: E731
+        a = jax.lax.fori_loop(0, used, add_a, a) if not kaufman else a
+        return (sums, a), (rows.slope, rows.pulled, rows.z) if keep else None
 
-    def zeros(*height):
-        return jnp.zeros((*height, flat.size), flat.dtype)
+    def zeros(*shape):
+        return jnp.zeros((*shape, flat.size), flat.dtype)
 
-    nothing = zeros(), zeros(flat.size), zeros(dims * len(w)), None if kaufman else zeros(w.size)
+    nothing = zeros(), zeros(flat.size), zeros(dims * len(w))
+    no_a = None if kaufman else zeros(len(slopes), slopes.shape[2] * len(w))
     index = np.arange(blocks * size, dtype=np.int32).reshape(blocks, size)
-    sums, kept = jax.lax.scan(add, nothing, index)
-    gradient, matrix, b, a = jax.tree.map(lambda total: total / samples, sums)
+    total, kept = jax.lax.scan(add, (nothing, no_a), index)
+    (gradient, matrix, b), a = jax.tree.map(lambda total: total / samples, total)
 
-    matrix = matrix - _squared(factor, b) + (0 if kaufman else _squared(factor, a))
+    matrix = matrix - _squared(factor, b)
+    if not kaufman:
+        add_square = lambda part, matrix: matrix + _squared(factor, a[part])  # noqa: E731
+        matrix = jax.lax.fori_loop(0, used, add_square, matrix)
     penalty = lambda flat: problem.penalty(unravel(flat))  # noqa: E731
     gradient, matrix = gradient + jax.grad(penalty)(flat), matrix + jax.hessian(penalty)(flat)
     if not keep:
         return gradient, matrix, None
 
-    k, z = (x.reshape(-1, *x.shape[2:])[:samples] for x in kept)
-    return gradient, matrix, _transposed(problem, w, factor, k, z, b, a)
+    kept = (x.reshape(-1, *x.shape[2:])[:samples] for x in kept)
+    return gradient, matrix, _transposed(problem, w, factor, *kept, b, kaufman=kaufman)
 
 
 def gauss_newton_root(
@@ -99,16 +110,17 @@ def gauss_newton_root(
     samples = len(data[1])
     everything = np.arange(samples)
     rows = _rows(problem, theta, data, w, everything, everything < samples, kaufman=kaufman)
-    b, a = rows.weights.T @ rows.rooted / samples, None if kaufman else rows.a / samples
+    b = rows.weights.T @ rows.rooted / samples
     dw = jax.vmap(lambda x: factor.root(factor.transposed_root(x)), 1, 1)(b)
     parts = [
         (rows.rooted - rows.weights @ dw) / samples**0.5,
         jnp.sqrt(problem.w_penalty) * dw,
-        *([] if kaufman else [_rooted(factor, a)]),
+        *([] if kaufman else [_rooted(factor, _a(rows.slope, rows.pulled) / samples)]),
     ]
     penalty_gradient = jax.grad(lambda flat: problem.penalty(unravel(flat)))(flat)
     gradient = rows.gradient / samples + penalty_gradient
-    transposed = _transposed(problem, w, factor, rows.k, rows.z, b, a)
+    kept = rows.slope, rows.pulled, rows.z
+    transposed = _transposed(problem, w, factor, *kept, b, kaufman=kaufman)
     return gradient, jnp.concatenate(parts), transposed
 
 
@@ -116,8 +128,8 @@ class _Rows(NamedTuple):
     """Of some samples. K is in the basis of `_basis`, L a root of the curvature of one's loss."""
 
     gradient: jax.Array  # of the sum of their losses
-    a: jax.Array | None  # the sum of A, (entries of W output by output, size)
-    k: jax.Array  # (samples, dimensions, size)
+    slope: jax.Array  # G, (samples, outputs)
+    pulled: jax.Array  # dZ, or K if that took fewer passes: (samples, passes, size)
     z: jax.Array  # (samples, columns)
     rooted: jax.Array  # Lᵀ K, (samples · dimensions, size)
     weights: jax.Array  # Lᵀ ⊗ zᵀ, which gives L Lᵀ K ⊗ z: (samples · dimensions, entries)
@@ -152,8 +164,8 @@ def _rows(problem, theta, data, w, index, counts, *, kaufman):
     )  # (samples, dimensions, dimensions, columns)
     return _Rows(
         gradient=(slope @ basis).reshape(-1) @ k.reshape(-1, size),
-        a=None if kaufman else jnp.tensordot(slope, pulled, ((0,), (0,))).reshape(-1, size),
-        k=k,
+        slope=slope,
+        pulled=pulled,
         z=z,
         rooted=rooted.reshape(-1, size),
         weights=weights.reshape(len(z) * len(coordinates), -1),
@@ -167,14 +179,45 @@ def _basis(problem, w):
     return jnp.eye(w.shape[1], dtype=w.dtype), w.T
 
 
-def _transposed(problem, w, factor, k, z, b, a):
+def _a(slope, pulled):
+    """The sum over samples of G ⊗ dZ, (outputs · columns, size)."""
+    return jnp.tensordot(slope, pulled, ((0,), (0,))).reshape(-1, pulled.shape[-1])
+
+
+def _compressed(problem, theta, data, w, size):
+    """Slopes for A, (parts, samples, OUTPUTS), and how many of the parts are more than rounding.
+
+    Where H is the same for every output, only G Gᵀ counts. Then G is turned to its principal axes,
+    whose numerical rank is far below the number of outputs where these are, say, a smooth field on
+    a grid. Otherwise, and where the axes would take longer to find, all of G is one part.
+    """
+    inputs, targets = data
+    samples, outputs = targets.shape
+    slopes = samples * problem.loss.gradient(problem.model.rows(theta, inputs) @ w, targets)
+    least = min(samples, outputs)
+    if not problem.loss.quadratic or least <= OUTPUTS or 25 * least**2 > len(w) * size**2:
+        return slopes[None], 1
+    if outputs <= samples:
+        squares, axes = jnp.linalg.eigh(slopes.T @ slopes)
+        slopes = slopes @ axes
+    else:
+        squares, axes = jnp.linalg.eigh(slopes @ slopes.T)
+        slopes = axes * jnp.sqrt(jnp.maximum(squares, 0))
+    rank = jnp.sum(squares > jnp.finfo(w.dtype).eps * squares[-1], dtype=jnp.int32)
+    parts = -(-least // OUTPUTS)
+    slopes = jnp.pad(slopes[:, ::-1], ((0, 0), (0, parts * OUTPUTS - least)))
+    return slopes.reshape(samples, parts, OUTPUTS).swapaxes(0, 1), -(-rank // OUTPUTS)
+
+
+def _transposed(problem, w, factor, slope, pulled, z, b, *, kaufman):
     """(G, W) ↦ Jᵀ G + α₂ J_Wᵀ W."""
     basis, _ = _basis(problem, w)
+    onto = w.T if passes(w, kaufman=kaufman) == len(w) else basis
 
     def product(slopes, weights):
         y = factor.solve(z.T @ slopes + problem.w_penalty * weights)
-        by_a = 0 if a is None else to_flat(y) @ a
-        return jnp.tensordot(slopes @ basis, k, 2) - to_flat(y @ basis) @ b - by_a
+        by_a = 0 if kaufman else slope @ y.T / len(slope)
+        return jnp.tensordot(slopes @ onto - by_a, pulled, 2) - to_flat(y @ basis) @ b
 
     return product
 
@@ -186,5 +229,14 @@ def _rooted(factor, rows):
 
 def _squared(factor, rows):
     """rowsᵀ H⁻¹ rows."""
-    rooted = _rooted(factor, rows)
-    return rooted.T @ rooted
+    return _gram(_rooted(factor, rows))
+
+
+def _gram(rows):
+    """rowsᵀ rows; where it is wide, what symmetry gives is not multiplied."""
+    half = rows.shape[1] // 2
+    if half < NARROW:
+        return rows.T @ rows
+    left, right = rows[:, :half], rows[:, half:]
+    beside = right.T @ left
+    return jnp.block([[_gram(left), beside.T], [beside, _gram(right)]])
