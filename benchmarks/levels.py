@@ -172,14 +172,29 @@ def train(
     )
     start = prolong(before.theta)
 
-    def fit(budget):
-        found = vp.fit(level(last, before), start, train, max_work=budget, **options)
+    def fit(budget, state=None):
+        method = level(last, before)
+        if state is not None:
+            method = method._replace(init=lambda *_: state)
+        return vp.fit(method, start, train, max_work=budget, **options)
+
+    def whole(found):
         solution = join([before, found])
         loss = 0.5 * square * solution.history["train_error"] ** 2
         return solution._replace(history=dict(solution.history) | {"objective": loss - floor})
 
-    solution = fit(work)
-    spent, earlier = solution.history["seconds"][-1], before.history["seconds"][-1]
-    if spent >= seconds:
+    found = fit(work)
+    solution = whole(found)
+    spent, in_level = solution.history["seconds"][-1], found.history["seconds"][-1]
+    if spent >= seconds or found.status != vp.Status.BUDGET:
         return solution, solution.history
-    return solution, fit(work * (1 + 1.1 * (seconds - spent) / (spent - earlier))).history
+    more = fit(work * (1 + 1.1 * (seconds - spent) / in_level), found.state)
+    return solution, whole(longer(found, more)).history
+
+
+def longer(found: vp.Solution, more: vp.Solution) -> vp.Solution:
+    """The run `found`, with the history of `more`, which went on from its state."""
+    seconds = found.history["seconds"][-1] + more.history["seconds"]
+    went_on = dict(more.history) | {"seconds": seconds}
+    history = {name: np.concatenate([c, went_on[name][1:]]) for name, c in found.history.items()}
+    return found._replace(history=history)

@@ -33,7 +33,8 @@ class Solution(NamedTuple):
     (cumulative; compilation and evaluation are left out), the fields of the method's info, and
     `validation_loss` and metrics where asked for. `status` says why the run ended;
     `compile_seconds` is the time to trace and compile `init` and `step`. `problem` is that of the
-    method, its features having seen the batches they were trained on: what `predict` wants.
+    method, its features having seen the batches they were trained on: what `predict` wants. `state`
+    is the method's: a run goes on where it ended with `method._replace(init=lambda *_: state)`.
 
     Of a stochastic method an entry is an epoch: its columns are means over the steps, and that of
     the start has no objective.
@@ -45,6 +46,7 @@ class Solution(NamedTuple):
     status: Status
     compile_seconds: float
     problem: Problem
+    state: Any = None
 
 
 def fit(
@@ -127,6 +129,7 @@ def fit(
         Status.BUDGET if status == Status.RUNNING else status,
         compile_seconds,
         _problem(method, state),
+        state,
     )
 
 

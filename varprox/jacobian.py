@@ -58,7 +58,7 @@ def gauss_newton_matrix(
     flat, unravel = ravel_pytree(theta)
     samples, dims, taken = len(data[1]), dimensions(problem, w), passes(w, kaufman=kaufman)
     keep = samples * taken * flat.nbytes <= KEPT_BYTES
-    # Less than the matrix at a time would be multiplied faster than it is added up.
+    # Fewer bytes at a time than those of the matrix are multiplied faster than they are added up.
     held = max(BLOCK_BYTES, flat.size * flat.nbytes)
     blocks = -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
     size = -(-samples // blocks)
@@ -71,8 +71,10 @@ def gauss_newton_matrix(
         k, weights = rows.rooted, rows.weights
         sums, a = total
         sums = jax.tree.map(jnp.add, sums, (rows.gradient, _gram(k), weights.T @ k))
-        add_a = lambda part, a: a.at[part].add(_a(slopes[part, chosen], rows.pulled))  # noqa: E731
-        a = jax.lax.fori_loop(0, used, add_a, a) if not kaufman else a
+        if not kaufman:
+            a = jax.lax.fori_loop(
+                0, used, lambda part, a: a.at[part].add(_a(slopes[part, chosen], rows.pulled)), a
+            )
         return (sums, a), (rows.slope, rows.pulled, rows.z) if keep else None
 
     def zeros(*shape):
@@ -86,8 +88,7 @@ def gauss_newton_matrix(
 
     matrix = matrix - _squared(factor, b)
     if not kaufman:
-        add_square = lambda part, matrix: matrix + _squared(factor, a[part])  # noqa: E731
-        matrix = jax.lax.fori_loop(0, used, add_square, matrix)
+        matrix = jax.lax.fori_loop(0, used, lambda part, m: m + _squared(factor, a[part]), matrix)
     penalty = lambda flat: problem.penalty(unravel(flat))  # noqa: E731
     gradient, matrix = gradient + jax.grad(penalty)(flat), matrix + jax.hessian(penalty)(flat)
     if not keep:
