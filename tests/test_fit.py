@@ -131,6 +131,21 @@ def test_the_start_is_left_alone_and_two_runs_agree():
     np.testing.assert_array_equal(first.history["objective"], second.history["objective"])
 
 
+@pytest.mark.parametrize("batch_size", [None, 5])
+def test_a_run_goes_on_from_the_state_of_a_solution(batch_size):
+    """As if it had not ended, be it GNvpro's or slimTrain's."""
+    theta, data = make()
+    method = vp.slimtrain(make_problem(), optax.sgd(0.05, momentum=0.9)) if batch_size else GNVPRO
+    whole = vp.fit(method, theta, data, epochs=3, batch_size=batch_size)
+    begun = vp.fit(method, theta, data, epochs=1, batch_size=batch_size)
+    going_on = method._replace(init=lambda *_: begun.state)
+    ended = vp.fit(going_on, theta, data, epochs=2, batch_size=batch_size)
+    for name in ("theta", "w"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(ended, name), getattr(whole, name))
+    for name in ("objective", "work_units"):
+        np.testing.assert_array_equal(ended.history[name], whole.history[name][1:])
+
+
 # Budgets and status
 
 
