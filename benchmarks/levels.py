@@ -149,9 +149,9 @@ def train(
     floor: float,
     seconds: float,
 ) -> tuple[vp.Solution, dict[str, np.ndarray]]:
-    """The solution after `work` units on every level, and a history that goes on, on the last level
-    and from the same start, if this took less than `seconds`. Its `objective` is the excess of the
-    training loss over the floor."""
+    """The solution after `work` units on every level, and a history that goes on from there, on the
+    last level, if this took less than `seconds`. Its `objective` is the excess of the training loss
+    over the floor."""
     theta, train = surrogate.theta, surrogate.sets["train"]
     square = float(jnp.sum(train[1] ** 2) / len(train[1]))
     options = {
