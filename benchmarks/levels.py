@@ -26,7 +26,8 @@ LEVELS, STEPS, FINAL_TIME, PENALTY = 3, 2, 1.0, 1e-10
 STATE_STEPS = STEPS * 2 ** (LEVELS - 1)
 SIZES = (16, 64, 256)  # of Adam's batches
 SLIM_SIZE = 16  # of slimTrain's
-ADAM = {rate: optax.adam(rate) for rate in (1e-3, 3e-3, 1e-2, 3e-2)}  # one compilation each
+RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=RATES[0])  # one compilation for all rates
 STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
 SETS = ("train", "validation", "test")
 Make = Callable[[Problem, Any], Method]  # of a level's problem and the W before it, None at first
@@ -100,7 +101,7 @@ def entrants(
     curvatures: Mapping[str, tuple[dict, dict]], quick: bool
 ) -> dict[str, dict[str, tuple]]:
     """The variants of every method: how it is made, and the size of its batches if it has such."""
-    rates, sizes = (list(ADAM)[1:2], SIZES[:1]) if quick else (list(ADAM), SIZES)
+    rates, sizes = (RATES[1:2], SIZES[:1]) if quick else (RATES, SIZES)
 
     def gnvpro(first, after, problem, w):
         return vp.gnvpro(problem, **(first if w is None else after))
@@ -109,7 +110,7 @@ def entrants(
         return baselines.gn(problem, start=going_on(start, w))
 
     def adam(rate, problem, w):
-        return minibatch.jointly(problem, ADAM[rate], going_on(baselines.solved_w, w))
+        return at_rate(rate, minibatch.jointly(problem, ADAM, going_on(baselines.solved_w, w)))
 
     return {
         "GNvpro": {name: (partial(gnvpro, *kw), None) for name, kw in curvatures.items()},
@@ -129,9 +130,20 @@ def going_on(start: Callable, w: jax.Array | None) -> Callable:
     return start if w is None else lambda problem, theta, data, key: w
 
 
+def at_rate(rate: float, method: Method) -> Method:
+    """The method, whose optimizer is `ADAM`, with this learning rate."""
+
+    def init(theta, data, key):
+        state = method.init(theta, data, key)
+        rates = jax.tree.map(lambda old: jnp.full_like(old, rate), state.optimizer.hyperparams)
+        return state._replace(optimizer=state.optimizer._replace(hyperparams=rates))
+
+    return method._replace(init=init)
+
+
 def slimtrain(rate: float, problem: Problem, w: jax.Array | None) -> Method:
     """slimTrain beginning at W(θ) or at the W from the level before, as its rivals do."""
-    method = vp.slimtrain(problem, ADAM[rate])
+    method = at_rate(rate, vp.slimtrain(problem, ADAM))
 
     def init(theta, data, key):
         state = method.init(theta, data, key)
