@@ -124,7 +124,7 @@ def test_readme_quotes_the_autoencoder():
             cells = ["–" if row is None else f"{row['lowest']:.1f}" for row in found]
             assert f"| {method}, {variant} | {' | '.join(cells)} |" in readme
     ratios = parts["step"]["slimTrain"]["ratio"], parts["step"]["sGCV"]["ratio"]
-    words = "A step takes {:.1f} times as long as Adam's, {:.1f} times with sGCV".format(*ratios)
+    words = "A step takes {:.2f} times as long as Adam's, {:.2f} times with sGCV".format(*ratios)
     assert words in " ".join(readme.split())
 
 
