@@ -196,6 +196,7 @@ def _compressed(problem, theta, data, w, size):
     samples, outputs = targets.shape
     slopes = samples * problem.loss.gradient(problem.model.rows(theta, inputs) @ w, targets)
     least = min(samples, outputs)
+    # `eigh` takes about 25 · least³ operations, A for all outputs least · columns · size².
     if not problem.loss.quadratic or least <= OUTPUTS or 25 * least**2 > len(w) * size**2:
         return slopes[None], 1
     if outputs <= samples:
