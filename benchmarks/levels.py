@@ -27,7 +27,8 @@ STATE_STEPS = STEPS * 2 ** (LEVELS - 1)
 SIZES = (16, 64, 256)  # of Adam's batches
 SLIM_SIZE = 16  # of slimTrain's
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-ADAM = optax.inject_hyperparams(optax.adam)(learning_rate=RATES[0])  # one compilation for all rates
+FIXED = ("b1", "b2", "eps", "eps_root")  # so that nothing but the rate is in Adam's state
+ADAM = optax.inject_hyperparams(optax.adam, FIXED)(RATES[0])  # one compilation for all rates
 STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
 SETS = ("train", "validation", "test")
 Make = Callable[[Problem, Any], Method]  # of a level's problem and the W before it, None at first
@@ -135,7 +136,8 @@ def at_rate(rate: float, method: Method) -> Method:
 
     def init(theta, data, key):
         state = method.init(theta, data, key)
-        rates = jax.tree.map(lambda old: jnp.full_like(old, rate), state.optimizer.hyperparams)
+        old = state.optimizer.hyperparams["learning_rate"]
+        rates = {"learning_rate": jnp.full_like(old, rate)}
         return state._replace(optimizer=state.optimizer._replace(hyperparams=rates))
 
     return method._replace(init=init)

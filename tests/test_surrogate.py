@@ -5,10 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import varprox as vp
-from benchmarks import baselines, cdr, dcr, levels, surrogate
+from benchmarks import baselines, cdr, dcr, levels, minibatch, surrogate
 from benchmarks.experiment import Run, by_method
 
 WORK = 20
@@ -153,6 +154,29 @@ def test_slimtrain_begins_at_the_w_it_is_given(small):
     for given, expected in ((w, w), (None, vp.solve_w(problem, small.theta, train))):
         state = levels.slimtrain(1e-3, problem, given).init(small.theta, train, None)
         np.testing.assert_array_equal(state.w, expected)
+
+
+@pytest.mark.parametrize(("name", "variant"), [("slimTrain", ""), ("Adam", ", batch 16")])
+def test_the_rates_that_share_a_compilation_are_those_of_adam(small, name, variant):
+    """Three steps are those of an Adam that is made with this rate."""
+    problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
+    train, w, rate = small.sets["train"], np.ones((3, 5)), 1e-2
+    make, _ = levels.entrants({}, quick=False)[name][f"rate {rate:g}{variant}"]
+    if name == "Adam":
+        plain = minibatch.jointly(problem, optax.adam(rate), lambda *_: w)
+        expected = plain.init(small.theta, train, jax.random.key(0))
+    else:
+        plain = vp.slimtrain(problem, optax.adam(rate))
+        expected = plain.init(small.theta, train, jax.random.key(0))
+        expected = expected._replace(tikhonov=expected.tikhonov._replace(w=w))
+    method = make(problem, w)
+    state = method.init(small.theta, train, jax.random.key(0))
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and float64 under x64
+        for _ in range(3):
+            state, _ = method.step(state, train)
+            expected, _ = plain.step(expected, train)
+    for found, wanted in zip(*map(jax.tree.leaves, (state.theta, expected.theta)), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("module", [cdr, dcr])
