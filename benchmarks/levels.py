@@ -202,7 +202,9 @@ def train(
     spent, in_level = solution.history["seconds"][-1], found.history["seconds"][-1]
     if spent >= seconds or found.status != vp.Status.BUDGET:
         return solution, solution.history
-    more = fit(work * (1 + 1.1 * (seconds - spent) / in_level), found.state)
+    step_more = found.history["work_units"][-1] + 1
+    budget = max(step_more, work * (1 + 1.1 * (seconds - spent) / in_level))
+    more = fit(budget, found.state)
     return solution, whole(longer(found, more)).history
 
 

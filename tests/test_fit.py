@@ -387,6 +387,16 @@ def test_levels_go_on_from_one_another(x64):
     )
 
 
+def test_a_level_without_a_step_has_its_rows_in_every_column():
+    """Its budget being spent by the first evaluation, no step tells what it did."""
+    options = {"levels": 2, "prolong": lambda theta: theta, "max_work": (1, 20)}
+    history = vp.fit_levels(lambda *_: GNVPRO, *make(), **options).history
+    assert list(history["level"][:2]) == [0, 1]
+    assert {len(column) for column in history.values()} == {len(history["level"])}
+    assert np.isnan(history["gradient_norm"][:2]).all()
+    assert np.isfinite(history["gradient_norm"][2:]).all()
+
+
 @pytest.mark.parametrize("wrong", [{"levels": 0}, {"max_work": (1, 2)}])
 def test_levels_and_their_budgets_are_checked(wrong):
     options = {"levels": 3, "prolong": lambda theta: theta, "max_work": 10} | wrong

@@ -1,5 +1,7 @@
 """Surrogates in levels: the floor, the excess over it, equal work and equal time."""
 
+import itertools
+import time
 from functools import partial
 
 import jax
@@ -59,14 +61,23 @@ def test_ridge_regression_finds_what_is_affine(x64):
 
 
 @pytest.fixture
-def trained(small):
-    """GN, which compiles fastest, for work alone and for a second."""
-    floor = levels.lowest_loss(small.sets["train"][1], 2)
+def floor(small):
+    return levels.lowest_loss(small.sets["train"][1], 2)
+
+
+@pytest.fixture
+def run(small, floor):
+    """Trains by GN, which compiles fastest, for at least so many seconds."""
 
     def make(problem, w):
         return baselines.gn(problem, rank=4, start=levels.going_on(baselines.solved_w, w))
 
-    run = partial(levels.train, small, make, None, WORK, floor)
+    return partial(levels.train, small, make, None, WORK, floor)
+
+
+@pytest.fixture
+def trained(small, floor, run):
+    """For work alone and for a second."""
     return small, floor, run(0.0), run(1.0)
 
 
@@ -82,6 +93,17 @@ def test_training_goes_through_the_levels_and_on_to_equal_time(trained):
     jax.tree.map(np.testing.assert_array_equal, again.theta, solution.theta)
     np.testing.assert_array_equal(longer["objective"][: len(level)], history["objective"])
     assert len(longer["objective"]) > len(level) and set(longer["level"][len(level) :]) == {2}
+
+
+def test_a_run_goes_on_however_little_time_it_is_short_of(run, monkeypatch):
+    """By a clock that goes on by a second when it is read, so that every step takes one."""
+    clock = itertools.count()
+    monkeypatch.setattr(time, "perf_counter", lambda: float(next(clock)))
+    _, history = run(0.0)
+    spent = history["seconds"][-1]
+    _, longer = run(spent + 1e-3)
+    assert longer["seconds"][-1] > spent + 1e-3
+    assert {len(column) for column in longer.values()} == {len(history["seconds"]) + 1}
 
 
 def test_the_objective_of_a_history_is_the_excess_of_the_loss(trained):
@@ -157,9 +179,7 @@ def test_slimtrain_begins_at_the_w_it_is_given(small):
 
 
 @pytest.mark.parametrize(("name", "variant"), [("slimTrain", ""), ("Adam", ", batch 16")])
-def test_rates_that_share_a_compilation_are_those_of_adam(
-    small, standard_promotion, name, variant
-):
+def test_rates_that_share_a_compilation_are_those_of_adam(small, standard_promotion, name, variant):
     """Three steps are those of an Adam that is made with this rate."""
     problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
     train, w, rate = small.sets["train"], np.ones((3, 5)), 1e-2

@@ -172,18 +172,22 @@ def fit_levels(
 def join(levels: Sequence[Solution]) -> Solution:
     """The solution of the last of several levels with the history of them all, as `fit_levels` has
     it. The first may be a solution of `fit_levels` itself."""
-    columns: dict[str, list] = {}
-    level = 0.0
+    histories, level, spent = [], 0.0, {"work_units": 0.0, "seconds": 0.0}
     for solution in levels:
-        history = {"level": np.zeros(len(solution.history["seconds"]))} | dict(solution.history)
-        history["level"] = history["level"] + level
-        level = history["level"][-1] + 1
-        for spent in ("work_units", "seconds"):
-            history[spent] = history[spent] + (columns[spent][-1][-1] if columns else 0.0)
-        for name, column in history.items():
-            columns.setdefault(name, []).append(column)
+        own = {"level": np.zeros(len(solution.history["seconds"]))} | dict(solution.history)
+        own["level"] = own["level"] + level
+        level = own["level"][-1] + 1
+        own |= {name: own[name] + before for name, before in spent.items()}
+        spent = {name: own[name][-1] for name in spent}
+        histories.append(own)
+    columns = dict.fromkeys(name for own in reversed(histories) for name in own)
+
+    def whole(name):  # a level without a step has no columns of what steps do
+        parts = [own.get(name, np.full(len(own["level"]), math.nan)) for own in histories]
+        return np.concatenate(parts)
+
     return levels[-1]._replace(
-        history={name: np.concatenate(parts) for name, parts in columns.items()},
+        history={name: whole(name) for name in columns},
         compile_seconds=sum(solution.compile_seconds for solution in levels),
     )
 
