@@ -169,8 +169,8 @@ class ConvTransposeHead(ConvHead):
             return gram
         axes = zip(size, self.kernel_size, self.stride, self.padding, strict=True)
         ones = jnp.ones((1, *((n - 1) * s + k - 2 * p for n, k, s, p in axes), 1), z.dtype)
-        sums = images * self.adjoint(z.mean(0, keepdims=True), ones)
-        return jnp.block([[gram, sums[:-1]], [sums.T]])
+        border = images * self.adjoint(z.mean(0, keepdims=True), ones)
+        return jnp.block([[gram, border[:-1]], [border.T]])
 
     def pack(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
         """`w` from a kernel (height, width, channels, outputs) and a bias (outputs,), or None

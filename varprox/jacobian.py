@@ -62,7 +62,9 @@ def gauss_newton_matrix(
     held = max(BLOCK_BYTES, flat.size * flat.nbytes)
     blocks = -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
     size = -(-samples // blocks)
-    slopes, used = (None, 0) if kaufman else _compressed(problem, theta, data, w, flat.size)
+    slopes: Any = None
+    if not kaufman:
+        slopes, used = _compressed(problem, theta, data, w, flat.size)
 
     def add(total, index):
         # The last block is filled up with repeated samples, which must not count.
@@ -94,8 +96,8 @@ def gauss_newton_matrix(
     if not keep:
         return gradient, matrix, None
 
-    kept = (x.reshape(-1, *x.shape[2:])[:samples] for x in kept)
-    return gradient, matrix, _transposed(problem, w, factor, *kept, b, kaufman=kaufman)
+    slope, pulled, z = (x.reshape(-1, *x.shape[2:])[:samples] for x in kept)
+    return gradient, matrix, _transposed(problem, w, factor, slope, pulled, z, b, kaufman=kaufman)
 
 
 def gauss_newton_root(
