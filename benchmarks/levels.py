@@ -136,9 +136,8 @@ def at_rate(rate: float, method: Method) -> Method:
 
     def init(theta, data, key):
         state = method.init(theta, data, key)
-        old = state.optimizer.hyperparams["learning_rate"]
-        rates = {"learning_rate": jnp.full_like(old, rate)}
-        return state._replace(optimizer=state.optimizer._replace(hyperparams=rates))
+        rated = optax.tree.set(state.optimizer, learning_rate=jnp.asarray(rate, state.w.dtype))
+        return state._replace(optimizer=rated)
 
     return method._replace(init=init)
 

@@ -152,7 +152,8 @@ def fit_levels(
 
     The history is that of all levels, one below the other, with a column `level`; work units and
     seconds add up, though a work unit costs more on a finer level. The first entry of each level
-    belongs to the prolonged weights. A level that ends with a non-finite objective is the last.
+    belongs to the prolonged weights, with NaN for what steps report; a level whose budget allows no
+    step has no other. A level that ends with a non-finite objective is the last.
     Raises as `fit` does, and ValueError for `levels` below one or not as many budgets as levels.
     """
     levels = check_integer("levels", levels, least=1)
