@@ -103,6 +103,14 @@ def test_infinite_radius_gives_the_newton_step(x64):
     assert abs(result.decrease - expected) < 1e-9 * expected
 
 
+def test_infinite_radius_has_no_boundary(x64):
+    """However the length of the step is rounded."""
+    rng = np.random.default_rng(0)
+    diagonals, offs = rng.uniform(2, 3, (200, SIZE)), rng.uniform(0, 1, (200, SIZE))
+    found = jax.vmap(lambda d, o: solve(d, o, np.int32(SIZE), 2.0, np.inf))(diagonals, offs)
+    assert not found.on_boundary.any() and not found.shift.any()
+
+
 def test_infinite_radius_of_an_indefinite_model_gives_a_finite_descent_step(x64):
     diagonal, off = SPECTRA["indefinite"]
     result = solve(diagonal, off, np.int32(SIZE), 2.0, np.inf)
@@ -182,6 +190,15 @@ def test_matrix_step_where_rounding_leaves_no_definite_matrix(radius):
     assert np.linalg.norm(s) <= 1.1 * radius
     value = gradient @ s + 0.5 * s @ matrix @ s
     assert value < 0 and abs(result.decrease + value) < 1e-3 * abs(value)
+
+
+@pytest.mark.parametrize("radius", [30.0, np.inf])
+def test_a_shift_in_the_size_of_rounding_leaves_a_step_inside(radius, x64):
+    """Where the matrix is singular and the gradient in its range."""
+    matrix, gradient = np.diag([2.0, 0.0]), np.array([1.0, 0.0])
+    result = solve_matrix(matrix, gradient, radius, 0.0)
+    np.testing.assert_allclose(result.step, [-0.5, 0.0], rtol=1e-12)
+    assert not result.on_boundary and 0 < result.shift < 1e-15
 
 
 # One iteration

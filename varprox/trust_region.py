@@ -55,7 +55,8 @@ def spectral_step(eigenvalues: jax.Array, gradient: jax.Array, radius: jax.Array
     lowest = eigenvalues[0]
     convex = lowest > 0
     spread = jnp.abs(eigenvalues) + tiny
-    radius = jnp.where(jnp.isinf(radius), jnp.linalg.norm(gradient / spread), radius)
+    unbounded = jnp.isinf(radius)
+    radius = jnp.where(unbounded, jnp.linalg.norm(gradient / spread), radius)
 
     # μ = σ + λ_min, so that λ + σ = (λ − λ_min) + μ without cancellation.
     gaps = eigenvalues - lowest
@@ -79,7 +80,7 @@ def spectral_step(eigenvalues: jax.Array, gradient: jax.Array, radius: jax.Array
         mu = jnp.where(close, mu, jnp.where((newton > low) & (newton < high), newton, middle))
         return mu, low, high, close, i + 1
 
-    interior = convex & (length(low) <= radius)
+    interior = convex & (unbounded | (length(low) <= radius))
     mu, *_ = jax.lax.while_loop(
         lambda c: ~c[3] & (c[4] < 60),
         refine,
@@ -114,8 +115,8 @@ def matrix_step(
 
     Newton's method, for 1/‖s(σ)‖ where σ is too small and for log ‖s‖ over log σ where it is too
     large, takes one Cholesky factorisation of H + σ I a step; `shift` is the σ to begin with. Where
-    rounding leaves no definite matrix, σ grows. Source: Moré and Sorensen,
-    SIAM J. Sci. Stat. Comput. 4 (1983).
+    rounding leaves no definite matrix, σ grows, and one in the size of rounding counts as none.
+    Source: Moré and Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983).
     """
     identity = jnp.eye(len(gradient), dtype=gradient.dtype)
     least = jnp.finfo(gradient.dtype).eps * jnp.trace(matrix)
@@ -135,14 +136,15 @@ def matrix_step(
         middle = 0.5 * (jnp.maximum(low, 0) + high)
         following = jnp.where((low < newton) & (newton < high), newton, middle)
         following = jnp.where(definite, following, jnp.maximum(10 * shift, least))
-        exact = (shift == 0) & ~long | (jnp.abs(length - radius) <= CLOSE * radius)
+        exact = (shift <= least) & ~long | (jnp.abs(length - radius) <= CLOSE * radius)
         found = definite & (exact | jnp.isinf(radius))
         return jnp.where(found, shift, following), low, high, s, found, i + 1
 
     infinity = jnp.full_like(shift, jnp.inf)
     start = shift, -infinity, infinity, gradient, jnp.array(False), jnp.zeros((), jnp.int32)
     shift, *_, s, _, _ = jax.lax.while_loop(lambda c: ~c[4] & (c[5] < 30), refine, start)
-    return Step(s, 0.5 * (shift * (s @ s) - gradient @ s), shift > 0, shift)
+    on_boundary = (shift > least) & jnp.isfinite(radius)
+    return Step(s, 0.5 * (shift * (s @ s) - gradient @ s), on_boundary, shift)
 
 
 def search(
