@@ -51,10 +51,11 @@ DEFAULTS = {
     "race": RACERS,
     "cdr": OF_SURROGATES,
     "dcr": OF_SURROGATES,
+    "autoencoder": ("slimtrain", "adam", "selections"),
 }
 
 
-CHOICES = {name: DEFAULTS[name] for name in ("peaks", "race", "cdr", "dcr")}
+CHOICES = {name: DEFAULTS[name] for name in ("peaks", "race", "cdr", "dcr", "autoencoder")}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -88,14 +89,14 @@ def _add_options(name, experiment):
             help="train on so many images for 50 epochs, too; may be given several times, by "
             "default 128, 256, …, 16384",
         )
-    else:
-        experiment.add_argument(
-            "--method",
-            dest="methods",
-            action="append",
-            choices=CHOICES.get(name, METHODS),
-            help="run this one only; may be given several times",
-        )
+        experiment.add_argument("--seeds", type=_count, default=3, help="how many; 3 by default")
+    experiment.add_argument(
+        "--method",
+        dest="methods",
+        action="append",
+        choices=CHOICES.get(name, METHODS),
+        help="run this one only; may be given several times",
+    )
     experiment.add_argument(
         "--output", type=Path, metavar="FOLDER", help=f"results/{name} by default"
     )

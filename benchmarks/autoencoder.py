@@ -25,7 +25,7 @@ from varprox.selection import minimise
 
 BATCH_SIZE, MEMORY = 32, 5
 SIZES = tuple(2**k for k in range(7, 15))  # images in the limited regime
-EPOCHS, SEEDS = 50, 3
+EPOCHS = 50
 VALIDATION = 2000  # of the 10,000 images, since a curve takes many evaluations
 PART = 2000  # images between two evaluations in the full regime
 SPREAD, SPREAD_OF_PYTORCH = 0.0625, 0.25  # of the last layer at Adam's start
@@ -68,31 +68,43 @@ def sgcv_of_images(fit, count):
     return fit.residual / (BATCH_SIZE - fit.trace) ** 2
 
 
-BY_RATE = [
-    *(Entry("slimTrain", f"rate {rate:g}", slim(rate)) for rate in RATES),
-    *(Entry("Adam", f"rate {rate:g}", adam(rate, SPREAD)) for rate in RATES),
-    Entry("Adam, PyTorch's start", "rate 0.001", adam(1e-3, SPREAD_OF_PYTORCH)),
-]
-BY_SELECTION = [
-    Entry("slimTrain, sGCV", "rate 0.001", slim(1e-3, vp.sgcv())),
-    Entry("slimTrain, sGCV, N = 32", "rate 0.001", slim(1e-3, minimise(sgcv_of_images))),
-    Entry("slimTrain, Λ = 0", "rate 0.001", slim(1e-3, NEVER, 0.0)),
-    *(
-        Entry("slimTrain, constant ΣΛ", f"rate 0.001, {total:g}", slim(1e-3, NEVER, total))
-        for total in SUMS
-    ),
-]
+ENTRIES = {
+    "slimtrain": [Entry("slimTrain", f"rate {rate:g}", slim(rate)) for rate in RATES],
+    "adam": [
+        *(Entry("Adam", f"rate {rate:g}", adam(rate, SPREAD)) for rate in RATES),
+        Entry("Adam, PyTorch's start", "rate 0.001", adam(1e-3, SPREAD_OF_PYTORCH)),
+    ],
+    "selections": [
+        Entry("slimTrain, sGCV", "rate 0.001", slim(1e-3, vp.sgcv())),
+        Entry("slimTrain, sGCV, N = 32", "rate 0.001", slim(1e-3, minimise(sgcv_of_images))),
+        Entry("slimTrain, Λ = 0", "rate 0.001", slim(1e-3, NEVER, 0.0)),
+        *(
+            Entry("slimTrain, constant ΣΛ", f"rate 0.001, {total:g}", slim(1e-3, NEVER, total))
+            for total in SUMS
+        ),
+    ],
+}
 
 
-def run(*, quick: bool, seed: int, output: Path, epochs: int, sizes: Sequence[int] | None) -> None:
-    """Times a step, trains on all images for `epochs` and on `sizes` of them for 50, and writes
-    tables and figures after each part; if `quick` on few images for five epochs only."""
-    seeds = range(seed, seed + (1 if quick else SEEDS))
+def run(
+    *,
+    quick: bool,
+    seed: int,
+    seeds: int,
+    methods: Sequence[str],
+    output: Path,
+    epochs: int,
+    sizes: Sequence[int] | None,
+) -> None:
+    """Times a step, trains on all images for `epochs` and on `sizes` of them for 50, from so many
+    seeds, and writes tables and figures after each part; if `quick` from one, on few images for
+    five epochs only."""
+    drawn = range(seed, seed + (1 if quick else seeds))
     sizes = sizes or SIZES[: 1 if quick else None]
     limited_epochs = 5 if quick else EPOCHS
     settings: dict = {
         "quick": quick,
-        "seeds": list(seeds),
+        "seeds": list(drawn),
         "sizes": [],
         "epochs": {"full": 0 if quick else epochs, "limited": limited_epochs},
     }
@@ -100,7 +112,7 @@ def run(*, quick: bool, seed: int, output: Path, epochs: int, sizes: Sequence[in
     tables, runs = [cost_table(results["step"])], []
     output.mkdir(parents=True, exist_ok=True)
 
-    full = [] if quick else full_regime(seeds, epochs)
+    full = [] if quick else full_regime(methods, drawn, epochs)
     if full:
         runs += full
         results["full"] = {name: summary(group) for name, group in by_method(full).items()}
@@ -109,7 +121,7 @@ def run(*, quick: bool, seed: int, output: Path, epochs: int, sizes: Sequence[in
         draw(output / "reconstructions.png", make_task(1, seed), lowest(full))
         write(output, "autoencoder", tables, settings, results, runs)
     for size in sizes:
-        found = limited_regime(size, seeds, limited_epochs)
+        found = limited_regime(methods, size, drawn, limited_epochs)
         settings["sizes"].append(size)
         runs += [r._replace(variant=f"{size} images; {r.variant}") for r in found]
         results[str(size)] = {name: summary(group) for name, group in by_method(found).items()}
@@ -128,10 +140,13 @@ def make_task(size: int, seed: int) -> Task:
     return Task(problem, theta, (train, train), (validation, validation), {}, seed)
 
 
-def limited_regime(size: int, seeds: Sequence[int], epochs: int) -> list[Run]:
+def limited_regime(
+    methods: Sequence[str], size: int, seeds: Sequence[int], epochs: int
+) -> list[Run]:
     """So many images by all rates and, where they are few, selections; validated every epoch."""
     runs = []
-    entries = BY_RATE + BY_SELECTION if size <= SELECTED else BY_RATE
+    few = size <= SELECTED
+    entries = [e for name in methods if few or name != "selections" for e in ENTRIES[name]]
     for seed in seeds:
         task = make_task(size, seed)
         for method, variant, make in entries:
@@ -149,11 +164,12 @@ def limited_regime(size: int, seeds: Sequence[int], epochs: int) -> list[Run]:
     return runs
 
 
-def full_regime(seeds: Sequence[int], epochs: int) -> list[Run]:
-    """All rates on 50,000 images, validated after every `PART` of them; from seed to seed another
-    entry begins."""
+def full_regime(methods: Sequence[str], seeds: Sequence[int], epochs: int) -> list[Run]:
+    """All rates, and sGCV of the selections, on 50,000 images, validated after every `PART` of
+    them; from seed to seed another entry begins."""
     runs = []
-    entries = [*BY_RATE, BY_SELECTION[0]]
+    used = {name: ENTRIES[name][: 1 if name == "selections" else None] for name in methods}
+    entries = [entry for group in used.values() for entry in group]
     for seed in seeds:
         task = make_task(50_000, seed)
         first = seed % len(entries)
@@ -266,8 +282,8 @@ def table(title: str, results: Mapping[str, dict]) -> str:
 def cost(task: Task, repeats: int = 60) -> dict:
     """Milliseconds a step, the methods taking turns; the same in an epoch; memory it grows by."""
     batch = jax.tree.map(lambda x: x[:BATCH_SIZE], task.train)
-    entries = {"Adam": BY_RATE[len(RATES)], "slimTrain": BY_RATE[0], "sGCV": BY_SELECTION[0]}
-    methods = {name: entry.make(task.problem) for name, entry in entries.items()}
+    entries = {"Adam": "adam", "slimTrain": "slimtrain", "sGCV": "selections"}
+    methods = {name: ENTRIES[group][0].make(task.problem) for name, group in entries.items()}
     key = jax.random.key(task.seed)
     states = {name: m.init(task.theta, task.train, key) for name, m in methods.items()}
     found = {name: {"step": [], "loop": [], "epoch": []} for name in methods}

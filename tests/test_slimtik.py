@@ -131,28 +131,36 @@ def test_the_sum_stays_above_its_bound(x64):
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_proportional_follows_the_scale_of_the_rows_up_and_far_down(scale, x64):
-    """ΣΛ is the factor times the largest mean eigenvalue so far of what is remembered, until this
-    is less than a tenth of that."""
+def test_proportional_starts_high_falls_and_stays(scale, x64, monkeypatch):
+    """At rows of any scale; it also follows them up, and starts again far above."""
+    monkeypatch.setattr(selections, "FALL", 0.1)
     rows, targets = batches(8)
-    sizes = np.array([1, 2, 0.5, 1, 3, 0.01, 0.01, 0.02])[:, None, None]
-    rows = scale * sizes * rows
-    method = vp.slimtik(1, vp.proportional(0.5), lower_bound=0.0)
+    sizes = np.array([1, 1, 1, 1, 1.2, 2.5, 0.5, 20])
+    rows = scale * sizes[:, None, None] * rows
+    method = vp.slimtik(1, vp.proportional(0.5), initial=0.0, lower_bound=0.0)
     state = method.init(jnp.zeros((5, 2)))
-    expected = 0.0
+    did, expected = [], 0.0
     for k in range(8):
         w, before = state.w, expected
         state, info = method.update(state, rows[k], targets[k])
         gram = sum(a.T @ a for a in rows[max(0, k - 1) : k + 1])
-        lowest = 0.5 * np.mean(np.linalg.eigvalsh(gram))
-        expected = lowest if k == 6 else max(lowest, before)
+        mean = np.mean(np.linalg.eigvalsh(gram))
+        lowest = 0.5 * mean + 2.5 * np.trace(gram) / (2 * len(rows[k]))
+        branches = {
+            "starts": (before < 0.1 * lowest, 50 * mean),
+            "rises": (before < lowest, lowest),
+            "stays": (before <= 3 * lowest, before),
+            "falls": (True, max(0.1 * before, lowest)),
+        }
+        name, expected = next((name, to) for name, (holds, to) in branches.items() if holds)
+        did.append(name)
         np.testing.assert_allclose([state.lambda_sum, info.lambda_sum], expected, rtol=1e-9)
-        if expected == before:
-            change = np.linalg.solve(
-                gram + expected * np.eye(5), rows[k].T @ (rows[k] @ w - targets[k])
-            )
-            assert info.lambda_ == 0
-            np.testing.assert_allclose(state.w, w - change, rtol=1e-8)
+        change = np.linalg.solve(
+            gram + expected * np.eye(5), rows[k].T @ (rows[k] @ w - targets[k]) + info.lambda_ * w
+        )
+        np.testing.assert_allclose(state.w, w - change, rtol=1e-8)
+    assert did[:2] == ["starts", "falls"] and did[-1] == "starts"
+    assert {"rises", "stays"} <= set(did)
 
 
 FITS = {

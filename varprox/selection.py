@@ -16,7 +16,9 @@ from jax.tree_util import Partial
 from varprox.checks import check_number
 
 GRID, REFINEMENTS = 30, 2  # magnitudes of Λ for either sign, and how often the best is refined
-MOST = 10  # times the ΣΛ it asks for is what `proportional` puts up with
+START, FALL = 50, 0.99  # of ΣΛ under `proportional`: in mean eigenvalues, and the factor a step
+LEAST, MOST = 0.1, 3  # times the ΣΛ it asks for: below it starts, and up to here it keeps it
+ROWS = 2.5  # mean squares of a row that it adds
 
 
 class Fit(NamedTuple):
@@ -31,21 +33,25 @@ class Trials(NamedTuple):
 
     at: Callable[[jax.Array], Fit]
     scale: jax.Array  # the mean eigenvalue of M
+    row: jax.Array  # the mean square of the norm of a row in memory
 
     def __call__(self, lambda_: jax.Array) -> Fit:
         """The batch at w(Λ)."""
         return self.at(lambda_)
 
 
-def proportional(factor: float = 1.0) -> Partial:
-    """A ΣΛ of `factor` times the mean eigenvalue of the Gram matrices in memory, or a little more.
+def proportional(factor: float = 0.3) -> Partial:
+    """A ΣΛ that falls from `START` times the mean eigenvalue of the Gram matrices in memory by one
+    in a hundred a step, to `factor` times this and `ROWS` mean squares of a row's norm.
 
-    While features move, W from the last few batches alone is noisy. This keeps it near the one
-    before in directions that these batches say little of, at any scale of the features; the other
-    side of it is that W takes many steps to follow in these directions: fewer with a smaller
-    factor. ΣΛ rises with the mean eigenvalue, and stays where it is while this falls by no more
-    than a tenfold: Λ scales W in the same directions, so that a ΣΛ that took part in the noise of
-    small batches would pass it on to W. The value is reported as zero.
+    Λ keeps W near the one before in directions that the last few batches say little of. At first,
+    while features are poor, a small W that follows slowly has them learn; later W is to follow
+    them. What is left in the end is in proportion to the features, and keeps down the leverage of
+    single rows ‖a‖² / ΣΛ, which is large where rows are few for the weights.
+
+    A `State` with less than `LEAST` of that ΣΛ starts, one with more than `MOST` of it falls, and
+    in between ΣΛ stays where it is: Λ scales W in the same directions, so that a ΣΛ that took part
+    in the noise of small batches would pass it on to W. The value is reported as zero.
     """
     return Partial(_proportional, check_number("factor", factor))
 
@@ -124,9 +130,11 @@ def _sdp(variance, fit, count):
 
 
 def _proportional(factor, fit, count, lambda_sum, lower_bound):
-    lowest = factor * fit.scale
-    keep = (lowest <= lambda_sum) & (lambda_sum <= MOST * lowest)
-    return jnp.where(keep, 0, lowest - lambda_sum), jnp.zeros_like(lambda_sum)
+    lowest = factor * fit.scale + ROWS * fit.row
+    falling = jnp.where(lambda_sum > MOST * lowest, FALL * lambda_sum, lambda_sum)
+    wanted = jnp.maximum(lowest, falling)
+    wanted = jnp.where(lambda_sum < LEAST * lowest, START * fit.scale, wanted)
+    return wanted - lambda_sum, jnp.zeros_like(lambda_sum)
 
 
 def _constant(value, fit, count, lambda_sum, lower_bound):

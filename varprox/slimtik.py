@@ -140,7 +140,8 @@ def tikhonov_step(options: Options, state: State, batch: Moments, count: int) ->
         residual = batch.square + jnp.sum(step * (batch.gram @ step - 2 * batch.gradient))
         return Fit(residual, w.shape[1] * freedom(lambda_))
 
-    trials = Trials(fit, trace / len(total))
+    rows = count / w.shape[1] * len(state.grams)  # in memory, once it is full
+    trials = Trials(fit, trace / len(total), trace / rows)
     lambda_, value = options.selection(trials, count, lambda_sum, lower_bound)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
