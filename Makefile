@@ -31,8 +31,9 @@ help:
 demo: $(RUN_STAMP)
 	@$(PY) -m benchmarks indian_pines --quick --output results/indian_pines
 
+# Workers share the cores, and OpenBLAS's threads would take them up waiting for one another.
 test: $(RUN_STAMP)
-	@$(PY) -m pytest
+	@OPENBLAS_NUM_THREADS=1 $(PY) -m pytest
 
 lint: $(RUN_STAMP) $(DEV_STAMP)
 	@$(PY) -m ruff check .

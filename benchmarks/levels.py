@@ -18,7 +18,7 @@ from flax import nnx
 
 import varprox as vp
 from benchmarks import baselines, minibatch
-from benchmarks.experiment import Run, end
+from benchmarks.experiment import Run, end, reading
 from varprox import Method, Problem
 from varprox.fit import join
 
@@ -27,6 +27,7 @@ STATE_STEPS = STEPS * 2 ** (LEVELS - 1)
 SIZES = (16, 64, 256)  # of Adam's batches
 SLIM_SIZE = 16  # of slimTrain's
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
+FINALISTS = 3  # variants of a method, at equal work and at equal time, that go on to further seeds
 FIXED = ("b1", "b2", "eps", "eps_root")  # so that nothing but the rate is in Adam's state
 ADAM = optax.inject_hyperparams(optax.adam, FIXED)(RATES[0])  # one compilation for all rates
 STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
@@ -79,18 +80,39 @@ def error(predicted: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.linalg.norm(predicted - targets) / jnp.linalg.norm(targets)
 
 
-def compete(surrogate: Surrogate, entered: Mapping, work: float, floor: float) -> list[Run]:
-    """The runs of all methods from one seed. The first method sets the time for the others, which
-    have at least as long as the fastest of its variants took."""
+def compete(
+    surrogates: Sequence[Surrogate], entered: Mapping, work: float, floor: float
+) -> list[Run]:
+    """The runs of all methods from every seed: of all their variants from the first, and from the
+    others of those that were among the best there. The first method sets the time for the others,
+    which have at least as long as the fastest of its variants took."""
     runs: list[Run] = []
-    seconds = 0.0
-    for method, variants in entered.items():
-        for variant, (make_method, batch_size) in variants.items():
-            print(f"seed {surrogate.seed}: {method} {variant}".rstrip(), flush=True)
-            trained = train(surrogate, make_method, batch_size, work, floor, seconds)
-            runs.append(Run(method, variant, surrogate.seed, *trained))
-        seconds = seconds or time_of(runs)
+    finals: dict[str, list[str]] = {}
+    for surrogate in surrogates:
+        seconds = 0.0
+        for method, variants in entered.items():
+            found = []
+            for variant in finals.get(method, variants):
+                print(f"seed {surrogate.seed}: {method} {variant}".rstrip(), flush=True)
+                trained = train(surrogate, *variants[variant], work, floor, seconds)
+                found.append(Run(method, variant, surrogate.seed, *trained))
+            seconds = seconds or time_of(found)
+            if method not in finals:
+                finals[method] = finalists(found, LEVELS * work, seconds)
+            runs += found
     return runs
+
+
+def finalists(runs: Sequence[Run], work: float, seconds: float) -> list[str]:
+    """The variants of a method that came nearest to the floor, `FINALISTS` of them in so much work,
+    and as many in so many seconds."""
+
+    def nearest(axis, limit):
+        rows = [reading(run, axis, limit) for run in runs]
+        return sorted(rows, key=lambda row: row["objective"])[:FINALISTS]
+
+    rows = nearest("work_units", work) + nearest("seconds", seconds)
+    return list(dict.fromkeys(row["variant"] for row in rows))
 
 
 def time_of(runs: Sequence[Run]) -> float:

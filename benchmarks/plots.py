@@ -15,6 +15,7 @@ from benchmarks.experiment import PROJECTED, Run, best, by_seed, end
 plt.switch_backend("agg")
 
 AXES = {"work_units": "work units", "seconds": "seconds"}
+MANY_EPOCHS = 10
 COLOURS = {
     "GNvpro": "#0072b2",
     "LBFGSvpro": "#d55e00",
@@ -115,8 +116,9 @@ def race(
 
 
 def minibatches(path: Path, groups: Mapping[str, Sequence[Run]], ylabel: str) -> None:
-    """Validation loss against epochs and seconds, and ΣΛ against epochs; every method by the best
-    of its variants in each place, the line being the median and the band the range of the seeds."""
+    """Validation loss against epochs and seconds, and ΣΛ against epochs, on a logarithmic scale
+    where these are many; every method by the best of its variants in each place, the line being the
+    median and the band the range of the seeds."""
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
     for method, runs in groups.items():
         seeds = list(by_seed(runs).values())
@@ -135,8 +137,11 @@ def minibatches(path: Path, groups: Mapping[str, Sequence[Run]], ylabel: str) ->
     for ax, x in zip(axes, ("epochs", "seconds", "epochs"), strict=True):
         ax.set(xlabel=x, yscale="log")
         ax.grid(alpha=0.3, linewidth=0.6)
+        if epochs[-1] > MANY_EPOCHS:
+            ax.set(xscale="log")
+            _plain_ticks(ax.xaxis)
     for ax in axes[:2]:
-        _plain_ticks(ax.yaxis)
+        _plain_ticks(ax.yaxis, (1, 2, 3, 4, 6, 8))
     axes[0].set(ylabel=ylabel)
     axes[2].set(ylabel="ΣΛ, mean over the epoch")
     handles, labels = axes[0].get_legend_handles_labels()
@@ -172,9 +177,9 @@ def _curves(runs, axis, limit, columns):
     return x, [np.array([[r[column] for r in row] for row in rows]) for column in columns]
 
 
-def _plain_ticks(axis):
-    """Labels 1, 2, 5, 10, … on a logarithmic axis."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+def _plain_ticks(axis, digits=(1, 2, 5)):
+    """Labels 1, 2, 5, 10, …, or other digits, on a logarithmic axis."""
+    axis.set_major_locator(LogLocator(subs=digits))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())
 

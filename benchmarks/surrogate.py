@@ -58,7 +58,7 @@ def run(
         floor = levels.lowest_loss(surrogates[0].sets["train"][1], width)
         entered = levels.entrants(setting.curvatures, quick)
         entered = {name: entered[name] for name in entered if name.lower() in methods}
-        found = [one for s in surrogates for one in levels.compete(s, entered, work, floor)]
+        found = levels.compete(surrogates, entered, work, floor)
         title = f"{setting.name}, width {width}"
         panels[title] = by_method(found)
         results[title] = summary(panels[title], surrogates, LEVELS * work, floor)

@@ -208,6 +208,31 @@ def test_the_pictures_of_a_surrogate_are_drawn(module, tmp_path):
     assert (tmp_path / "predictions.png").stat().st_size > 10_000
 
 
+def test_the_best_of_the_first_seed_go_on_to_the_others(small, monkeypatch):
+    """Variant k of eight takes k + 1 seconds; 5, 6, 7 are best after the work, 0 after a second."""
+
+    def train(surrogate, k, batch_size, work, floor, seconds):
+        assert seconds == {"first": 0, "second": 3}[batch_size]
+        history = {
+            "work_units": np.array([0, 3 * WORK]),
+            "seconds": np.array([0.0, k + 1]),
+            "objective": np.array([10.0 + k, 9.0 - k]),
+        }
+        return vp.Solution(None, None, history, vp.Status.BUDGET, 0.0, None), history
+
+    monkeypatch.setattr(levels, "train", train)
+    entered = {
+        "first": {"a": (2, "first"), "b": (3, "first")},
+        "second": {f"{k}": (k, "second") for k in range(8)},
+    }
+    other = small._replace(seed=1)
+    runs = levels.compete([small, other], entered, WORK, 0.0)
+    tried = {seed: [r.variant for r in runs if r.seed == seed] for seed in (0, 1)}
+    assert tried[0] == ["a", "b", *map(str, range(8))]
+    # In three seconds the first three are through, and the others where they began.
+    assert tried[1] == ["b", "a", "7", "6", "5", "2", "1", "0"]
+
+
 def test_every_variant_of_a_method_makes_one(small):
     problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
     for setting in (cdr.SETTING, dcr.SETTING):

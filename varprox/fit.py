@@ -235,23 +235,31 @@ def _compiled(fn, *args):
 
 def _row(problem, state, sets, metrics):
     """The columns of the history that belong to a state."""
-    penalties = problem.penalty(state.theta) + 0.5 * problem.w_penalty * jnp.sum(state.w**2)
     row = {
         "objective": state.objective,
         "work_units": state.work_units,
-        "train_loss": state.objective - penalties,
+        "train_loss": state.objective - _penalties(problem, state.theta, state.w),
     }
     for name, (inputs, targets) in sets.items():
         if name == "train" and not metrics:
             continue  # one forward pass less
-        predictions = _predict(problem, state.theta, state.w, inputs)
+        predictions, loss = _predict(problem, state.theta, state.w, inputs, targets)
         if name == "validation":
-            row["validation_loss"] = problem.loss.value(predictions, targets)
+            row["validation_loss"] = loss
         row |= {f"{name}_{metric}": fn(predictions, targets) for metric, fn in metrics.items()}
     return {name: float(value) for name, value in row.items()}
 
 
-_predict = jax.jit(predict)
+@jax.jit
+def _penalties(problem, theta, w):
+    return problem.penalty(theta) + 0.5 * problem.w_penalty * jnp.sum(w**2)
+
+
+@jax.jit
+def _predict(problem, theta, w, inputs, targets):
+    """The predictions and their loss."""
+    predictions = predict(problem, theta, w, inputs)
+    return predictions, problem.loss.value(predictions, targets)
 
 
 def _summary(row, limits):
