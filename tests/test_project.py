@@ -114,18 +114,35 @@ def test_readme_quotes_the_race():
 
 
 def test_readme_quotes_the_autoencoder():
-    result = ROOT / "benchmarks" / "results" / "autoencoder" / "result.json"
-    parts = json.loads(result.read_text(encoding="utf-8"))["results"]
-    columns = [part for part in ("full", "128", "512", "2048") if part in parts]
+    parts, on_gpu, long = (
+        json.loads((ROOT / "benchmarks/results" / name / "result.json").read_text("utf-8"))
+        for name in ("autoencoder", "autoencoder_h200", "autoencoder_h200_50")
+    )
+    assert on_gpu["machine"]["device"] == long["machine"]["device"] == "NVIDIA H200"
+    parts, on_gpu, long = (contents["results"] for contents in (parts, on_gpu, long))
+    columns = parts["full"], parts["128"], parts["512"], on_gpu["2048"]
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     for method, variants in parts["512"].items():
         for variant in variants:
-            found = [parts[part].get(method, {}).get(variant) for part in columns]
+            found = [part.get(method, {}).get(variant) for part in columns]
             cells = ["–" if row is None else f"{row['lowest']:.1f}" for row in found]
             assert f"| {method}, {variant} | {' | '.join(cells)} |" in readme
     ratios = parts["step"]["slimTrain"]["ratio"], parts["step"]["sGCV"]["ratio"]
     words = "A step takes {:.2f} times as long as Adam's, {:.2f} times with sGCV".format(*ratios)
     assert words in " ".join(readme.split())
+    seconds = [
+        statistics.median(row["seconds"] for row in on_gpu["full"][method].values())
+        for method in ("slimTrain", "Adam", "slimTrain, sGCV")
+    ]
+    words = "slimTrain {:.1f} s, Adam {:.1f} s and, for the sake of eigenvalues, sGCV {:.1f} s"
+    assert words.format(*seconds) in " ".join(readme.split())
+    slim, adam = (
+        [min(row["lowest"] for row in long[part][method].values()) for part in ("full", "16384")]
+        for method in ("slimTrain", "Adam")
+    )
+    assert round(slim[0], 1) == round(adam[0], 1)
+    words = "at {:.1f} after 50 epochs of all images, and with 16,384 images at {:.1f} and, Adam, {:.1f}"
+    assert words.format(*slim, adam[1]) in " ".join(readme.split())
 
 
 @pytest.mark.parametrize("experiment", ["cdr", "dcr"])
