@@ -27,7 +27,7 @@ STATE_STEPS = STEPS * 2 ** (LEVELS - 1)
 SIZES = (16, 64, 256)  # of Adam's batches
 SLIM_SIZE = 16  # of slimTrain's
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-FINALISTS = 3  # variants of a method, at equal work and at equal time, that go on to further seeds
+FINALISTS = 4  # variants of a method that go on to further seeds, for each way to compare them
 FIXED = ("b1", "b2", "eps", "eps_root")  # so that nothing but the rate is in Adam's state
 ADAM = optax.inject_hyperparams(optax.adam, FIXED)(RATES[0])  # one compilation for all rates
 STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
@@ -104,14 +104,15 @@ def compete(
 
 
 def finalists(runs: Sequence[Run], work: float, seconds: float) -> list[str]:
-    """The variants of a method that came nearest to the floor, `FINALISTS` of them in so much work,
-    and as many in so many seconds."""
+    """The variants of a method that came nearest to the floor, `FINALISTS` of them in so much work
+    and as many in so many seconds, and those with the lowest validation errors after the work."""
 
-    def nearest(axis, limit):
+    def first(column, axis, limit):
         rows = [reading(run, axis, limit) for run in runs]
-        return sorted(rows, key=lambda row: row["objective"])[:FINALISTS]
+        return sorted(rows, key=lambda row: row[column])[:FINALISTS]
 
-    rows = nearest("work_units", work) + nearest("seconds", seconds)
+    rows = first("objective", "work_units", work) + first("objective", "seconds", seconds)
+    rows += first("validation_error", "work_units", work)
     return list(dict.fromkeys(row["variant"] for row in rows))
 
 
