@@ -2,8 +2,9 @@
 
 A selection is a function `select(fit, count, lambda_sum, lower_bound) -> (lambda_, value)`:
 `fit(lambda_)` gives the squared residual of the batch at w(Λ) and the trace of A B(Λ) Aᵀ, both over
-all its `count` scalar residuals, and `fit.scale` is the mean eigenvalue of the Gram matrices in
-memory; `value` is that of the function which was minimised. Imports checks.
+all its `count` scalar residuals; `fit.scale` is the mean eigenvalue of the Gram matrices in memory,
+`fit.row` the mean square of the norm of a row there; `value` is that of the function which was
+minimised. Imports checks.
 """
 
 from collections.abc import Callable
@@ -16,9 +17,10 @@ from jax.tree_util import Partial
 from varprox.checks import check_number
 
 GRID, REFINEMENTS = 30, 2  # magnitudes of Λ for either sign, and how often the best is refined
-START, FALL = 50, 0.99  # of ΣΛ under `proportional`: in mean eigenvalues, and the factor a step
-LEAST, MOST = 0.1, 3  # times the ΣΛ it asks for: below it starts, and up to here it keeps it
-ROWS = 2.5  # mean squares of a row that it adds
+# Of `proportional`:
+START, FALL = 50, 0.99  # in mean eigenvalues, and the factor of a step
+LEAST, MOST = 0.1, 3  # times the ΣΛ to end at: below it starts, above it falls
+ROWS = 2.5  # mean squares of a row's norm in the ΣΛ to end at
 
 
 class Fit(NamedTuple):
@@ -41,17 +43,17 @@ class Trials(NamedTuple):
 
 
 def proportional(factor: float = 0.3) -> Partial:
-    """A ΣΛ that falls from `START` times the mean eigenvalue of the Gram matrices in memory by one
+    """A ΣΛ that falls from `START` times the mean eigenvalue of the Gram matrices in memory, by one
     in a hundred a step, to `factor` times this and `ROWS` mean squares of a row's norm.
 
-    Λ keeps W near the one before in directions that the last few batches say little of. At first,
+    It keeps W near the one before in directions that the last few batches say little of. At first,
     while features are poor, a small W that follows slowly has them learn; later W is to follow
-    them. What is left in the end is in proportion to the features, and keeps down the leverage of
-    single rows ‖a‖² / ΣΛ, which is large where rows are few for the weights.
+    them. Where ΣΛ ends is in proportion to the features, and high enough to keep down the leverage
+    ‖a‖² / ΣΛ of single rows, which matters where rows are few for the weights.
 
-    A `State` with less than `LEAST` of that ΣΛ starts, one with more than `MOST` of it falls, and
-    in between ΣΛ stays where it is: Λ scales W in the same directions, so that a ΣΛ that took part
-    in the noise of small batches would pass it on to W. The value is reported as zero.
+    ΣΛ starts where it is less than `LEAST` times the one to end at, falls where it is more than
+    `MOST` times that, and in between stays: Λ scales W in the same directions, so that a ΣΛ that
+    took part in the noise of small batches would pass it on to W. The value is reported as zero.
     """
     return Partial(_proportional, check_number("factor", factor))
 
