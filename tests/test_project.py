@@ -141,7 +141,8 @@ def test_readme_quotes_the_autoencoder():
         for method in ("slimTrain", "Adam")
     )
     assert round(slim[0], 1) == round(adam[0], 1)
-    words = "at {:.1f} after 50 epochs of all images, and with 16,384 images at {:.1f} and, Adam, {:.1f}"
+    words = "at {:.1f} after 50 epochs of all images, and with 16,384 images at {:.1f} and, Adam, "
+    words += "{:.1f}"
     assert words.format(*slim, adam[1]) in " ".join(readme.split())
 
 
