@@ -163,6 +163,14 @@ def test_proportional_starts_high_falls_and_stays(scale, x64, monkeypatch):
     assert {"rises", "stays"} <= set(did)
 
 
+def test_proportional_keeps_down_the_leverage_of_a_row_among_many_weights(x64):
+    """From the first step on, however few rows there are: with one row ΣΛ is where it is to end."""
+    row = np.random.default_rng(0).normal(size=(1, 1000))
+    method = vp.slimtik(0, vp.proportional(0.5))
+    state, _ = method.update(method.init(jnp.zeros((1000, 1))), row, np.ones((1, 1)))
+    np.testing.assert_allclose(state.lambda_sum, (0.5 / 1000 + 2.5) * np.sum(row**2), rtol=1e-9)
+
+
 FITS = {
     "sgcv": (vp.sgcv(), lambda r, t, n: r / (n - t) ** 2 if t < n else np.inf),
     "supre": (vp.supre(0.3), lambda r, t, n: r + 2 * 0.3 * t - n * 0.3),

@@ -134,9 +134,8 @@ def _sdp(variance, fit, count):
 def _proportional(factor, fit, count, lambda_sum, lower_bound):
     lowest = factor * fit.scale + ROWS * fit.row
     falling = jnp.where(lambda_sum > MOST * lowest, FALL * lambda_sum, lambda_sum)
-    wanted = jnp.maximum(lowest, falling)
-    wanted = jnp.where(lambda_sum < LEAST * lowest, START * fit.scale, wanted)
-    return wanted - lambda_sum, jnp.zeros_like(lambda_sum)
+    wanted = jnp.where(lambda_sum < LEAST * lowest, START * fit.scale, falling)
+    return jnp.maximum(lowest, wanted) - lambda_sum, jnp.zeros_like(lambda_sum)
 
 
 def _constant(value, fit, count, lambda_sum, lower_bound):
