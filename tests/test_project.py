@@ -40,14 +40,13 @@ def test_import_leaves_optional_and_heavy_packages_alone():
 
 
 def test_import_costs_little_more_than_jax():
-    # Processor time of the second import alone: neither JAX's own import nor other
-    # processes on the machine blur it as they would a difference of two wall-clock times.
+    # Processor times in one process: other processes blur them less than wall-clock times, and
+    # their ratio is the same on a slow machine.
     code = (
-        "import time, jax; start = time.process_time(); import varprox;"
-        "print(time.process_time() - start)"
+        "from time import process_time as now; start = now(); import jax; between = now();"
+        "import varprox; print((now() - between) / (between - start))"
     )
-    seconds = statistics.median(float(run_python(code)) for _ in range(5))
-    assert seconds < 0.3
+    assert statistics.median(float(run_python(code)) for _ in range(5)) < 0.5
 
 
 @pytest.mark.parametrize("name", varprox.__all__)
