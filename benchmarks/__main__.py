@@ -55,6 +55,7 @@ DEFAULTS = {
 }
 
 
+SEEDS = {"autoencoder": 3, "cdr": 5, "dcr": 5}
 CHOICES = {name: DEFAULTS[name] for name in ("peaks", "race", "cdr", "dcr", "autoencoder")}
 
 
@@ -89,7 +90,19 @@ def _add_options(name, experiment):
             help="train on so many images for 50 epochs, too; may be given several times, by "
             "default 128, 256, …, 16384",
         )
-        experiment.add_argument("--seeds", type=_count, default=3, help="how many; 3 by default")
+    if name in ("cdr", "dcr"):
+        experiment.add_argument(
+            "--width",
+            dest="widths",
+            action="append",
+            type=_count,
+            help="of the networks; may be given several times, by default 8 and 16",
+        )
+    if name in SEEDS:
+        count = SEEDS[name]
+        experiment.add_argument(
+            "--seeds", type=_count, default=count, help=f"how many; {count} by default"
+        )
     experiment.add_argument(
         "--method",
         dest="methods",

@@ -18,7 +18,7 @@ from benchmarks import levels, plots
 from benchmarks.experiment import Run, best, by_method, by_seed, end, evaluate, text_table, write
 from benchmarks.levels import LEVELS, SETS, STATE_STEPS, Surrogate, error, time_of
 
-WIDTHS, SEEDS = (8, 16), 5
+WIDTHS = (8, 16)
 RIDGES = tuple(10.0**k for k in range(-12, 5))
 
 
@@ -36,14 +36,23 @@ class Setting(NamedTuple):
 
 
 def run(
-    setting: Setting, *, quick: bool, seed: int, methods: tuple[str, ...], output: Path
+    setting: Setting,
+    *,
+    quick: bool,
+    seed: int,
+    seeds: int,
+    widths: Sequence[int] | None,
+    methods: tuple[str, ...],
+    output: Path,
 ) -> None:
-    """Trains networks of both widths from every seed, and writes excesses, errors and pictures."""
+    """Trains networks of each width from each of `seeds` seeds, and writes excesses, errors and
+    pictures; if `quick` from one seed, for less work, and of one width unless some are given."""
     work = setting.work / 4 if quick else setting.work
-    widths, seeds = (WIDTHS[:1], 1) if quick else (WIDTHS, SEEDS)
+    widths = widths or WIDTHS[: 1 if quick else None]
+    drawn = range(seed, seed + (1 if quick else seeds))
     data = setting.load(quick)
     settings = {
-        "quick": quick, "seeds": list(range(seed, seed + seeds)), "widths": widths,
+        "quick": quick, "seeds": list(drawn), "widths": widths,
         "work_units_a_level": work, "levels": LEVELS, "steps": levels.STEPS,
         "state_steps": STATE_STEPS, "final_time": levels.FINAL_TIME, "penalty": levels.PENALTY,
         "samples": [len(pair[1]) for pair in data[:3]],
@@ -54,7 +63,7 @@ def run(
     runs: list[Run] = []
     panels: dict[str, dict[str, list[Run]]] = {}
     for width in widths:
-        surrogates = [levels.make(data, width, s) for s in range(seed, seed + seeds)]
+        surrogates = [levels.make(data, width, s) for s in drawn]
         floor = levels.lowest_loss(surrogates[0].sets["train"][1], width)
         entered = levels.entrants(setting.curvatures, quick)
         entered = {name: entered[name] for name in entered if name.lower() in methods}

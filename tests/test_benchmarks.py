@@ -60,6 +60,9 @@ def test_the_race_takes_the_names_of_its_entrants():
         (["autoencoder", "--method", "lbfgs"], "--method: invalid choice: 'lbfgs'"),
         (["race", "--method", "gnvpro"], "--method: invalid choice: 'gnvpro'"),
         (["cdr", "--method", "lbfgs"], "--method: invalid choice: 'lbfgs'"),
+        (["dcr", "--width", "0"], "--width: expected an integer ≥ 1, got '0'"),
+        (["dcr", "--seeds", "none"], "--seeds: expected an integer ≥ 1, got 'none'"),
+        (["peaks", "--seeds", "3"], "unrecognized arguments: --seeds"),
     ],
 )
 def test_a_bad_command_line_is_refused(arguments, complaint, capsys):

@@ -166,3 +166,22 @@ def test_readme_quotes_the_surrogates(experiment):
     assert f"ridge regression has {100 * contents['ridge']['test']:.0f} %" in " ".join(
         readme.split()
     )
+
+
+def test_readme_quotes_the_surrogates_on_a_gpu():
+    """The excess at equal seconds."""
+    found = {}
+    for experiment in ("cdr", "dcr"):
+        result = ROOT / "benchmarks" / "results" / f"{experiment}_h200" / "result.json"
+        contents = json.loads(result.read_text(encoding="utf-8"))
+        assert contents["machine"]["device"] == "NVIDIA H200"
+        found |= contents["results"]
+    columns = [found[name] for name in ("cdr, width 8", "cdr, width 16", "dcr, width 16")]
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for method in columns[0]["methods"]:
+        rows = [column["methods"].get(method) for column in columns]
+        cells = ["–" if row is None else f"{row['excess']['seconds'][0]:.1e}" for row in rows]
+        assert f"| {method} | {' | '.join(cells)} |" in readme
+    seconds = [column["seconds"] for column in columns]
+    words = "The seconds are {:.2f}, {:.2f} and {:.1f}".format(*seconds)
+    assert words in " ".join(readme.split())

@@ -221,7 +221,7 @@ def test_steps_with_convolutions_are_not_scanned_on_cpu_and_come_to_the_same(x64
     chex.assert_trees_all_close(infos, expected, rtol=1e-7, atol=1e-9)
     jax.effects_barrier()
     assert len(calls) == 4
-    assert minibatches.steps_one_by_one(*method.epoch.args, state, data, np.zeros((2, 3), np.int32))
+    assert minibatches.steps_one_by_one(*method.epoch.args, state, data, batch_size=3)
 
 
 def test_constant_features_leave_w_finite(x64):

@@ -243,9 +243,9 @@ def _row(problem, state, sets, metrics):
     for name, (inputs, targets) in sets.items():
         if name == "train" and not metrics:
             continue  # one forward pass less
-        predictions, loss = _predict(problem, state.theta, state.w, inputs, targets)
+        predictions = _predict(problem, state.theta, state.w, inputs)
         if name == "validation":
-            row["validation_loss"] = loss
+            row["validation_loss"] = _loss(problem, predictions, targets)
         row |= {f"{name}_{metric}": fn(predictions, targets) for metric, fn in metrics.items()}
     return {name: float(value) for name, value in row.items()}
 
@@ -256,10 +256,11 @@ def _penalties(problem, theta, w):
 
 
 @jax.jit
-def _predict(problem, theta, w, inputs, targets):
-    """The predictions and their loss."""
-    predictions = predict(problem, theta, w, inputs)
-    return predictions, problem.loss.value(predictions, targets)
+def _loss(problem, predictions, targets):
+    return problem.loss.value(predictions, targets)
+
+
+_predict = jax.jit(predict)
 
 
 def _summary(row, limits):

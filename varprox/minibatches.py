@@ -36,31 +36,33 @@ def epoch(
         raise ValueError(
             f"batch_size: expected at most {samples}, the number of samples, got {batch_size}"
         )
-    key, used = jax.random.split(state.key)
-    order = _order(used, samples, batch_size)
-    state = state._replace(key=key)
     data = jax.tree.map(jnp.asarray, data)  # once, not at every step
-    if steps_one_by_one(step, fixed, options, state, data, order):
-        infos = []
-        for batch in np.arange(len(order), dtype=np.int32):
-            state, info = _chosen(step, fixed, options, state, data, order, batch)
-            infos.append(info)
-        infos = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *infos)
-    else:
-        state, infos = _scanned(step, fixed, options, state, data, order)
-
-    learned = infos.finite.any()
-    mean = jnp.mean(infos.objective, where=infos.finite)
-    status = jnp.where(learned, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32)
-    objective = jnp.where(learned, mean, state.objective)
-    return state._replace(objective=objective, status=status), infos
+    if not steps_one_by_one(step, fixed, options, state, data, batch_size):
+        return _scanned(step, fixed, options, state, data, batch_size)
+    state, order = _begun(state, samples, batch_size)
+    infos = []
+    for batch in np.arange(len(order), dtype=np.int32):
+        state, info = _chosen(step, fixed, options, state, data, order, batch)
+        infos.append(info)
+    infos = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *infos)
+    return _ended(state, infos), infos
 
 
 @partial(jax.jit, static_argnums=(1, 2))
-def _order(key, samples, batch_size):
-    """The samples of every batch, (batches, batch_size)."""
+def _begun(state, samples, batch_size):
+    """The state with its next key, and the samples of every batch, (batches, batch_size)."""
+    key, used = jax.random.split(state.key)
     batches = samples // batch_size
-    return jax.random.permutation(key, samples)[: batches * batch_size].reshape(batches, -1)
+    order = jax.random.permutation(used, samples)[: batches * batch_size]
+    return state._replace(key=key), order.reshape(batches, batch_size)
+
+
+@jax.jit
+def _ended(state, infos):
+    learned = infos.finite.any()
+    mean = jnp.mean(infos.objective, where=infos.finite)
+    status = jnp.where(learned, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32)
+    return state._replace(objective=jnp.where(learned, mean, state.objective), status=status)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
@@ -68,28 +70,32 @@ def _chosen(step, fixed, options, state, data, order, batch):
     return step(fixed, options, state, jax.tree.map(lambda x: x[order[batch]], data))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _scanned(step, fixed, options, state, data, order):
+@partial(jax.jit, static_argnums=(0, 1, 5))
+def _scanned(step, fixed, options, state, data, batch_size):
+    state, order = _begun(state, len(data[1]), batch_size)
+
     def of_batch(state, batch):
         return _chosen(step, fixed, options, state, data, order, batch)
 
-    return jax.lax.scan(of_batch, state, np.arange(len(order), dtype=np.int32))
+    state, infos = jax.lax.scan(of_batch, state, np.arange(len(order), dtype=np.int32))
+    return _ended(state, infos), infos
 
 
-def steps_one_by_one(step, fixed, *args) -> bool:
-    """Are the steps of this epoch called one by one? The arguments are those of `epoch`, but for
-    the last, the samples of all batches (batches, batch_size)."""
-    leaves, structure = jax.tree.flatten(args)
+def steps_one_by_one(step, fixed, options, state, data, batch_size) -> bool:
+    """Are the steps of this epoch called one by one? The arguments are those of `epoch`."""
+    leaves, structure = jax.tree.flatten((options, state, data))
     if jax.default_backend() != "cpu" or any(isinstance(x, jax.core.Tracer) for x in leaves):
         return False
-    return _step_convolves(step, fixed, structure, tuple(map(jax.typeof, leaves)))
+    return _step_convolves(step, fixed, structure, tuple(map(jax.typeof, leaves)), batch_size)
 
 
 @lru_cache
-def _step_convolves(step, fixed, structure, types):
+def _step_convolves(step, fixed, structure, types, batch_size):
     like = (jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in types)
-    args = jax.tree.unflatten(structure, like)
-    return _convolves(_chosen.trace(step, fixed, *args, np.int32(0)).jaxpr.jaxpr)
+    options, state, data = jax.tree.unflatten(structure, like)
+    _, order = jax.eval_shape(lambda state: _begun(state, len(data[1]), batch_size), state)
+    traced = _chosen.trace(step, fixed, options, state, data, order, np.int32(0))
+    return _convolves(traced.jaxpr.jaxpr)
 
 
 def _convolves(jaxpr):
