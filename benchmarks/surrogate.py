@@ -19,6 +19,7 @@ from benchmarks.experiment import Run, best, by_method, by_seed, end, evaluate, 
 from benchmarks.levels import LEVELS, SETS, STATE_STEPS, Surrogate, error, time_of
 
 WIDTHS = (8, 16)
+CALLS = 1000  # of the network that are timed
 RIDGES = tuple(10.0**k for k in range(-12, 5))
 
 
@@ -206,7 +207,7 @@ def speed(setting: Setting, solution: vp.Solution, inputs: np.ndarray) -> dict:
 
     def seconds(samples):
         samples, times = jnp.asarray(samples, solution.w.dtype), []
-        for _ in range(51):
+        for _ in range(CALLS + 1):
             begin = time.perf_counter()
             predict(samples).block_until_ready()
             times.append(time.perf_counter() - begin)
