@@ -26,6 +26,7 @@ LEVELS, STEPS, FINAL_TIME, PENALTY = 3, 2, 1.0, 1e-10
 STATE_STEPS = STEPS * 2 ** (LEVELS - 1)
 SIZES = (16, 64, 256)  # of Adam's batches
 SLIM_SIZE = 16  # of slimTrain's
+EVALUATED = 5  # every so many epochs, which takes about as long as one of large batches
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FINALISTS = 2  # variants of a method that go on to further seeds, for each way to compare them
 FIXED = ("b1", "b2", "eps", "eps_root")  # so that nothing but the rate is in Adam's state
@@ -81,7 +82,11 @@ def error(predicted: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def compete(
-    surrogates: Sequence[Surrogate], entered: Mapping, work: float, floor: float
+    surrogates: Sequence[Surrogate],
+    entered: Mapping,
+    work: float,
+    floor: float,
+    levels: int = LEVELS,
 ) -> list[Run]:
     """The runs of all methods from every seed: of all their variants from the first, and from the
     others of those that were among the best there. The first method sets the time for the others,
@@ -94,11 +99,11 @@ def compete(
             found = []
             for variant in finals.get(method, variants):
                 print(f"seed {surrogate.seed}: {method} {variant}".rstrip(), flush=True)
-                trained = train(surrogate, *variants[variant], work, floor, seconds)
+                trained = train(surrogate, *variants[variant], work, floor, seconds, levels)
                 found.append(Run(method, variant, surrogate.seed, *trained))
             seconds = seconds or time_of(found)
             if method not in finals:
-                finals[method] = finalists(found, LEVELS * work, seconds)
+                finals[method] = finalists(found, levels * work, seconds)
             runs += found
     return runs
 
@@ -124,8 +129,10 @@ def time_of(runs: Sequence[Run]) -> float:
 def entrants(
     curvatures: Mapping[str, tuple[dict, dict]], quick: bool
 ) -> dict[str, dict[str, tuple]]:
-    """The variants of every method: how it is made, and the size of its batches if it has such."""
+    """The variants of every method: how it is made, and the size of its batches if it has such. If
+    `quick` one for each, and what compiles once for two."""
     rates, sizes = (RATES[1:2], SIZES[:1]) if quick else (RATES, SIZES)
+    curvatures = dict(list(curvatures.items())[:1]) if quick else curvatures
 
     def gnvpro(first, after, problem, w):
         return vp.gnvpro(problem, **(first if w is None else after))
@@ -184,15 +191,17 @@ def train(
     work: float,
     floor: float,
     seconds: float,
+    levels: int = LEVELS,
 ) -> tuple[vp.Solution, dict[str, np.ndarray]]:
     """The solution after `work` units on every level, and a history that goes on from there, on the
     last level, if this took less than `seconds`. Its `objective` is the excess of the training loss
-    over the floor."""
+    over the floor, and its entries are those that were evaluated."""
     theta, train = surrogate.theta, surrogate.sets["train"]
     square = float(jnp.sum(train[1] ** 2) / len(train[1]))
     options = {
         "validation": surrogate.sets["validation"],
         "metrics": {"error": jax.jit(error)},
+        "evaluate_every": 1 if batch_size is None else EVALUATED,
         "batch_size": batch_size,
         "seed": surrogate.seed,
     }
@@ -202,7 +211,7 @@ def train(
         problem = Problem(surrogate.model, vp.least_squares(), vp.tikhonov(penalty), penalty)
         return make_method(problem, None if before is None else before.w)
 
-    prolong, last = vp.networks.prolong, LEVELS - 1
+    prolong, last = vp.networks.prolong, levels - 1
     before = vp.fit_levels(
         level, theta, train, levels=last, prolong=prolong, max_work=work, **options
     )
@@ -216,8 +225,10 @@ def train(
 
     def whole(found):
         solution = join([before, found])
-        loss = 0.5 * square * solution.history["train_error"] ** 2
-        return solution._replace(history=dict(solution.history) | {"objective": loss - floor})
+        evaluated = np.isfinite(solution.history["train_error"])
+        history = {name: column[evaluated] for name, column in solution.history.items()}
+        history["objective"] = 0.5 * square * history["train_error"] ** 2 - floor
+        return solution._replace(history=history)
 
     found = fit(work)
     solution = whole(found)

@@ -47,14 +47,16 @@ def run(
     output: Path,
 ) -> None:
     """Trains networks of each width from each of `seeds` seeds, and writes excesses, errors and
-    pictures; if `quick` from one seed, for less work, and of one width unless some are given."""
+    pictures; if `quick` from one seed, on one level less, for less work, with fewer variants of the
+    methods, and of one width unless some are given."""
     work = setting.work / 4 if quick else setting.work
+    trained = LEVELS - 1 if quick else LEVELS
     widths = widths or WIDTHS[: 1 if quick else None]
     drawn = range(seed, seed + (1 if quick else seeds))
     data = setting.load(quick)
     settings = {
         "quick": quick, "seeds": list(drawn), "widths": widths,
-        "work_units_a_level": work, "levels": LEVELS, "steps": levels.STEPS,
+        "work_units_a_level": work, "levels": trained, "steps": levels.STEPS,
         "state_steps": STATE_STEPS, "final_time": levels.FINAL_TIME, "penalty": levels.PENALTY,
         "samples": [len(pair[1]) for pair in data[:3]],
     }  # fmt: skip
@@ -68,11 +70,11 @@ def run(
         floor = levels.lowest_loss(surrogates[0].sets["train"][1], width)
         entered = levels.entrants(setting.curvatures, quick)
         entered = {name: entered[name] for name in entered if name.lower() in methods}
-        found = levels.compete(surrogates, entered, work, floor)
+        found = levels.compete(surrogates, entered, work, floor, trained)
         title = f"{setting.name}, width {width}"
         panels[title] = by_method(found)
-        results[title] = summary(panels[title], surrogates, LEVELS * work, floor)
-        tables += describe(title, results[title], results["ridge"], LEVELS * work)
+        results[title] = summary(panels[title], surrogates, trained * work, floor)
+        tables += describe(title, results[title], results["ridge"], trained * work)
         runs += [one._replace(variant=f"width {width}; {one.variant}") for one in found]
         plots.race(output / "convergence.png", panels, "excess of the training loss")
         write(output, setting.name, tables, settings, results, runs)

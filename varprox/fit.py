@@ -23,6 +23,7 @@ from varprox.model import Problem, check_data, predict
 from varprox.quadratic import KrylovNorm
 
 BAR = "{desc} [{elapsed}, {rate_fmt}]"
+COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
 
 
 class Solution(NamedTuple):
@@ -31,7 +32,7 @@ class Solution(NamedTuple):
     `history` maps column names to float arrays with one entry a step, the first being the start:
     `objective`, `train_loss` (the objective without penalties), `work_units` and `seconds`
     (cumulative; compilation and evaluation are left out), the fields of the method's info, and
-    `validation_loss` and metrics where asked for. `status` says why the run ended;
+    `validation_loss` and metrics where asked for, NaN in entries where they were not evaluated. `status` says why the run ended;
     `compile_seconds` is the time to trace and compile `init` and `step`. `problem` is that of the
     method, its features having seen the batches they were trained on: what `predict` wants. `state`
     is the method's: a run goes on where it ended with `method._replace(init=lambda *_: state)`.
@@ -56,6 +57,7 @@ def fit(
     *,
     validation: tuple | None = None,
     metrics: Mapping[str, Callable] | None = None,
+    evaluate_every: int = 1,
     max_work: float | None = None,
     max_seconds: float | None = None,
     epochs: int | None = None,
@@ -72,12 +74,13 @@ def fit(
     forward or one backward pass over the data is one), `max_seconds` of run time, `epochs`, which
     are the steps of a full-batch method; at least one must be given. Stochastic methods, and no
     others, want a `batch_size`. `metrics` maps names to functions
-    (predictions, targets) -> scalar, evaluated after every step on the data and on `validation`, to
-    the columns `train_<name>` and `validation_<name>`.
+    (predictions, targets) -> scalar, evaluated on the data and on `validation`, to the columns
+    `train_<name>` and `validation_<name>`. These and the validation loss are evaluated at the
+    start, after every `evaluate_every` steps, or epochs, and at the end, and are NaN elsewhere.
 
-    The first step, or epoch, is run twice, the first time to compile it. Bad data raise TypeError
-    or ValueError before anything runs. The end of the budget, a stall and a non-finite objective
-    are statuses, not exceptions; the last good weights come back.
+    Where the first step, or epoch, has to be compiled, it is run twice. Bad data raise TypeError or
+    ValueError before anything runs. The end of the budget, a stall and a non-finite objective are
+    statuses, not exceptions; the last good weights come back.
     """
     if isinstance(method, Problem):
         method = _default_method(method, theta, data)
@@ -96,26 +99,28 @@ def fit(
         _check_validation(method, theta, data, validation)
         sets["validation"] = validation
     metrics = _check_metrics(metrics)
+    evaluate_every = check_integer("evaluate_every", evaluate_every, least=1)
 
     (state, seconds), compile_seconds = _compiled(method.init, theta, data, jax.random.key(seed))
-    table = [_row(_problem(method, state), state, sets, metrics) | {"seconds": seconds}]
+    table: list[dict] = []
+
+    def enter(state, info):
+        """Adds a row to the table. Is it the last?"""
+        problem = _problem(method, state)
+        row = info | _row(problem, state) | {"seconds": seconds}
+        used = {"max_work": row["work_units"], "max_seconds": seconds, "epochs": len(table)}
+        last = state.status != Status.RUNNING or any(used[n] >= limits[n] for n in limits)
+        if last or len(table) % evaluate_every == 0:
+            row |= _evaluations(problem, state, sets, metrics)
+        table.append(row)
+        return last
+
+    last = enter(state, {})
     with tqdm(disable=not progress, unit=" steps", bar_format=BAR) as bar:
-        while state.status == Status.RUNNING:
-            spent = {
-                "max_work": table[-1]["work_units"],
-                "max_seconds": seconds,
-                "epochs": len(table) - 1,
-            }
-            if any(spent[name] >= limit for name, limit in limits.items()):
-                break
-            if len(table) == 1:
-                ((state, info), elapsed), compiling = _compiled(advance, state, data)
-                compile_seconds += compiling
-            else:
-                (state, info), elapsed = _timed(advance, state, data)
-            seconds += elapsed
-            row = _row(_problem(method, state), state, sets, metrics) | {"seconds": seconds}
-            table.append({k: float(np.mean(v)) for k, v in info._asdict().items()} | row)
+        while not last:
+            ((state, info), elapsed), compiling = _compiled(advance, state, data)
+            seconds, compile_seconds = seconds + elapsed, compile_seconds + compiling
+            last = enter(state, {k: float(np.mean(v)) for k, v in info._asdict().items()})
             bar.set_description_str(_summary(table[-1], limits), refresh=False)
             bar.update()
 
@@ -226,20 +231,38 @@ def _timed(fn, *args):
 
 
 def _compiled(fn, *args):
-    """The result and run time of `fn`, and the time its compilation took: 0 if it was compiled
-    before."""
-    _, first = _timed(fn, *args)
+    """The result and run time of `fn`, which is run again if the first time something was compiled,
+    and how much longer that took."""
+    compiled = False
+
+    def listen(event, _, **__):
+        nonlocal compiled
+        compiled |= event == COMPILATION
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        result, first = _timed(fn, *args)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    if not compiled:
+        return (result, first), 0.0
     result, second = _timed(fn, *args)
     return (result, second), max(first - second, 0.0)
 
 
-def _row(problem, state, sets, metrics):
-    """The columns of the history that belong to a state."""
-    row = {
-        "objective": state.objective,
-        "work_units": state.work_units,
-        "train_loss": state.objective - _penalties(problem, state.theta, state.w),
+def _row(problem, state):
+    """The columns of the history that every state has."""
+    penalties = float(_penalties(problem, state.theta, state.w))
+    return {
+        "objective": float(state.objective),
+        "work_units": float(state.work_units),
+        "train_loss": float(state.objective) - penalties,
     }
+
+
+def _evaluations(problem, state, sets, metrics):
+    """The columns of the history for which the network is evaluated."""
+    row = {}
     for name, (inputs, targets) in sets.items():
         if name == "train" and not metrics:
             continue  # one forward pass less

@@ -207,7 +207,8 @@ def _compressed(problem, theta, data, w, size):
     else:
         squares, axes = jnp.linalg.eigh(slopes @ slopes.T)
         slopes = axes * jnp.sqrt(jnp.maximum(squares, 0))
-    rank = jnp.sum(squares > jnp.finfo(w.dtype).eps * squares[-1], dtype=jnp.int32)
+    # What is left out of A's part of the matrix has less than 2e-12 of that part's weight.
+    rank = jnp.sum(squares > jnp.finfo(w.dtype).eps ** 0.75 * squares[-1], dtype=jnp.int32)
     parts = -(-least // OUTPUTS)
     slopes = jnp.pad(slopes[:, ::-1], ((0, 0), (0, parts * OUTPUTS - least)))
     return slopes.reshape(samples, parts, OUTPUTS).swapaxes(0, 1), -(-rank // OUTPUTS)
