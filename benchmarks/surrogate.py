@@ -144,6 +144,7 @@ def refined(run: Run, train: tuple) -> float:
     network is prolonged once more and its states take twice the steps."""
     problem, theta = run.solution.problem, run.solution.theta
 
+    @jax.jit
     def loss(theta):
         w = vp.solve_w(problem, theta, train)
         return problem.loss.value(vp.predict(problem, theta, w, train[0]), train[1])

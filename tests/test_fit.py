@@ -108,6 +108,19 @@ def test_first_row_belongs_to_the_start(solution):
     assert abs(solution.history["validation_loss"][0] - expected) < 1e-5
 
 
+def test_evaluation_may_be_rare_and_includes_start_and_end():
+    theta, data = make()
+    options = {"validation": VALIDATION, "metrics": {"worst": worst}, "epochs": 8}
+    whole = vp.fit(GNVPRO, theta, data, **options).history
+    rare = vp.fit(GNVPRO, theta, data, evaluate_every=3, **options).history
+    evaluated = ["validation_loss", "train_worst", "validation_worst"]
+    for name in set(whole) - {"seconds"}:
+        expected = whole[name].copy()
+        if name in evaluated:
+            expected[[1, 2, 4, 5, 7]] = np.nan
+        np.testing.assert_array_equal(rare[name], expected)
+
+
 def test_fit_is_its_method_step_by_step():
     """A convenience on `init` and `step`, and nothing else: the same weights, bit for bit."""
     theta, data = make()
@@ -246,6 +259,19 @@ def test_compilation_is_timed_apart_from_the_run():
     assert first.history["seconds"][-1] < first.compile_seconds
 
 
+def test_what_is_compiled_runs_once():
+    theta, data = make()
+    calls = []
+
+    def step(state, data):
+        calls.append("step")
+        return GNVPRO.step(state, data)
+
+    vp.fit(GNVPRO, theta, data, epochs=1)
+    vp.fit(GNVPRO._replace(step=step), theta, data, epochs=3)
+    assert len(calls) == 3
+
+
 def test_progress_is_shown_on_request_and_on_standard_error(capsys):
     theta, data = make()
     vp.fit(GNVPRO, theta, data, epochs=3)
@@ -291,6 +317,7 @@ REFUSED = {
     "no batch size": (fit(SLIMTRAIN), ValueError, "batch_size", "an integer ≥ 1", "None"),
     "batch size zero": (fit(SLIMTRAIN, batch_size=0), ValueError, "batch_size", "an integer ≥ 1", "0"),
     "batch size too large": (fit(SLIMTRAIN, batch_size=17), ValueError, "batch_size", "at most 16", "17"),
+    "evaluations never": (fit(evaluate_every=0), ValueError, "evaluate_every", "an integer ≥ 1", "0"),
     "metrics a function": (fit(metrics=worst), TypeError, "metrics", "mapping", "function worst"),
     "metrics not functions": (fit(metrics={"worst": 3}), TypeError, "metrics", "function", "3"),
 }  # fmt: skip

@@ -95,6 +95,16 @@ def test_training_goes_through_the_levels_and_on_to_equal_time(trained):
     assert len(longer["objective"]) > len(level) and set(longer["level"][len(level) :]) == {2}
 
 
+def test_rare_evaluations_leave_out_epochs_not_levels(small, floor, standard_promotion):
+    """Of 11 epochs a level, each of 2 work units, every fifth, and the last."""
+    make, _ = levels.entrants({}, quick=True)["Adam"]["rate 0.003, batch 16"]
+    solution, history = levels.train(small, make, 20, 22, floor, 0.0, 2)
+    np.testing.assert_array_equal(history["work_units"], [0, 10, 20, 22, 22, 32, 42, 44])
+    np.testing.assert_array_equal(history["level"], [0, 0, 0, 0, 1, 1, 1, 1])
+    assert all(np.isfinite(history[name]).all() for name in ("objective", "validation_error"))
+    assert len(solution.theta["bias"]) == 9
+
+
 def test_a_run_goes_on_however_little_time_it_is_short_of(run, monkeypatch):
     """By a clock that goes on by a second when it is read, so that every step takes one."""
     clock = itertools.count()
@@ -213,7 +223,7 @@ def test_the_best_of_the_first_seed_go_on_to_the_others(small, monkeypatch):
     lower validation error the nearer k is to 3."""
     monkeypatch.setattr(levels, "FINALISTS", 2)
 
-    def train(surrogate, k, batch_size, work, floor, seconds):
+    def train(surrogate, k, batch_size, work, floor, seconds, levels):
         assert seconds == {"first": 0, "second": 3}[batch_size]
         history = {
             "work_units": np.array([0, 3 * WORK]),
