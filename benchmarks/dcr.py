@@ -11,8 +11,8 @@ from varprox.datasets.dc_resistivity import SIDE, SPACING
 
 
 def load(quick: bool) -> tuple:
-    """1000 samples, or 100."""
-    return dc_resistivity(100 if quick else 1000)
+    """800 samples, or 100."""
+    return dc_resistivity(100 if quick else 800)
 
 
 def draw(path: Path, targets: np.ndarray, predicted: np.ndarray) -> None:
@@ -30,7 +30,6 @@ SETTING = surrogate.Setting(
     work=400,
     curvatures={
         "krylov": 2 * ({"curvature": "krylov"},),
-        "whitened": 2 * ({"curvature": "krylov", "whiten": True},),
         "dense": 2 * ({"curvature": "dense"},),
     },
     draw=draw,

@@ -24,7 +24,7 @@ from benchmarks.contest import STARTS, net_of
 from benchmarks.experiment import Task
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from varprox import Method, Problem, Solution, Status
-from varprox.fit import _compiled, _timed
+from varprox.fit import _timed, _timed_apart
 from varprox.model import predict
 from varprox.penalties import tikhonov_weight
 
@@ -55,8 +55,8 @@ def of_method(make: Callable[[Problem], Method]) -> Entrant:
 
     def run(task, limit):
         method, data = make(task.problem), task.train
-        (state, seconds), compiling = _compiled(method.init, task.theta, data, _key(task))
-        compile_seconds = compiling + _compiled(method.step, state, data)[1]
+        state, seconds, compiling = _timed_apart(method.init, task.theta, data, _key(task))
+        compile_seconds = compiling + _timed_apart(method.step, state, data)[2]
         memory = Memory()
         rows = [(float(state.objective), int(state.work_units), seconds)]
         while state.status == Status.RUNNING and not limit.reached(*rows[-1]):
@@ -106,7 +106,7 @@ def trust_region_reflective(scale: float | str, start: str) -> Entrant:
     def run(task, limit):
         x, unravel, residuals, jacobian = _residuals(task, start)
         functions = residuals, jacobian
-        compile_seconds = sum(_compiled(fn, x)[1] for fn in functions)
+        compile_seconds = sum(_timed_apart(fn, x)[2] for fn in functions)
         memory = Memory()
         calls = [0, 0]  # of the residuals and of the Jacobian
 
@@ -154,7 +154,7 @@ def levenberg_marquardt(start: str) -> Entrant:
         shape = jax.eval_shape(residuals, x)
         state = solver.init(fn, x, None, {}, shape, None, tags)
         step = equinox.filter_jit(lambda x, state: solver.step(fn, x, None, {}, state, tags)[:2])
-        _, compile_seconds = _compiled(step, x, state)
+        *_, compile_seconds = _timed_apart(step, x, state)
         memory = Memory()
         seconds = 0.0
         rows: list[tuple[float, int, float]] = []

@@ -143,13 +143,15 @@ def refined(run: Run, train: tuple) -> float:
     """The relative change of the training loss, with the best W each time, where the trained
     network is prolonged once more and its states take twice the steps."""
     problem, theta = run.solution.problem, run.solution.theta
+    return float(
+        _lowest(problem, vp.networks.prolong(theta), train) / _lowest(problem, theta, train) - 1
+    )
 
-    @jax.jit
-    def loss(theta):
-        w = vp.solve_w(problem, theta, train)
-        return problem.loss.value(vp.predict(problem, theta, w, train[0]), train[1])
 
-    return float(loss(vp.networks.prolong(theta)) / loss(theta) - 1)
+@jax.jit
+def _lowest(problem, theta, train):
+    w = vp.solve_w(problem, theta, train)
+    return problem.loss.value(vp.predict(problem, theta, w, train[0]), train[1])
 
 
 def ridge(data: tuple) -> dict:

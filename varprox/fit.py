@@ -101,7 +101,8 @@ def fit(
     metrics = _check_metrics(metrics)
     evaluate_every = check_integer("evaluate_every", evaluate_every, least=1)
 
-    (state, seconds), compile_seconds = _compiled(method.init, theta, data, jax.random.key(seed))
+    key = jax.random.key(seed)
+    state, seconds, compile_seconds = _timed_apart(method.init, theta, data, key)
     table: list[dict] = []
 
     def enter(state, info):
@@ -118,7 +119,7 @@ def fit(
     last = enter(state, {})
     with tqdm(disable=not progress, unit=" steps", bar_format=BAR) as bar:
         while not last:
-            ((state, info), elapsed), compiling = _compiled(advance, state, data)
+            (state, info), elapsed, compiling = _timed_apart(advance, state, data)
             seconds, compile_seconds = seconds + elapsed, compile_seconds + compiling
             last = enter(state, {k: float(np.mean(v)) for k, v in info._asdict().items()})
             bar.set_description_str(_summary(table[-1], limits), refresh=False)
@@ -230,9 +231,8 @@ def _timed(fn, *args):
     return result, time.perf_counter() - begin
 
 
-def _compiled(fn, *args):
-    """The result and run time of `fn`, which is run again if the first time something was compiled,
-    and how much longer that took."""
+def _timed_apart(fn, *args):
+    """The result, the run time and the time to compile; what has to be compiled is run twice."""
     compiled = False
 
     def listen(event, _, **__):
@@ -245,9 +245,9 @@ def _compiled(fn, *args):
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     if not compiled:
-        return (result, first), 0.0
+        return result, first, 0.0
     result, second = _timed(fn, *args)
-    return (result, second), max(first - second, 0.0)
+    return result, second, max(first - second, 0.0)
 
 
 def _row(problem, state):
