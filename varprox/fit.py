@@ -32,10 +32,11 @@ class Solution(NamedTuple):
     `history` maps column names to float arrays with one entry a step, the first being the start:
     `objective`, `train_loss` (the objective without penalties), `work_units` and `seconds`
     (cumulative; compilation and evaluation are left out), the fields of the method's info, and
-    `validation_loss` and metrics where asked for, NaN in entries where they were not evaluated. `status` says why the run ended;
-    `compile_seconds` is the time to trace and compile `init` and `step`. `problem` is that of the
-    method, its features having seen the batches they were trained on: what `predict` wants. `state`
-    is the method's: a run goes on where it ended with `method._replace(init=lambda *_: state)`.
+    `validation_loss` and metrics where asked for, NaN in entries where they were not evaluated.
+    `status` says why the run ended; `compile_seconds` is the time to trace and compile `init` and
+    `step`. `problem` is that of the method, its features having seen the batches they were trained
+    on: what `predict` wants. `state` is the method's: a run goes on where it ended with
+    `method._replace(init=lambda *_: state)`.
 
     Of a stochastic method an entry is an epoch: its columns are means over the steps, and that of
     the start has no objective.
@@ -235,7 +236,7 @@ def _timed_apart(fn, *args):
     """The result, the run time and the time to compile; what has to be compiled is run twice."""
     compiled = False
 
-    def listen(event, _, **__):
+    def listen(event, duration_secs, **_):
         nonlocal compiled
         compiled |= event == COMPILATION
 
