@@ -79,8 +79,8 @@ def fit(
     `train_<name>` and `validation_<name>`. These and the validation loss are evaluated at the
     start, after every `evaluate_every` steps, or epochs, and at the end, and are NaN elsewhere.
 
-    Where the first step, or epoch, has to be compiled, it is run twice. Bad data raise TypeError or
-    ValueError before anything runs. The end of the budget, a stall and a non-finite objective are
+    A step, or epoch, that has to be compiled is run twice, as the first one mostly has. Bad data
+    raise TypeError or ValueError before anything runs. The end of the budget, a stall and a non-finite objective are
     statuses, not exceptions; the last good weights come back.
     """
     if isinstance(method, Problem):

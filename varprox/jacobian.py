@@ -207,7 +207,7 @@ def _compressed(problem, theta, data, w, size):
     else:
         squares, axes = jnp.linalg.eigh(slopes @ slopes.T)
         slopes = axes * jnp.sqrt(jnp.maximum(squares, 0))
-    # What is left out of A's part of the matrix has less than 2e-12 of that part's weight.
+    # Axes are left out whose weight in G Gᵀ is below eps^¾ of the first one's, 2e-12 in float64.
     rank = jnp.sum(squares > jnp.finfo(w.dtype).eps ** 0.75 * squares[-1], dtype=jnp.int32)
     parts = -(-least // OUTPUTS)
     slopes = jnp.pad(slopes[:, ::-1], ((0, 0), (0, parts * OUTPUTS - least)))
