@@ -80,8 +80,8 @@ def fit(
     start, after every `evaluate_every` steps, or epochs, and at the end, and are NaN elsewhere.
 
     A step, or epoch, that has to be compiled is run twice, as the first one mostly has. Bad data
-    raise TypeError or ValueError before anything runs. The end of the budget, a stall and a non-finite objective are
-    statuses, not exceptions; the last good weights come back.
+    raise TypeError or ValueError before anything runs. The end of the budget, a stall and a
+    non-finite objective are statuses, not exceptions; the last good weights come back.
     """
     if isinstance(method, Problem):
         method = _default_method(method, theta, data)
