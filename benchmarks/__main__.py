@@ -74,11 +74,11 @@ def parser() -> argparse.ArgumentParser:
 
 def _add_options(name, experiment):
     experiment.add_argument("--quick", action="store_true", help="a shorter version of the same")
-    experiment.add_argument("--seed", type=_seed, default=0, help="0 by default")
+    experiment.add_argument("--seed", type=_integer(0), default=0, help="0 by default")
     if name == "autoencoder":
         experiment.add_argument(
             "--epochs",
-            type=_count,
+            type=_integer(1),
             default=50,
             help="over all 50,000 images; 50 by default",
         )
@@ -86,7 +86,7 @@ def _add_options(name, experiment):
             "--size",
             dest="sizes",
             action="append",
-            type=_count,
+            type=_integer(1),
             help="train on so many images for 50 epochs, too; may be given several times, by "
             "default 128, 256, …, 16384",
         )
@@ -95,13 +95,13 @@ def _add_options(name, experiment):
             "--width",
             dest="widths",
             action="append",
-            type=_count,
+            type=_integer(2),
             help="of the networks; may be given several times, by default 8 and 16",
         )
     if name in SEEDS:
         count = SEEDS[name]
         experiment.add_argument(
-            "--seeds", type=_count, default=count, help=f"how many; {count} by default"
+            "--seeds", type=_integer(1), default=count, help=f"how many; {count} by default"
         )
     experiment.add_argument(
         "--method",
@@ -145,16 +145,13 @@ def _add_options(name, experiment):
         )
 
 
-def _seed(text):
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an integer ≥ 0, got {text!r}")
-    return int(text)
+def _integer(least):
+    def read(text):
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer ≥ {least}, got {text!r}")
+        return int(text)
 
-
-def _count(text):
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected an integer ≥ 1, got {text!r}")
-    return int(text)
+    return read
 
 
 def _budget(text):

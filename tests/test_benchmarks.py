@@ -60,7 +60,7 @@ def test_the_race_takes_the_names_of_its_entrants():
         (["autoencoder", "--method", "lbfgs"], "--method: invalid choice: 'lbfgs'"),
         (["race", "--method", "gnvpro"], "--method: invalid choice: 'gnvpro'"),
         (["cdr", "--method", "lbfgs"], "--method: invalid choice: 'lbfgs'"),
-        (["dcr", "--width", "0"], "--width: expected an integer ≥ 1, got '0'"),
+        (["dcr", "--width", "1"], "--width: expected an integer ≥ 2, got '1'"),
         (["dcr", "--seeds", "none"], "--seeds: expected an integer ≥ 1, got 'none'"),
         (["peaks", "--seeds", "3"], "unrecognized arguments: --seeds"),
     ],

@@ -429,3 +429,8 @@ def test_levels_and_their_budgets_are_checked(wrong):
     options = {"levels": 3, "prolong": lambda theta: theta, "max_work": 10} | wrong
     with pytest.raises(ValueError, match=next(iter(wrong))):
         vp.fit_levels(lambda *_: GNVPRO, *make(), **options)
+
+
+def test_levels_want_a_function_that_makes_methods():
+    with pytest.raises(TypeError, match="make: expected a function"):
+        vp.fit_levels(GNVPRO, *make(), levels=2, prolong=lambda theta: theta, max_work=10)

@@ -161,8 +161,11 @@ def fit_levels(
     seconds add up, though a work unit costs more on a finer level. The first entry of each level
     belongs to the prolonged weights, with NaN for what steps report; a level whose budget allows no
     step has no other. A level that ends with a non-finite objective is the last.
-    Raises as `fit` does, and ValueError for `levels` below one or not as many budgets as levels.
+    Raises as `fit` does, TypeError for a `make` that cannot be called, and ValueError for `levels`
+    below one or not as many budgets as levels.
     """
+    if not callable(make):
+        raise TypeError(f"make: expected a function (level, solution) -> Method, got {make!r:.80}")
     levels = check_integer("levels", levels, least=1)
     budgets = list(max_work) if isinstance(max_work, Sequence) else levels * [max_work]
     if len(budgets) != levels:
