@@ -9,15 +9,32 @@ from typing import Any, NamedTuple
 
 
 class Status(IntEnum):
-    """How a run stands; `state.status` holds the number."""
+    """How a run stands; `state.status` holds the number, and `message` is its sentence."""
 
     RUNNING = 0
-    CONVERGED = 1  # the gradient's norm is at most the method's tolerance
-    STALLED = 2  # no step lowers the objective
-    NON_FINITE = (
-        3  # the objective or its gradient is NaN or Inf; the weights are the last good ones
-    )
-    BUDGET = 4  # the work, the epochs or the steps allowed are used up
+    CONVERGED = 1
+    STALLED = 2
+    NON_FINITE = 3
+    BUDGET = 4
+    FLAT = 5
+
+    @property
+    def message(self) -> str:
+        """One sentence that says what the status means."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    Status.RUNNING: "The run has not ended.",
+    Status.CONVERGED: "What another step could gain is below the tolerance.",
+    Status.STALLED: "No step lowers the objective, though the model promises a decrease above the "
+    "tolerance.",
+    Status.NON_FINITE: "The objective or its gradient is NaN or infinite; the weights are the last "
+    "good ones.",
+    Status.BUDGET: "The work, the seconds or the epochs allowed are used up.",
+    Status.FLAT: "All derivatives of the features with respect to theta vanish at the start, so no "
+    "step can be found; start from other weights.",
+}
 
 
 class Method(NamedTuple):
