@@ -286,7 +286,7 @@ def _gn_step(problem, flat, state, data, *, rank):
     value, gradient, product = gauss_newton(problem, state.theta, state.w, data)
     gradient = ravel_pytree(gradient)[0]
 
-    def trial_value(trial, predicted):
+    def trial_value(trial, found):
         reached = _phi(problem, unravel(trial), data)
         return value - reached, reached
 

@@ -229,7 +229,7 @@ class Run:
         def value(x):
             return 0.5 * x @ matrix @ x - b @ x + extra(x)
 
-        def evaluate(trial, predicted):
+        def evaluate(trial, found):
             return value(self.x) - value(trial), trial.sum()
 
         settings = {"rank": SIZE, "flat": 0.0, "radius": jnp.inf} | options
@@ -317,7 +317,7 @@ def corrected(correction, *, radius, better=-1.0):
         length = jnp.minimum(radius, 1.0)
         return trust_region.Step(length[None], length, radius <= 1, shift)
 
-    def evaluate(x, predicted):
+    def evaluate(x, found):
         decrease = jnp.select([x[0] == 1, x[0] == 1.25], [better, 1.0], -2.0)
         return decrease, x[0]
 

@@ -26,6 +26,13 @@ class KrylovSpace(NamedTuple):
     start_norm: jax.Array  # ‖g‖
 
 
+def norm(x: jax.Array) -> jax.Array:
+    """‖x‖, whose squares neither overflow nor underflow."""
+    most = jnp.max(jnp.abs(x), initial=0)
+    unit = jnp.where((most > 0) & jnp.isfinite(most), most, 1)
+    return unit * jnp.linalg.norm(x / unit)
+
+
 def lanczos(
     matvec: Callable[[jax.Array], jax.Array],
     start: jax.Array,
@@ -41,7 +48,7 @@ def lanczos(
     Computations, 10.3.
     """
     eps = jnp.finfo(start.dtype).eps
-    start_norm = jnp.linalg.norm(start)
+    start_norm = norm(start)
     zeros = jnp.zeros(rank, start.dtype)
 
     def extend(carry):
@@ -50,10 +57,10 @@ def lanczos(
         basis = basis.at[k].set(v)
         product = matvec(v)
         diagonal = t.diagonal.at[k].set(v @ product)
-        scale = jnp.maximum(scale, jnp.linalg.norm(product))
+        scale = jnp.maximum(scale, norm(product))
         for _ in range(2):
             product = product - basis.T @ (basis @ product)
-        coupling = jnp.linalg.norm(product)
+        coupling = norm(product)
         invariant = ~(coupling > 10 * rank * eps * scale)  # also where it is not a number
         t = Tridiagonal(diagonal, t.off_diagonal.at[k].set(coupling), k + 1)
         finished, memory = stop(t, memory)

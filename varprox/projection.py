@@ -178,12 +178,12 @@ def _newton(problem, rows, targets, start, tolerance, relative):
         def matvec(y):
             return factor.transposed_root(to_flat(hessian(to_w(factor.root(y), columns))))
 
-        def evaluate(y, predicted):
+        def evaluate(y, found):
             trial = at.x + factor.root(y)
             value, gradient = value_and_gradient(trial)
             # Below rounding of the value the trapezoidal rule still measures the decrease.
             by_gradient = -0.5 * (at.gradient + gradient) @ (trial - at.x)
-            noisy = predicted < 1e3 * jnp.finfo(dtype).eps * jnp.abs(at.value)
+            noisy = found.decrease < 1e3 * jnp.finfo(dtype).eps * jnp.abs(at.value)
             return jnp.where(noisy, by_gradient, at.value - value), (trial, value, gradient)
 
         infinite = jnp.array(jnp.inf, dtype)

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from varprox.krylov import KrylovSpace, dense, lanczos
+from varprox.krylov import KrylovSpace, dense, lanczos, norm
 
 ACCEPT, GROW = 1e-4, 0.75  # gain ratios from which a step is taken, and from which the radius grows
+POOR = 0.25  # gain ratio below which the radius shrinks, and a first step is not taken
 SHORT = 0.5  # the greatest length of a correction, in that of its step
 CLOSE = 0.1  # how near to the radius `matrix_step` comes, relatively
+ROUNDS = 60  # of the searches for σ; most take two to four
 
 
 class Step(NamedTuple):
@@ -51,48 +53,77 @@ def spectral_step(eigenvalues: jax.Array, gradient: jax.Array, radius: jax.Array
     unconstrained minimiser, or where there is none the step with |λ| in place of λ. Source: Conn,
     Gould, Toint, Trust-Region Methods, chapters 5 and 7.
     """
+    return _in_units(_spectral_step, eigenvalues, gradient, radius, jnp.zeros_like(radius))
+
+
+def _spectral_step(eigenvalues, gradient, radius, shift):
     tiny = jnp.finfo(gradient.dtype).tiny
     lowest = eigenvalues[0]
     convex = lowest > 0
     spread = jnp.abs(eigenvalues) + tiny
     unbounded = jnp.isinf(radius)
-    radius = jnp.where(unbounded, jnp.linalg.norm(gradient / spread), radius)
+    radius = jnp.where(unbounded, norm(gradient / spread), radius)
 
     # μ = σ + λ_min, so that λ + σ = (λ − λ_min) + μ without cancellation.
     gaps = eigenvalues - lowest
     low = jnp.maximum(lowest, 0)
-    high = jnp.maximum(low, jnp.linalg.norm(gradient) / radius)
+    high = jnp.maximum(low, norm(gradient) / radius)
 
     tolerance = max(1e-10, 10 * float(jnp.finfo(gradient.dtype).eps))
-
-    def length(mu):
-        return jnp.linalg.norm(gradient / (gaps + mu + tiny))
 
     def refine(carry):
         mu, low, high, _, i = carry
         s = gradient / (gaps + mu + tiny)
-        norm = jnp.linalg.norm(s)
-        low, high = jnp.where(norm > radius, mu, low), jnp.where(norm > radius, high, mu)
-        slope = jnp.sum(s**2 / (gaps + mu + tiny)) + tiny
-        newton = mu + (norm / radius - 1) * norm**2 / slope
-        middle = 0.5 * (low + high)
-        close = jnp.abs(norm - radius) <= tolerance * radius
+        length = norm(s)
+        low, high = jnp.where(length > radius, mu, low), jnp.where(length > radius, high, mu)
+        slope = jnp.sum((s / length) ** 2 / (gaps + mu + tiny)) + tiny
+        newton = mu + (length / radius - 1) / slope
+        middle = _between(low, high)
+        close = jnp.abs(length - radius) <= tolerance * radius
         mu = jnp.where(close, mu, jnp.where((newton > low) & (newton < high), newton, middle))
         return mu, low, high, close, i + 1
 
-    interior = convex & (unbounded | (length(low) <= radius))
-    mu, *_ = jax.lax.while_loop(
-        lambda c: ~c[3] & (c[4] < 60),
+    interior = convex & (unbounded | (norm(gradient / (gaps + low + tiny)) <= radius))
+    mu, _, high, close, _ = jax.lax.while_loop(
+        lambda c: ~c[3] & (c[4] < ROUNDS),
         refine,
         (low + 1e-3 * (high - low), low, high, interior, jnp.zeros((), jnp.int32)),
     )
-    mu = jnp.where(interior, low, mu)
+    mu = jnp.where(interior, low, jnp.where(close, mu, high))
     s = -gradient / (gaps + mu + tiny)
-    missing = jnp.sqrt(jnp.maximum(radius**2 - jnp.sum(s**2), 0))
+    missing = radius * jnp.sqrt(jnp.maximum(1 - jnp.sum((s / radius) ** 2), 0))
     toward = jnp.where(gradient[0] > 0, -missing, missing)
-    s = s.at[0].add(jnp.where(convex, 0, toward))
+    s = s.at[0].add(jnp.where(convex | close, 0, toward))
     decrease = -(gradient @ s + 0.5 * jnp.sum(eigenvalues * s**2))
     return Step(s, decrease, ~interior, jnp.where(interior, 0, mu - lowest))
+
+
+def _in_units(solve, hessian, gradient, radius, shift):
+    """`solve(H / a, g / b, radius · a / b, shift / a)` in the units that were given; a and b are
+    the largest entries of H and g, so that no square overflows."""
+    a, b = (_power(jnp.max(jnp.abs(x))) for x in (hessian, gradient))
+    tiny = jnp.finfo(radius.dtype).tiny
+    scaled = radius * (a / b)
+    found = solve(hessian / a, gradient / b, jnp.maximum(scaled, tiny), shift / a)
+    step = found.step * jnp.minimum(1, scaled / tiny) * (b / a)
+    finite = jnp.isfinite(step).all() & jnp.isfinite(found.decrease)
+    return Step(
+        jnp.where(finite, step, 0),
+        jnp.where(finite, found.decrease * (b / a) * b, 0),
+        found.on_boundary,
+        jnp.where(jnp.isfinite(found.shift), found.shift * a, 0),
+    )
+
+
+def _power(x):
+    """The power of two next to x ≥ 0, by which one divides without rounding; 1 for what has none."""
+    usable = jnp.isfinite(x) & (x > 0)
+    return jnp.where(usable, jnp.exp2(jnp.round(jnp.log2(jnp.where(usable, x, 1)))), 1)
+
+
+def _between(low, high):
+    """Their geometric mean, or where `low` is nothing beside `high` a thousandth of this."""
+    return jnp.maximum(jnp.sqrt(low) * jnp.sqrt(high), 1e-3 * high)
 
 
 def krylov_step(space: KrylovSpace, radius: jax.Array) -> Step:
@@ -110,61 +141,108 @@ def _tridiagonal_step(t, start_norm, radius):
 def matrix_step(
     matrix: jax.Array, gradient: jax.Array, radius: jax.Array, shift: jax.Array
 ) -> Step:
-    """Solves the subproblem for a positive semidefinite H, on the boundary to a length within
-    `CLOSE` of the radius.
+    """Solves the subproblem for a symmetric H, on the boundary to a length within `CLOSE` of the
+    radius.
 
     Newton's method, for 1/‖s(σ)‖ where σ is too small and for log ‖s‖ over log σ where it is too
-    large, takes one Cholesky factorisation of H + σ I a step; `shift` is the σ to begin with. Where
-    rounding leaves no definite matrix, σ grows, and one in the size of rounding counts as none.
+    large, takes one Cholesky factorisation of H + σ I a step; `shift` is the σ to begin with. The
+    σ sought lies above all for which there is no factor, or a step longer than the radius, and
+    below all others and ‖H‖ + ‖g‖ / radius; what Newton's method finds outside is replaced by a
+    point between. Where no σ has the length asked (H is indefinite and g has next to nothing in the
+    direction of its least eigenvalue), this direction leads to the boundary. A σ in the size of
+    rounding counts as none. An infinite radius takes the first σ, from none upwards, with a factor.
     Source: Moré and Sorensen, SIAM J. Sci. Stat. Comput. 4 (1983).
     """
-    identity = jnp.eye(len(gradient), dtype=gradient.dtype)
-    least = jnp.finfo(gradient.dtype).eps * jnp.trace(matrix)
+    return _in_units(_matrix_step, matrix, gradient, radius, shift)
+
+
+def _matrix_step(matrix, gradient, radius, shift):
+    dtype = gradient.dtype
+    identity = jnp.eye(len(gradient), dtype=dtype)
+    bound = jnp.max(jnp.sum(jnp.abs(matrix), axis=1))
+    least = jnp.finfo(dtype).eps * jnp.maximum(jnp.trace(jnp.abs(matrix)), jnp.finfo(dtype).tiny)
+    most = 2 * (bound + norm(gradient) / radius) + least
+
+    def solver(shift):
+        lower = jax.lax.linalg.cholesky(matrix + shift * identity, symmetrize_input=False)
+        return partial(jax.scipy.linalg.solve_triangular, lower, lower=True)
 
     def refine(carry):
-        shift, low, high, *_, i = carry
-        lower = jax.lax.linalg.cholesky(matrix + shift * identity, symmetrize_input=False)
-        solve = partial(jax.scipy.linalg.solve_triangular, lower, lower=True)
+        shift, low, high, best, _, i = carry
+        solve = solver(shift)
         s = -solve(solve(gradient), trans=1)
-        length = jnp.linalg.norm(s)
-        definite, long = jnp.isfinite(length), ~(length <= radius)
-        low, high = jnp.where(long, shift, low), jnp.where(long, high, shift)
-        slope = jnp.sum(solve(s) ** 2) / length**2  # −d log ‖s‖ / dσ
+        length = norm(s)
+        definite = jnp.isfinite(length)
+        short = definite & (length <= radius)
+        low, high = jnp.where(short, low, shift), jnp.where(short, shift, high)
+        best = jax.tree.map(lambda new, old: jnp.where(short, new, old), (s, shift), best)
+        near = definite & (jnp.abs(length - radius) <= CLOSE * radius)
+        found = near | short & (shift <= least) | definite & jnp.isinf(radius)
+        best = jax.tree.map(lambda new, old: jnp.where(found, new, old), (s, shift), best)
+
+        slope = jnp.sum(solve(s / length) ** 2)  # −d log ‖s‖ / dσ
         too_long = shift + (length / radius - 1) / slope
         too_short = shift * jnp.exp(-jnp.log(radius / length) / (shift * slope))
-        newton = jnp.where(long, too_long, jnp.where(too_short < least, 0, too_short))
-        middle = 0.5 * (jnp.maximum(low, 0) + high)
-        following = jnp.where((low < newton) & (newton < high), newton, middle)
-        following = jnp.where(definite, following, jnp.maximum(10 * shift, least))
-        exact = (shift <= least) & ~long | (jnp.abs(length - radius) <= CLOSE * radius)
-        found = definite & (exact | jnp.isinf(radius))
-        return jnp.where(found, shift, following), low, high, s, found, i + 1
+        newton = jnp.where(short, too_short, too_long)
+        newton = jnp.where(short & ~(newton > least) & (low < least), 0, newton)
+        inside = definite & ((low < newton) | (newton == 0) & (low < 0)) & (newton < high)
+        # Without a factor σ grows from rounding in large steps: there is none mostly by rounding.
+        upwards = jnp.minimum(jnp.maximum(10 * shift, least), _between(shift, high))
+        upwards = jnp.where(shift < least, least, upwards)
+        middle = jnp.where(definite, _between(jnp.maximum(low, 0), high), upwards)
+        following = jnp.where(inside, newton, middle)
+        tight = high - low <= 1e-3 * high  # only hard cases leave the bracket so narrow
+        return following, low, high, best, found | tight, i + 1
 
-    infinity = jnp.full_like(shift, jnp.inf)
-    start = shift, -infinity, infinity, gradient, jnp.array(False), jnp.zeros((), jnp.int32)
-    shift, *_, s, _, _ = jax.lax.while_loop(lambda c: ~c[4] & (c[5] < 30), refine, start)
-    on_boundary = (shift > least) & jnp.isfinite(radius)
-    return Step(s, 0.5 * (shift * (s @ s) - gradient @ s), on_boundary, shift)
+    def towards(best):
+        """The step to the boundary along the direction of the least eigenvalue, from inside."""
+        s, shift = best
+        solve = solver(shift)
+        v = jnp.cos(jnp.arange(len(s), dtype=dtype))  # any that is orthogonal to nothing
+        for _ in range(3):
+            v = solve(solve(v), trans=1)
+            v = v / norm(v)
+        along, rest = s / radius @ v, 1 - jnp.sum((s / radius) ** 2)
+        root = jnp.sqrt(jnp.maximum(along**2 + rest, 0))
+        # Of the two points on the boundary the nearer: there the model is lower.
+        return s + radius * jnp.where(along > 0, root - along, -root - along) * v
+
+    minus = -jnp.ones_like(shift)
+    cauchy = -gradient * jnp.minimum(1 / bound, radius / norm(gradient))
+    start = shift, minus, most, (cauchy, most), jnp.array(False), jnp.zeros((), jnp.int32)
+    start = jax.lax.while_loop(lambda c: ~c[4] & (c[5] < ROUNDS), refine, start)
+    _, _, _, (s, shift), _, _ = start
+    length = norm(s)
+    hard = (shift > least) & jnp.isfinite(radius) & (length < (1 - CLOSE) * radius)
+    longer = jax.lax.cond(hard, towards, lambda best: best[0], (s, shift))
+    hard &= jnp.isfinite(longer).all()
+    s = jnp.where(hard, longer, s)
+    decrease = -(gradient @ s + 0.5 * s @ (matrix @ s))
+    decrease = jnp.where(hard, decrease, 0.5 * (shift * (s @ s) - gradient @ s))
+    return Step(s, decrease, (shift > least) & jnp.isfinite(radius), shift)
 
 
 def search(
     solve: Callable[[jax.Array, jax.Array], Step],
-    evaluate: Callable[[jax.Array, jax.Array], tuple[jax.Array, Any]],
+    evaluate: Callable[[jax.Array, Step], tuple[jax.Array, Any]],
     x: jax.Array,
     aux: Any,
     radius: jax.Array,
     shift: jax.Array,
     *,
     max_trials: int,
+    first: jax.Array | bool = False,
     correct: Callable[[Step, Any], jax.Array] | None = None,
 ) -> Iteration:
     """Tries the steps `solve(radius, shift)` from `x` until one is accepted.
 
-    `decrease, aux = evaluate(trial, predicted)` gives the decrease of the function from `x` to the
-    trial point and whatever belongs to that point. A rejected step shrinks the radius; an accepted
-    one on the boundary with gain ratio above 0.75 doubles it. An infinite radius is set by the
-    first step. `shift` is a guess at σ. A rejected step is tried once more with `correct(step,
-    aux)` added to it, where that is short beside it.
+    `decrease, aux = evaluate(trial, found)` gives the decrease of the function from `x` to the
+    trial point, of which the step `found` promises `found.decrease`, and whatever belongs to that
+    point. A rejected step shrinks the radius; an accepted one on the boundary with gain ratio above
+    0.75 doubles it. `shift` is a guess at σ. An infinite radius is set by
+    the first step. Where the radius is a guess, `first`, a step is taken only if its gain ratio is
+    not poor. A rejected step is tried once more with `correct(step, aux)` added to it, where that
+    is short beside it.
     """
 
     def attempt(carry):
@@ -174,26 +252,32 @@ def search(
         else:
             found = jax.lax.cond(corrected, lambda: found, lambda: solve(carry.radius, carry.shift))
         step = found.step
-        decrease, trial_aux = evaluate(x + step, found.decrease)
+        decrease, trial_aux = evaluate(x + step, found)
         ratio = decrease / found.decrease
-        accepted = ratio > ACCEPT
-        length = jnp.linalg.norm(step)
+        accepted = jnp.isfinite(ratio) & (ratio > jnp.where(first, POOR, ACCEPT))
+        length = norm(step)
         unset = jnp.isinf(carry.radius)
         again = jnp.array(False)
         if correct is not None:
             again = ~accepted & ~corrected
             more = jax.lax.cond(again, lambda: correct(found, trial_aux), lambda: jnp.zeros_like(x))
-            again &= jnp.linalg.norm(more) < SHORT * length
-            found = found._replace(step=step + more)
+            again &= norm(more) < SHORT * length
+            found = found._replace(step=jnp.where(again, step + more, step))
         radius = jnp.select(
             [
                 corrected & ~accepted,  # the step that it corrects has shrunk the radius
                 ~accepted,
-                ratio < 0.25,
+                ratio < POOR,
                 (ratio > GROW) & (found.on_boundary | unset),
                 unset | corrected,
             ],
-            [carry.radius, 0.25 * length, 0.5 * length, 2 * length, length],
+            [
+                carry.radius,
+                0.25 * jnp.where(length > 0, jnp.minimum(length, carry.radius), carry.radius),
+                0.5 * length,
+                2 * length,
+                length,
+            ],
             carry.radius,
         )
         choose = lambda new, old: jnp.where(accepted, new, old)  # noqa: E731
