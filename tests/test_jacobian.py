@@ -49,8 +49,9 @@ def form(fn, case, kaufman=False):
 
     @jax.jit
     def made(*at):
-        gradient, matrix, transposed = fn(*at, kaufman=kaufman)
-        return gradient, matrix, transposed(*elsewhere(case, reference.w))
+        formed = fn(*at, kaufman=kaufman)
+        assert formed.transposed is not None
+        return formed.gradient, formed.matrix, formed.transposed(*elsewhere(case, reference.w))
 
     found = made(case.problem, theta, case.data, reference.w, factor)
     return reference, *map(np.asarray, found)
@@ -137,7 +138,7 @@ def test_slopes_are_compressed_to_their_rank(samples, x64, monkeypatch):
     assert len(parts) == -(-min(samples, 7) // 2) and used == 1
 
     factor = factorise(MANY.problem, MANY.problem.model.rows(theta, inputs), w, targets, whole=True)
-    _, compressed, _ = gauss_newton_matrix(*at, factor, kaufman=False)
+    compressed = gauss_newton_matrix(*at, factor, kaufman=False).matrix
     reference = dense_reference(MANY, theta, (inputs, targets))
     assert relative(compressed, reference.gauss_newton) < 1e-8
 
@@ -157,7 +158,7 @@ def test_rows_are_kept_within_a_budget(x64, monkeypatch):
     for budget, kept in ((bytes_of_k, True), (bytes_of_k - 1, False)):
         monkeypatch.setattr(jacobian, "KEPT_BYTES", budget)
         at = case.problem, theta, case.data, w, factor
-        assert (gauss_newton_matrix(*at, kaufman=True)[2] is not None) == kept
+        assert (gauss_newton_matrix(*at, kaufman=True).transposed is not None) == kept
 
 
 def test_inputs_may_be_a_pytree(x64):
@@ -174,7 +175,9 @@ def test_inputs_may_be_a_pytree(x64):
     rows = case.problem.model.rows(theta, inputs)
     factor = factorise(problem, rows, reference.w, targets, whole=True)
     data = tuple(inputs.T), targets
-    _, matrix, _ = gauss_newton_matrix(problem, theta, data, reference.w, factor, kaufman=False)
+    matrix = gauss_newton_matrix(
+        problem, theta, data, reference.w, factor, kaufman=False
+    ).matrix
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
 

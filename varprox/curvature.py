@@ -23,8 +23,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from varprox.model import Problem, check_data
+from varprox.precision import full_products
 from varprox.projection import Factor
 from varprox.reduced import hessian_factor, hessian_solver, w_of_rows
 
@@ -47,6 +49,7 @@ class Curvature(NamedTuple):
     factor: Factor  # of the Hessian in W, at W(θ)
 
 
+@full_products
 def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
     """Linearises the reduced objective at θ; `matvec` is H v with H = Jᵀ∇²L J + α₂ J_WᵀJ_W + ∇²R.
 
@@ -56,6 +59,7 @@ def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
     return linearise(problem, theta, data)
 
 
+@full_products
 def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
     """As `gauss_newton`, with `matvec` the product with the full Hessian of the reduced objective.
 
@@ -66,14 +70,21 @@ def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
 
 
 def linearise(
-    problem, theta, data, w=None, factor=None, *, full=False, w_curvature=True
+    problem,
+    theta,
+    data,
+    w=None,
+    factor=None,
+    *,
+    full: jax.Array | bool = False,
+    w_curvature: bool = True,
 ) -> Curvature:
     """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked, for callers that know
     W(θ).
 
     `w` and `factor` (that of ∇²_W Φ at w) are computed where they are not given. Without
     `w_curvature` the Gauss–Newton matrix lacks α₂ J_WᵀJ_W, as in the authors' implementation under
-    cross entropy.
+    cross entropy. `full` may be traced: both products are one program.
     """
     inputs, targets = data
     rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
@@ -90,6 +101,8 @@ def linearise(
         factor = hessian_factor(problem, rows, w, targets)
     solve = hessian_solver(problem, rows, w, targets, factor)
     penalty_gradient, penalty_product = jax.linearize(jax.grad(problem.penalty), theta)
+    pulled = lambda theta: jax.vjp(rows_at, theta)[1](residual @ w.T)[0]  # noqa: E731
+    feature_curvature = _derivative_if(full, pulled, theta)
 
     def w_change(d_rows):
         return -solve(d_rows.T @ residual + rows.T @ curved(d_rows @ w))
@@ -102,39 +115,49 @@ def linearise(
         y = solve(rows.T @ u)
         return pullback((u - curved(rows @ y)) @ w.T - residual @ y.T)
 
-    def gauss_newton_product(v):
+    def product(v):
         d_rows = forward(v)
         d_predictions = d_rows @ w
-        a = d_rows.T @ residual
-        b = rows.T @ curved(d_predictions)
-        cotangent = curved(d_predictions - rows @ solve(b)) @ w.T + residual @ solve(a).T
-        return _add(pullback(cotangent), penalty_product(v))
+        by_a, by_b = solve(d_rows.T @ residual), solve(rows.T @ curved(d_predictions))
+        ahead = jnp.where(full, by_a + by_b, by_b)
+        back = jnp.where(full, -by_a - by_b, by_a)
+        cotangent = curved(d_predictions - rows @ ahead) @ w.T + residual @ back.T
+        return _add(pullback(cotangent), feature_curvature(v), penalty_product(v))
 
     def published_product(v):
         return _add(vjp(curved(jvp(v))), penalty_product(v))
 
-    def newton_product(v):
-        d_rows = forward(v)
-        dw = w_change(d_rows)
-        cotangent = curved(d_rows @ w + rows @ dw) @ w.T + residual @ dw.T
-        return _add(pullback(cotangent), feature_curvature(v), penalty_product(v))
-
-    matvec = gauss_newton_product if w_curvature else published_product
-    if full:
-        matvec = newton_product
-        pulled = lambda theta: jax.vjp(rows_at, theta)[1](residual @ w.T)[0]  # noqa: E731
-        _, feature_curvature = jax.linearize(pulled, theta)
+    def either_product(v):
+        return jax.lax.cond(full, product, published_product, v)
 
     return Curvature(
         value=problem.w_objective(w, rows, targets) + problem.penalty(theta),
         w=w,
         gradient=_add(pullback(residual @ w.T), penalty_gradient),
-        matvec=matvec,
-        jvp=jvp,
-        vjp=vjp,
-        w_jvp=lambda v: w_change(forward(v)),
+        matvec=full_products(product if w_curvature else either_product),
+        jvp=full_products(jvp),
+        vjp=full_products(vjp),
+        w_jvp=full_products(lambda v: w_change(forward(v))),
         factor=factor,
     )
+
+
+def _derivative_if(needed, fn, x):
+    """The derivative of `fn` at x, a symmetric linear map, and zero where it is not `needed`: then
+    its passes are not taken."""
+    if needed is False:
+        return lambda v: jax.tree.map(jnp.zeros_like, v)
+    structure: Any = None
+
+    def take():
+        nonlocal structure
+        leaves, structure = jax.tree.flatten(jax.vjp(fn, x)[1])
+        return leaves
+
+    shapes = jax.eval_shape(take)
+    nothing = lambda: [jnp.zeros(s.shape, s.dtype) for s in shapes]  # noqa: E731
+    leaves = take() if needed is True else jax.lax.cond(needed, take, nothing)
+    return lambda v: jax.tree.unflatten(structure, leaves)(v)[0]
 
 
 def _add(*trees):

@@ -9,13 +9,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.flatten_util import ravel_pytree
 
 from varprox import quadratic, trust_region
 from varprox.checks import check_integer, check_number
+from varprox.krylov import norm
 from varprox.method import Method, Status
-from varprox.model import Problem, check_data, check_problem
+from varprox.model import Problem, check_data, check_problem, derivatives, treats_samples_alone
 from varprox.penalties import tikhonov_weight
+from varprox.precision import full_products
 from varprox.projection import Projection, factorise, project, start_projection
 from varprox.quadratic import Form
 from varprox.reduced import hessian_factor
@@ -24,6 +27,8 @@ PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton pr
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
+NOISY = 100  # times its rounding, a decrease of the objective that is measured by gradients
+BEGIN = 1.0  # the first radius, in that of residuals
 
 
 class State(NamedTuple):
@@ -60,10 +65,10 @@ class Info(NamedTuple):
 
 
 class Options(NamedTuple):
-    """Numbers that may change without recompiling."""
+    """Numbers that may change without recompiling; a `tolerance` of None depends on the dtype."""
 
     flat: float
-    tolerance: float
+    tolerance: float | None
     hand_over: bool
 
 
@@ -74,7 +79,7 @@ def gnvpro(
     rank: int = 20,
     memory: int = 100,
     flat: float = 0.03,
-    tolerance: float = 0.0,
+    tolerance: float | None = None,
     hand_over: bool = True,
     whiten: bool = False,
     w_curvature: bool = True,
@@ -131,26 +136,55 @@ def gnvpro(
     rank = check_integer("rank", rank, least=1)
     memory = check_integer("memory", memory, least=0)
     check_number("flat", flat, below=1)
-    check_number("tolerance", tolerance)
-    options = Options(float(flat), float(tolerance), hand_over)
-    static = {"curvature": curvature, "rank": rank, "kaufman": kaufman}
-    init = partial(_init, problem, memory=memory, whiten=whiten, **static)
+    if tolerance is not None:
+        tolerance = float(check_number("tolerance", tolerance))
+    options = Options(float(flat), tolerance, hand_over)
+    static = {"rank": rank, "kaufman": kaufman}
+    init = partial(_init, problem, curvature=curvature, memory=memory, whiten=whiten, **static)
     step = partial(_step, problem, options, w_curvature=w_curvature, **static)
     return Method(init, step, problem)
 
 
-def _init(problem, theta, data, key=None, **static):
+def _init(problem, theta, data, key=None, *, curvature, **static):
     check_data(problem, theta, data)
-    return _start(problem, theta, data, **static)
+    allowed = quadratic.usable(problem, theta, data[0])
+    if curvature != "auto":
+        form = Form[curvature.upper()]
+        if form not in allowed:
+            raise ValueError(_refusal(problem, theta, data[0], curvature, allowed))
+        allowed = (form,)
+    elif not allowed:
+        raise ValueError(_refusal(problem, theta, data[0], curvature, allowed))
+    return _start(problem, theta, data, allowed=allowed, **static)
 
 
-@partial(jax.jit, static_argnames=("curvature", "rank", "kaufman", "memory", "whiten"))
-def _start(problem, theta, data, *, curvature, rank, kaufman, memory, whiten):
+def _refusal(problem, theta, inputs, curvature, allowed):
+    forward, reverse = derivatives(problem, theta, inputs)
+    if not (forward or reverse):
+        why = "that cannot be differentiated"
+    elif not reverse:
+        why = "that have no derivative in reverse mode"
+    elif curvature == "kernel" and Form.DENSE in allowed:
+        why = "and penalties such as these"
+    elif treats_samples_alone(problem, theta, inputs) is False:
+        why = "of which a sample alone has others than in the batch"
+    else:
+        why = "that have no derivative in forward mode"
+    names = [repr(form.name.lower()) for form in allowed]
+    instead = f"curvature={' or '.join(names)}" if names else "varprox.lbfgsvpro"
+    return f"curvature: expected {instead} for features {why}, got {curvature!r}"
+
+
+@partial(jax.jit, static_argnames=("allowed", "rank", "kaufman", "memory", "whiten"))
+@full_products
+def _start(problem, theta, data, *, allowed, rank, kaufman, memory, whiten):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
     kaufman = _kaufman(problem, projection.w, kaufman)
-    form = _form(problem, theta, data, projection.w, curvature, rank, kaufman)
+    form = quadratic.choose(
+        allowed, problem, theta, data, projection.w, rank=rank, kaufman=kaufman
+    )
     factor = _factor(problem, rows, projection.w, targets, form)
     value = projection.value + problem.penalty(theta)
     return State(
@@ -165,19 +199,13 @@ def _start(problem, theta, data, *, curvature, rank, kaufman, memory, whiten):
         low=jnp.zeros((), jnp.int32),
         newton=jnp.array(False),
         work_units=jnp.int32(3 if form is Form.KRYLOV and whiten else 1),
-        status=_status(value, jnp.inf, True, 0.0),
+        status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
     )
 
 
 def _kaufman(problem, w, kaufman):
     columns, outputs = w.shape
     return problem.loss.quadratic and outputs < columns if kaufman is None else kaufman
-
-
-def _form(problem, theta, data, w, curvature, rank, kaufman):
-    if curvature == "auto":
-        return quadratic.choose(problem, theta, data, w, rank=rank, kaufman=kaufman)
-    return Form[curvature.upper()]
 
 
 def _factor(problem, rows, w, targets, form):
@@ -187,12 +215,14 @@ def _factor(problem, rows, w, targets, form):
     return factorise(problem, rows, w, targets, whole=True)
 
 
-@partial(jax.jit, static_argnames=("curvature", "rank", "kaufman", "w_curvature"))
-def _step(problem, options, state, data, *, curvature, rank, kaufman, w_curvature):
+@partial(jax.jit, static_argnames=("rank", "kaufman", "w_curvature"))
+@full_products
+def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
     kaufman = _kaufman(problem, state.w, kaufman)
-    form = _form(problem, state.theta, data, state.w, curvature, rank, kaufman)
+    form = quadratic.form_of(state.norm)
+    rows = problem.model.rows(state.theta, inputs)
 
     factor = state.projection.factor
     if not problem.loss.quadratic:
@@ -203,43 +233,59 @@ def _step(problem, options, state, data, *, curvature, rank, kaufman, w_curvatur
             *at, state.radius, state.newton, rank=rank, flat=options.flat, w_curvature=w_curvature
         )
     else:
-        formed = quadratic.dense if form is Form.DENSE else quadratic.kernel
+        formed = quadratic.kernel if form is Form.KERNEL else quadratic.dense
         model = formed(*at, kaufman=kaufman)
 
+    gradient_norm = norm(model.gradient)
+    rounding = _rounding(problem, rows, state.w, state.objective)
+    first = jnp.isinf(state.radius)
     projection = state.projection._replace(factor=factor, spent=jnp.int32(0))
 
-    def evaluate(y, predicted):
-        trial = unravel(theta + model.root(y))
-        rows = problem.model.rows(trial, inputs)
-        tolerance = ACCURACY * jnp.minimum(predicted, state.decrease)
-        solved = project(problem, rows, targets, projection, tolerance)
+    def evaluate(y, found):
+        step = model.root(y)
+        trial = unravel(theta + step)
+        there = problem.model.rows(trial, inputs)
+        tolerance = ACCURACY * jnp.minimum(found.decrease, state.decrease)
+        solved = project(problem, there, targets, projection, tolerance)
         value = solved.value + problem.penalty(trial)
-        slopes = problem.loss.gradient(rows @ solved.w, targets)
-        return state.objective - value, (value, solved, slopes)
+        slopes = problem.loss.gradient(there @ solved.w, targets)
+        decrease = jax.lax.cond(
+            found.decrease < NOISY * rounding,
+            lambda: _by_gradients(
+                problem, form, trial, unravel(step), inputs, slopes, solved.w, model.gradient
+            ),
+            lambda: state.objective - value,
+        )
+        return jnp.where(jnp.isfinite(value), decrease, jnp.nan), (value, solved, slopes)
 
     def corrected(correction, found, aux):
         _, solved, slopes = aux
         return correction(found, slopes, solved.w)
 
+    # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
+    guess = BEGIN * jnp.sqrt(2 * jnp.abs(state.objective) / model.curvature)
+    radius = jnp.where(first, guess, state.radius)
     result = trust_region.search(
         model.step,
         evaluate,
         jnp.zeros_like(theta),
         (state.objective, projection, jnp.zeros_like(targets)),
-        state.radius,
+        radius,
         state.shift,
         max_trials=MAX_TRIALS,
+        reach=model.reach,
+        first=first,
         correct=model.correct and partial(corrected, model.correct),
     )
     value, projection, _ = result.aux
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
     newton = state.newton | (options.hand_over & (form is Form.KRYLOV) & (low >= PATIENCE))
     # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.
-    radius = jnp.where(newton & ~state.newton, jnp.inf, result.radius)
+    next_radius = jnp.where(newton & ~state.newton, jnp.inf, result.radius)
     info = Info(
         objective=value,
-        gradient_norm=model.gradient_norm,
-        radius=state.radius,
+        gradient_norm=gradient_norm,
+        radius=radius,
         ratio=result.ratio,
         accepted=result.accepted,
         products=model.products,
@@ -250,27 +296,56 @@ def _step(problem, options, state, data, *, curvature, rank, kaufman, w_curvatur
     )
     # Variables of a model that is not a number lead nowhere, not even from zero.
     theta = jnp.where(result.accepted, theta + model.root(result.x), theta)
+    tolerance = options.tolerance
+    if tolerance is None:
+        tolerance = jnp.finfo(value.dtype).eps ** 0.75
+    converged = result.promise <= tolerance * state.objective + rounding
+    status = jnp.select(
+        [
+            ~jnp.isfinite(value) | ~jnp.isfinite(gradient_norm),
+            first & model.still & (gradient_norm == 0),
+            converged,
+            ~result.accepted & (result.radius <= jnp.finfo(value.dtype).eps * model.reach),
+        ],
+        [Status.NON_FINITE, Status.FLAT, Status.CONVERGED, Status.STALLED],
+        Status.RUNNING,
+    )
     state = State(
         theta=unravel(theta),
         w=projection.w,
         projection=projection,
         objective=value,
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
-        radius=radius,
+        radius=next_radius,
         shift=result.shift,
         norm=model.norm,
         low=low,
         newton=newton,
         work_units=state.work_units + model.work + result.trials,
-        status=_status(value, model.gradient_norm, result.accepted, options.tolerance),
+        status=status.astype(jnp.int32),
     )
     return state, info
 
 
-def _status(value, gradient_norm, accepted, tolerance):
-    finite = jnp.isfinite(value) & ~jnp.isnan(gradient_norm)
-    return jnp.select(
-        [~finite, gradient_norm <= tolerance, jnp.logical_not(accepted)],
-        [jnp.int32(Status.NON_FINITE), jnp.int32(Status.CONVERGED), jnp.int32(Status.STALLED)],
-        jnp.int32(Status.RUNNING),
-    )
+def _rounding(problem, rows, w, value):
+    """How well the objective is known, as predictions are known to eps times the sizes of what is
+    summed up for them."""
+    eps = jnp.finfo(value.dtype).eps
+    sizes = jnp.abs(rows) @ jnp.abs(w)
+    spread = jnp.sqrt(jnp.sum(sizes**2) / len(rows))
+    loss = jnp.sqrt(2 * jnp.abs(value))
+    return eps * (loss + eps * spread) * (loss + spread)
+
+
+def _by_gradients(problem, form, trial, step, inputs, slopes, w, gradient):
+    """The decrease in a step to a trial point by the trapezoidal rule for the gradient, which still
+    measures it below rounding of the objective."""
+    rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
+    if form in (Form.KRYLOV, Form.FORWARD):
+        d_rows = jax.jvp(rows_at, (trial,), (step,))[1]
+        along = jnp.sum(slopes * (d_rows @ w))
+    else:
+        (pulled,) = jax.vjp(rows_at, trial)[1](slopes @ w.T)
+        along = optax.tree.vdot(pulled, step)
+    penalty = jax.jvp(problem.penalty, (trial,), (step,))[1]
+    return -0.5 * (gradient @ ravel_pytree(step)[0] + along + penalty)

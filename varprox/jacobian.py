@@ -4,13 +4,18 @@ In the notation of `varprox.curvature`, with K v = dZ W, A v = dZᵀ G and B v =
 
     Kᵀ Q K − Bᵀ H⁻¹ B + Aᵀ H⁻¹ A + ∇²R  =  Jᵀ Q J + α₂ J_Wᵀ J_W + ∇²R,
 
-where J = K − Z H⁻¹ (A + B) and J_W = −H⁻¹ (A + B). All of it, and the gradient Kᵀ G + ∇R, comes
-from dZ, one reverse pass for each column of Z. A is of the size of the residual, and Kaufman's
-approximation leaves it out; what is left is the Schur complement of the Gauss–Newton matrix in θ
-and W together, and takes one pass for each output where these are fewer. Under least squares, where
-Q is the identity, K and B only count in the span of Wᵀ, which has no more dimensions than Z has
-columns, however many outputs there are; and Aᵀ H⁻¹ A depends on G Gᵀ alone, whose numerical rank is
-what it costs. Imports model and projection. Source: Kaufman, BIT 15 (1975).
+where J = K − Z H⁻¹ (A + B) and J_W = −H⁻¹ (A + B). With H⁻¹ = S Sᵀ and C = Sᵀ B the difference
+comes as a sum of squares, K without its part in the columns of Z,
+
+    Kᵀ Q K − Bᵀ H⁻¹ B  =  (K − Z S C)ᵀ Q (K − Z S C) + α₂ (S C)ᵀ S C.
+
+All of it, and the gradient Kᵀ G + ∇R, comes from dZ, one reverse pass for each column of Z. A is of
+the size of the residual, and Kaufman's approximation leaves it out; what is left is the Schur
+complement of the Gauss–Newton matrix in θ and W together, and takes one pass for each output where
+these are fewer. Under least squares, where Q is the identity, K and B only count in the span of Wᵀ,
+which has no more dimensions than Z has columns, however many outputs there are; and Aᵀ H⁻¹ A
+depends on G Gᵀ alone, whose numerical rank is what it costs. Imports model, projection and
+least_squares. Source: Kaufman, BIT 15 (1975).
 """
 
 from collections.abc import Callable
@@ -21,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from varprox.least_squares import span
 from varprox.model import Problem
 from varprox.projection import Factor, to_flat
 
@@ -43,134 +49,217 @@ def dimensions(problem: Problem, w: Any) -> int:
     return min(columns, outputs) if problem.loss.quadratic else outputs
 
 
-def gauss_newton_matrix(
-    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, *, kaufman: bool
-) -> tuple[jax.Array, jax.Array, Transposed | None]:
-    """The reduced gradient (size,) and the Gauss–Newton matrix (size, size), in the order of
-    `ravel_pytree`; the latter without A if `kaufman`.
+class Formed(NamedTuple):
+    """The Gauss–Newton model at θ, in the order of `ravel_pytree`."""
 
-    `factor` is that of ∇²_W Φ at `w` = W(θ), exact. Third comes the map (G, W) ↦ Jᵀ G + α₂ J_Wᵀ W,
-    (batch, outputs) and (columns, outputs) to (size,), which takes no pass of the network, where
-    the rows of dZ have no more than `KEPT_BYTES`, else None. Beside the matrix, A and B, which have
-    a row for each entry of W, and what this map keeps, rows of dZ or K are held that take
-    `BLOCK_BYTES` or as many as the matrix, or those of one sample where they are longer.
+    gradient: jax.Array  # (size,)
+    matrix: jax.Array  # (size, size); or rows M (rows, size), where the matrix is Mᵀ M + ∇²R
+    still: jax.Array  # do all derivatives vanish that the rows have in θ?
+    # (G, W) ↦ Jᵀ G + α₂ J_Wᵀ W, (batch, outputs) and (columns, outputs) to (size,), which takes no
+    # pass of the network; None where what it needs is not kept.
+    transposed: Transposed | None
+
+
+def gauss_newton_matrix(
+    problem: Problem,
+    theta: Any,
+    data: tuple,
+    w: jax.Array,
+    factor: Factor,
+    *,
+    kaufman: bool,
+    forward: bool = False,
+) -> Formed:
+    """The Gauss–Newton matrix, without A if `kaufman`.
+
+    It is added up from products Mᵀ M and ∇²R, so that rounding cannot make it indefinite, however
+    ill-conditioned H is. Therefore rows of K are needed twice: for what the columns of Z span of
+    them, and without it. Where they take more than `KEPT_BYTES` they are not kept but made again,
+    by as many reverse passes. Then, beside the matrix, C and A, which have a row for each entry of
+    W, rows of dZ or K are held that take `BLOCK_BYTES` or as many as the matrix, or those of one
+    sample where they are longer.
+
+    `factor` is that of ∇²_W Φ at `w` = W(θ), exact. `forward` says how dZ is found: by one forward
+    pass of all samples together for each weight, or by reverse passes of each sample alone.
     """
     flat, unravel = ravel_pytree(theta)
     samples, dims, taken = len(data[1]), dimensions(problem, w), passes(w, kaufman=kaufman)
-    keep = samples * taken * flat.nbytes <= KEPT_BYTES
+    keep = forward or samples * taken * flat.nbytes <= KEPT_BYTES
     # Fewer bytes at a time than those of the matrix are multiplied faster than they are added up.
     held = max(BLOCK_BYTES, flat.size * flat.nbytes)
-    blocks = -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
-    size = -(-samples // blocks)
+    blocks = 1 if keep else -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
+    index = np.arange(blocks * -(-samples // blocks), dtype=np.int32).reshape(blocks, -1)
+    span = _span(problem, theta, data, factor)
     slopes: Any = None
     if not kaufman:
         slopes, used = _compressed(problem, theta, data, w, flat.size)
 
-    def add(total, index):
+    def rows_of(index):
         # The last block is filled up with repeated samples, which must not count.
         chosen, counts = jnp.minimum(index, samples - 1), index < samples
-        rows = _rows(problem, theta, data, w, chosen, counts, kaufman=kaufman)
-        k, weights = rows.rooted, rows.weights
-        sums, a = total
-        sums = jax.tree.map(jnp.add, sums, (rows.gradient, _gram(k), weights.T @ k))
+        at = problem, theta, data, w, span, chosen, counts
+        return _rows(*at, kaufman=kaufman, forward=forward), chosen
+
+    def collect(total, index):
+        rows, chosen = rows_of(index)
+        (gradient, b), a, still = total
+        sums = gradient + rows.gradient, b + rows.weights.T @ rows.rooted
         if not kaufman:
             a = jax.lax.fori_loop(
                 0, used, lambda part, a: a.at[part].add(_a(slopes[part, chosen], rows.pulled)), a
             )
-        return (sums, a), (rows.slope, rows.pulled, rows.z) if keep else None
+        return (sums, a, still & ~jnp.any(rows.pulled)), rows if keep else None
 
     def zeros(*shape):
         return jnp.zeros((*shape, flat.size), flat.dtype)
 
-    nothing = zeros(), zeros(flat.size), zeros(dims * len(w))
     no_a = None if kaufman else zeros(len(slopes), slopes.shape[2] * len(w))
-    index = np.arange(blocks * size, dtype=np.int32).reshape(blocks, size)
-    total, kept = jax.lax.scan(add, (nothing, no_a), index)
-    (gradient, matrix, b), a = jax.tree.map(lambda total: total / samples, total)
+    start = (zeros(), zeros(dims * len(w))), no_a, jnp.array(True)
+    ((gradient, b), a, still), kept = jax.lax.scan(collect, start, index)
+    c = span.inward(b)
+    along = span.outward(c)
 
-    matrix = matrix - _squared(factor, b)
+    def add(matrix, block):
+        rows = block if keep else rows_of(block)[0]
+        return matrix + _gram(rows.rooted - rows.weights @ along), None
+
+    matrix = _gram(jnp.sqrt(problem.w_penalty) * span.rooted(c))
+    matrix, _ = jax.lax.scan(add, matrix, kept if keep else index)
     if not kaufman:
-        matrix = jax.lax.fori_loop(0, used, lambda part, m: m + _squared(factor, a[part]), matrix)
+        of_part = lambda part: _gram(span.transposed(a[part] / samples))  # noqa: E731
+        matrix = jax.lax.fori_loop(0, used, lambda part, m: m + of_part(part), matrix)
     penalty = lambda flat: problem.penalty(unravel(flat))  # noqa: E731
-    gradient, matrix = gradient + jax.grad(penalty)(flat), matrix + jax.hessian(penalty)(flat)
+    gradient = gradient / samples + jax.grad(penalty)(flat)
+    matrix = matrix + jax.hessian(penalty)(flat)
     if not keep:
-        return gradient, matrix, None
-
-    slope, pulled, z = (x.reshape(-1, *x.shape[2:])[:samples] for x in kept)
-    return gradient, matrix, _transposed(problem, w, factor, slope, pulled, z, b, kaufman=kaufman)
+        return Formed(gradient, matrix, still, None)
+    rows = jax.tree.map(lambda x: x[0], kept)
+    return Formed(gradient, matrix, still, _transposed(problem, w, span, rows, c, kaufman=kaufman))
 
 
 def gauss_newton_root(
     problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, *, kaufman: bool
-) -> tuple[jax.Array, jax.Array, Transposed]:
-    """The reduced gradient (size,) and a root M (rows, size) of the Gauss–Newton matrix, which is
-    Mᵀ M + ∇²R.
+) -> Formed:
+    """The same by rows M, of which the Gauss–Newton matrix is Mᵀ M + ∇²R.
 
-    M consists of (K − Z H⁻¹ B) / √batch, of √α₂ H⁻¹ B and, unless `kaufman`, of A times the root of
-    H⁻¹. Arguments and the third result are those of `gauss_newton_matrix`. M is held as a whole.
+    M consists of K without what Z spans of it, of √α₂ H⁻¹ B and, unless `kaufman`, of A times the
+    root of H⁻¹. It is held as a whole.
     """
     flat, unravel = ravel_pytree(theta)
     samples = len(data[1])
+    span = _span(problem, theta, data, factor)
     everything = np.arange(samples)
-    rows = _rows(problem, theta, data, w, everything, everything < samples, kaufman=kaufman)
-    b = rows.weights.T @ rows.rooted / samples
-    dw = jax.vmap(lambda x: factor.root(factor.transposed_root(x)), 1, 1)(b)
+    at = problem, theta, data, w, span, everything, everything < samples
+    rows = _rows(*at, kaufman=kaufman, forward=False)
+    c = span.inward(rows.weights.T @ rows.rooted)
     parts = [
-        (rows.rooted - rows.weights @ dw) / samples**0.5,
-        jnp.sqrt(problem.w_penalty) * dw,
-        *([] if kaufman else [_rooted(factor, _a(rows.slope, rows.pulled) / samples)]),
+        rows.rooted - rows.weights @ span.outward(c),
+        jnp.sqrt(problem.w_penalty) * span.rooted(c),
+        *([] if kaufman else [span.transposed(_a(rows.slope, rows.pulled) / samples)]),
     ]
     penalty_gradient = jax.grad(lambda flat: problem.penalty(unravel(flat)))(flat)
-    gradient = rows.gradient / samples + penalty_gradient
-    kept = rows.slope, rows.pulled, rows.z
-    transposed = _transposed(problem, w, factor, *kept, b, kaufman=kaufman)
-    return gradient, jnp.concatenate(parts), transposed
+    return Formed(
+        rows.gradient / samples + penalty_gradient,
+        jnp.concatenate(parts),
+        ~jnp.any(rows.pulled),
+        _transposed(problem, w, span, rows, c, kaufman=kaufman),
+    )
+
+
+class _Span(NamedTuple):
+    """The columns of Z, and S with S Sᵀ = H⁻¹, by which products with their span are formed.
+
+    Under least squares `z` is an orthonormal basis of what Z spans, so that K loses its part in it
+    to rounding; under other losses it is Z, and H says what it spans in the loss's metric.
+    """
+
+    z: jax.Array  # (batch, columns)
+    factor: Factor
+    orthonormal: bool
+
+    def rooted(self, rows):
+        """S rows, for rows (entries of W, size)."""
+        return jax.vmap(self.factor.root, 1, 1)(rows)
+
+    def transposed(self, rows):
+        """Sᵀ rows."""
+        return jax.vmap(self.factor.transposed_root, 1, 1)(rows)
+
+    def inward(self, b):
+        """C = Sᵀ Zᵀ K, from what `z` gives in place of Z."""
+        return b if self.orthonormal else self.transposed(b)
+
+    def outward(self, c):
+        """What is to be multiplied by `z` for Z S C."""
+        return c if self.orthonormal else self.rooted(c)
+
+
+def _span(problem, theta, data, factor):
+    rows = problem.model.rows(theta, data[0])
+    scaled = rows / len(rows) ** 0.5
+    if not problem.loss.quadratic:
+        return _Span(scaled, factor, False)
+    z, root = span(scaled, problem.w_penalty)
+    return _Span(z, Factor(root[None], jnp.eye(len(root), dtype=root.dtype)), True)
 
 
 class _Rows(NamedTuple):
     """Of some samples. K is in the basis of `_basis`, L a root of the curvature of one's loss."""
 
     gradient: jax.Array  # of the sum of their losses
-    slope: jax.Array  # G, (samples, outputs)
-    pulled: jax.Array  # dZ, or K if that took fewer passes: (samples, passes, size)
+    slope: jax.Array  # G, (samples, outputs), of this sum
     z: jax.Array  # (samples, columns)
-    rooted: jax.Array  # Lᵀ K, (samples · dimensions, size)
-    weights: jax.Array  # Lᵀ ⊗ zᵀ, which gives L Lᵀ K ⊗ z: (samples · dimensions, entries)
+    pulled: jax.Array  # dZ, or K if that took fewer passes: (samples, passes, size)
+    rooted: jax.Array  # Lᵀ K / √batch, (samples · dimensions, size)
+    weights: jax.Array  # Lᵀ ⊗ zᵀ, with `_Span.z`: (samples · dimensions, entries)
 
 
-def _rows(problem, theta, data, w, index, counts, *, kaufman):
-    """Those of the samples at `index`, all derivatives being zero where they do not count."""
+def _rows(problem, theta, data, w, span, index, counts, *, kaufman, forward):
+    """Those of the samples at `index`, all derivatives being zero where they do not count; if
+    `forward` these are all samples."""
     columns, outputs = w.shape
     basis, coordinates = _basis(problem, w)
     of_features = passes(w, kaufman=kaufman) == columns
     units = jnp.eye(columns, dtype=w.dtype) if of_features else coordinates
     identity = jnp.eye(len(coordinates), dtype=w.dtype)
+    flat, unravel = ravel_pytree(theta)
 
-    def of_sample(sample):
-        x, c = jax.tree.map(lambda leaf: leaf[None], sample)
-        z, pullback = jax.vjp(lambda theta: problem.model.rows(theta, x), theta)
-        pulled = jax.vmap(lambda unit: ravel_pytree(pullback(unit[None]))[0])(units)
-        root = identity
-        if not problem.loss.quadratic:
-            curved = lambda unit: problem.loss.curvature_root(z @ w, c, unit[None])[0]  # noqa: E731
-            root = jax.vmap(curved)(identity)
-        return z[0], problem.loss.gradient(z @ w, c)[0], root, pulled
+    def alone(x):
+        one = jax.tree.map(lambda leaf: leaf[None], x)
+        z, pullback = jax.vjp(lambda theta: problem.model.rows(theta, one), theta)
+        return z[0], jax.vmap(lambda unit: ravel_pytree(pullback(unit[None]))[0])(units)
 
-    samples = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], data)
-    z, slope, root, pulled = jax.vmap(of_sample)(samples)
+    def together(inputs):
+        rows_at = lambda flat: problem.model.rows(unravel(flat), inputs)  # noqa: E731
+        along = lambda unit: jax.jvp(rows_at, (flat,), (unit,))[1] @ units.T  # noqa: E731
+        pulled = jax.vmap(along, out_axes=2)(jnp.eye(flat.size, dtype=flat.dtype))
+        return rows_at(flat), pulled
+
+    def root_of(prediction, target):
+        curved = lambda unit: problem.loss.curvature_root(  # noqa: E731
+            prediction[None], target[None], unit[None]
+        )[0]
+        return jax.vmap(curved)(identity)
+
+    inputs, targets = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], data)
+    z, pulled = together(inputs) if forward else jax.vmap(alone)(inputs)
     pulled = jnp.where(counts[:, None, None], pulled, 0)
     size = pulled.shape[-1]
     k = coordinates @ pulled if of_features else pulled
-    rooted = k if problem.loss.quadratic else root @ k
-    weights = (
-        root[:, :, :, None] * z[:, None, None, :]
-    )  # (samples, dimensions, dimensions, columns)
+    slope = len(z) * problem.loss.gradient(z @ w, targets)
+    spanned = span.z[index]
+    if problem.loss.quadratic:
+        root, rooted = jnp.broadcast_to(identity, (len(z), *identity.shape)), k
+    else:
+        root = jax.vmap(root_of)(z @ w, targets)
+        rooted = root @ k
+    weights = root[:, :, :, None] * spanned[:, None, None, :]
     return _Rows(
         gradient=(slope @ basis).reshape(-1) @ k.reshape(-1, size),
         slope=slope,
-        pulled=pulled,
         z=z,
-        rooted=rooted.reshape(-1, size),
+        pulled=pulled,
+        rooted=rooted.reshape(-1, size) / len(span.z) ** 0.5,
         weights=weights.reshape(len(z) * len(coordinates), -1),
     )
 
@@ -214,27 +303,18 @@ def _compressed(problem, theta, data, w, size):
     return slopes.reshape(samples, parts, OUTPUTS).swapaxes(0, 1), -(-rank // OUTPUTS)
 
 
-def _transposed(problem, w, factor, slope, pulled, z, b, *, kaufman):
+def _transposed(problem, w, span, rows, c, *, kaufman):
     """(G, W) ↦ Jᵀ G + α₂ J_Wᵀ W."""
     basis, _ = _basis(problem, w)
     onto = w.T if passes(w, kaufman=kaufman) == len(w) else basis
 
     def product(slopes, weights):
-        y = factor.solve(z.T @ slopes + problem.w_penalty * weights)
-        by_a = 0 if kaufman else slope @ y.T / len(slope)
-        return jnp.tensordot(slopes @ onto - by_a, pulled, 2) - to_flat(y @ basis) @ b
+        along = rows.z.T @ slopes + problem.w_penalty * weights
+        by_a = 0 if kaufman else rows.slope @ span.factor.solve(along).T / len(slopes)
+        by_b = span.factor.transposed_root(to_flat(along @ basis)) @ c
+        return jnp.tensordot(slopes @ onto - by_a, rows.pulled, 2) - by_b
 
     return product
-
-
-def _rooted(factor, rows):
-    """Sᵀ rows for rows (entries of W, size) and a root S of H⁻¹."""
-    return jax.vmap(factor.transposed_root, 1, 1)(rows)
-
-
-def _squared(factor, rows):
-    """rowsᵀ H⁻¹ rows."""
-    return _gram(_rooted(factor, rows))
 
 
 def _gram(rows):

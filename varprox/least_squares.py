@@ -18,6 +18,14 @@ class Ridge(NamedTuple):
     inverse_root: jax.Array  # (columns, columns), S with S Sᵀ = (rowsᵀ rows + α I)⁻¹
 
 
+class Span(NamedTuple):
+    """U = rows S for the S of `Ridge`, orthonormal to rounding where α is zero, however
+    ill-conditioned the rows are: rows times S would not be."""
+
+    basis: jax.Array  # (batch, columns), U; columns that the rows do not determine are zero
+    inverse_root: jax.Array  # (columns, columns), S
+
+
 def triangular_factor(rows: jax.Array, targets: jax.Array) -> jax.Array:
     """The triangular factor of [rows, targets], zero-padded to (columns + outputs) square.
 
@@ -35,9 +43,23 @@ def ridge(factor: jax.Array, columns: int, alpha) -> Ridge:
     gives the minimum-norm solution, and `inverse_root` the pseudo-inverse.
     """
     u, s, vt = jnp.linalg.svd(factor[:columns, :columns])
+    root = _inverse_root(s, alpha)
+    w = vt.T @ ((root**2 * s)[:, None] * (u.T @ factor[:columns, columns:]))
+    return Ridge(w, vt.T * root)
+
+
+def span(rows: jax.Array, alpha) -> Span:
+    """What the rows span; of rows (batch, columns), with fewer or more rows than columns."""
+    q, factor = jnp.linalg.qr(rows)
+    missing = rows.shape[1] - len(factor)
+    u, s, vt = jnp.linalg.svd(jnp.pad(factor, ((0, missing), (0, 0))))
+    root = _inverse_root(s, alpha)
+    return Span(jnp.pad(q, ((0, 0), (0, missing))) @ u * (s * root), vt.T * root)
+
+
+def _inverse_root(s, alpha):
+    """(s² + α)^{−½}, and zero where that is more than what rounding leaves of singular values."""
     curvature = s**2 + alpha
-    cutoff = (columns * jnp.finfo(s.dtype).eps * s[0]) ** 2
+    cutoff = (len(s) * jnp.finfo(s.dtype).eps * s[0]) ** 2
     keep = curvature > cutoff
-    inverse = jnp.where(keep, 1 / jnp.where(keep, curvature, 1), 0)
-    w = vt.T @ ((inverse * s)[:, None] * (u.T @ factor[:columns, columns:]))
-    return Ridge(w, vt.T * jnp.sqrt(inverse))
+    return jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, curvature, 1)), 0)

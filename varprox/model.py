@@ -256,3 +256,39 @@ def _check_array(name, leaf):
     if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
         count = int((~np.isfinite(np.asarray(leaf))).sum())
         raise ValueError(f"{name}: expected finite numbers, got {count} NaN or Inf")
+
+
+def derivatives(problem: Problem, theta, inputs) -> tuple[bool, bool]:
+    """Can the rows be differentiated in forward mode, and in reverse mode?"""
+    rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
+
+    def possible(fn):
+        try:
+            jax.eval_shape(fn, theta)
+        except (TypeError, ValueError, NotImplementedError):
+            return False
+        return True
+
+    def reverse(theta):
+        rows, pullback = jax.vjp(rows_at, theta)
+        return pullback(rows)
+
+    return possible(lambda theta: jax.jvp(rows_at, (theta,), (theta,))), possible(reverse)
+
+
+def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
+    leaves = jax.tree.leaves((theta, inputs, problem))
+    if any(isinstance(x, jax.core.Tracer) for x in leaves):
+        return None
+    whole = problem.model.rows(theta, inputs)
+    for i in (0, len(whole) // 2, len(whole) - 1):
+        one = jax.tree.map(lambda x: x[i : i + 1], inputs)
+        try:
+            row = problem.model.rows(theta, one)
+        except (TypeError, ValueError):
+            return False
+        if row.shape != (1, whole.shape[1]):
+            return False
+        if not np.allclose(row[0], whole[i], rtol=1e-3, atol=1e-4 * np.abs(whole).max(), equal_nan=True):
+            return False
+    return True

@@ -1,8 +1,9 @@
-"""The quadratic model of the reduced objective at θ, in one of three forms.
+"""The quadratic model of the reduced objective at θ, in one of four forms.
 
-Seen in a Krylov space, as a matrix, or as the singular values of its rows: each form knows how to
-minimise itself in a ball, and in which variables this is one. Imports curvature, jacobian,
-whitening, recycling and the trust region.
+Seen in a Krylov space, as a matrix formed from reverse passes of single samples or from forward
+passes of all of them, or as the singular values of its rows: each form knows how to minimise itself
+in a ball, and in which variables this is one. Imports curvature, jacobian, whitening, recycling and
+the trust region.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from jax.flatten_util import ravel_pytree
 from varprox import trust_region
 from varprox.curvature import linearise
 from varprox.jacobian import dimensions, gauss_newton_matrix, gauss_newton_root, passes
-from varprox.model import Problem
+from varprox.krylov import norm as length
+from varprox.model import Problem, derivatives, treats_samples_alone
 from varprox.penalties import tikhonov_weight
 from varprox.projection import Factor
 from varprox.recycling import Recycled, nothing_yet, recycle
@@ -32,15 +34,19 @@ class Form(IntEnum):
     KRYLOV = 0
     DENSE = 1
     KERNEL = 2
+    FORWARD = 3
 
 
 class Quadratic(NamedTuple):
     """The model gᵀs + ½ sᵀHs of steps s = root(y) of θ, in variables y in which the trust region
     is a ball."""
 
-    gradient_norm: jax.Array  # in θ
+    gradient: jax.Array  # (size,), in θ
     root: Callable[[jax.Array], jax.Array]
     step: Callable[[jax.Array, jax.Array], trust_region.Step]  # of radius and a guess at the shift
+    curvature: jax.Array  # the largest of a direction y, or near it
+    reach: jax.Array  # the length of θ in the variables y
+    still: jax.Array  # do all derivatives vanish that the rows have in θ?
     products: jax.Array
     work: jax.Array  # units spent
     norm: Any  # that of the next model
@@ -56,6 +62,35 @@ class KrylovNorm(NamedTuple):
     recycled: Recycled
 
 
+class DenseNorm(NamedTuple):
+    """s = y / √d, where d is made of the largest diagonal of the matrices so far."""
+
+    diagonal: jax.Array  # (size,)
+
+
+class ForwardNorm(NamedTuple):
+    """As `DenseNorm`, for a matrix formed by forward passes."""
+
+    diagonal: jax.Array  # (size,)
+
+
+class KernelNorm(NamedTuple):
+    """s = y."""
+
+
+NORMS = {
+    Form.KRYLOV: KrylovNorm,
+    Form.DENSE: DenseNorm,
+    Form.KERNEL: KernelNorm,
+    Form.FORWARD: ForwardNorm,
+}
+
+
+def form_of(norm: Any) -> Form:
+    """The form of the model that this norm belongs to."""
+    return next(form for form, kind in NORMS.items() if isinstance(norm, kind))
+
+
 def start_norm(
     form: Form, problem: Problem, theta: Any, rows, w, data: tuple, memory: int, whiten: bool
 ) -> Any:
@@ -64,35 +99,44 @@ def start_norm(
     if form is Form.KRYLOV:
         found = whitening(problem, theta, rows, w, data) if whiten else None
         return KrylovNorm(found, nothing_yet(memory, like))
-    return jnp.zeros(like.size if form is Form.DENSE else 0, like.dtype)
+    return KernelNorm() if form is Form.KERNEL else NORMS[form](jnp.zeros_like(like))
 
 
-def choose(problem: Problem, theta: Any, data: tuple, w: Any, *, rank: int, kaufman: bool) -> Form:
-    """The form whose steps take the fewest operations, counted for a full Krylov space.
+def usable(problem: Problem, theta: Any, inputs: Any) -> tuple[Form, ...]:
+    """The forms that these features allow."""
+    forward, reverse = derivatives(problem, theta, inputs)
+    alone = reverse and treats_samples_alone(problem, theta, inputs) is not False
+    allowed = {
+        Form.KRYLOV: forward and reverse,
+        Form.DENSE: alone,
+        Form.KERNEL: alone and tikhonov_weight(problem.theta_penalty) is not None,
+        Form.FORWARD: forward,
+    }
+    return tuple(form for form in Form if allowed[form])
 
-    Only the shapes of the arrays matter. A Krylov space it is where the features cannot be had for
-    one sample alone.
+
+def choose(
+    forms: tuple[Form, ...], problem: Problem, theta: Any, data: tuple, w: Any, *, rank, kaufman
+) -> Form:
+    """Of the forms the one whose steps take the fewest operations, counted for a full Krylov space.
+
+    Only the shapes of the arrays matter.
     """
-    inputs, targets = data
+    targets = data[1]
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))
     rows = (len(targets) + len(w)) * dimensions(problem, w) + (0 if kaufman else w.size)
     in_pass = PASS * len(targets) * size
     in_rows = (2 + passes(w, kaufman=kaufman)) * in_pass
-    costs = {Form.KRYLOV: (2 + 2 * rank) * in_pass}
-    if size**2 <= LARGEST:
-        costs[Form.DENSE] = in_rows + rows * size**2 + size**3
-    if rows * size <= LARGEST and tikhonov_weight(problem.theta_penalty) is not None:
-        costs[Form.KERNEL] = in_rows + 2 * size * rows**2 + 20 * rows**3
-    cheapest = min(costs, key=costs.__getitem__)
-    return cheapest if _takes_one_sample(problem, theta, inputs) else Form.KRYLOV
-
-
-def _takes_one_sample(problem, theta, inputs):
-    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), inputs)
-    try:
-        return len(jax.eval_shape(problem.model.features, theta, one)) == 1
-    except (TypeError, ValueError):  # what JAX raises for shapes that do not fit
-        return False
+    in_matrix = rows * size**2 + size**3
+    held = passes(w, kaufman=kaufman) * len(targets) * size
+    costs = {
+        Form.KRYLOV: ((2 + 2 * rank) * in_pass, 0),
+        Form.DENSE: (in_rows + in_matrix, size**2),
+        Form.KERNEL: (in_rows + 2 * size * rows**2 + 20 * rows**3, rows * size),
+        Form.FORWARD: ((2 + size) * in_pass + in_matrix, max(size**2, held)),
+    }
+    forms = [form for form in forms if costs[form][1] <= LARGEST] or forms[:1]
+    return min(forms, key=lambda form: costs[form][0])
 
 
 def krylov(
@@ -114,7 +158,7 @@ def krylov(
     The space ends where a product adds less than the fraction `flat` of the model's decrease in the
     ball of the given radius.
     """
-    _, unravel = ravel_pytree(theta)
+    weights, unravel = ravel_pytree(theta)
 
     def whitened(x):
         return x if norm.whitening is None else ravel_pytree(norm.whitening(unravel(x)))[0]
@@ -122,29 +166,41 @@ def krylov(
     def root(y):
         return whitened(norm.recycled.root(y))
 
-    def space(full):
-        curvature = linearise(problem, theta, data, w, factor, full=full, w_curvature=w_curvature)
-        gradient = ravel_pytree(curvature.gradient)[0]
+    def in_ball(x):  # the transpose of `root`
+        return norm.recycled.root(whitened(x))
 
-        def in_ball(x):  # the transpose of `root`
-            return norm.recycled.root(whitened(x))
+    curvature = linearise(problem, theta, data, w, factor, full=newton, w_curvature=w_curvature)
+    gradient = ravel_pytree(curvature.gradient)[0]
 
-        def matvec(y):
-            return in_ball(ravel_pytree(curvature.matvec(unravel(root(y))))[0])
+    def matvec(y):
+        return in_ball(ravel_pytree(curvature.matvec(unravel(root(y))))[0])
 
-        found = trust_region.krylov_space(matvec, in_ball(gradient), radius, rank=rank, flat=flat)
-        return jnp.linalg.norm(gradient), found
-
-    gradient_norm, found = jax.lax.cond(newton, lambda: space(True), lambda: space(False))
+    found = trust_region.krylov_space(matvec, in_ball(gradient), radius, rank=rank, flat=flat)
     products = found.tridiagonal.size
+    # Whitening is not undone: it brings θ to about the size that it has.
+    reach = length(norm.recycled.inverse_root(weights))
     return Quadratic(
-        gradient_norm,
-        root,
-        lambda radius, shift: trust_region.krylov_step(found, radius),
-        products,
-        2 + jnp.where(newton, 4, 2) * products,
-        norm._replace(recycled=recycle(norm.recycled, found)),
+        gradient=gradient,
+        root=root,
+        step=lambda radius, shift: trust_region.krylov_step(found, radius),
+        curvature=jnp.max(jnp.abs(found.tridiagonal.diagonal)),
+        reach=reach,
+        still=jax.lax.cond(
+            length(gradient) > 0,
+            lambda: jnp.array(False),
+            lambda: _still(problem, theta, data[0]),
+        ),
+        products=products,
+        work=2 + jnp.where(newton, 4, 2) * products,
+        norm=norm._replace(recycled=recycle(norm.recycled, found)),
     )
+
+
+def _still(problem, theta, inputs):
+    """Does the derivative of the rows vanish along a direction that is orthogonal to nothing?"""
+    flat, unravel = ravel_pytree(theta)
+    along = unravel(jnp.cos(jnp.arange(flat.size, dtype=flat.dtype)))
+    return ~jnp.any(jax.jvp(lambda theta: problem.model.rows(theta, inputs), (theta,), (along,))[1])
 
 
 def dense(
@@ -153,35 +209,48 @@ def dense(
     data: tuple,
     w: jax.Array,
     factor: Factor,
-    norm: jax.Array,
+    norm: DenseNorm | ForwardNorm,
     *,
     kaufman: bool,
 ) -> Quadratic:
-    """The model as a matrix. `norm` is the largest diagonal of the matrices so far.
+    """The model as a matrix, formed as the kind of its norm says.
 
-    A step is measured in units of 1/√d for every weight, d being its entry there and their mean
-    added up: the norm follows the problem, but a weight of little curvature is not let off its
-    leash. Source: Moré, Lecture Notes in Mathematics 630 (1978), for the running maximum.
+    A step is measured in units of 1/√d for every weight, d being the largest entry so far on the
+    diagonal of the matrix and their mean added up: the norm follows the problem, but a weight of
+    little curvature is not let off its leash. Source: Moré, Lecture Notes in Mathematics 630
+    (1978), for the running maximum.
     """
-    gradient, matrix, transposed = gauss_newton_matrix(
-        problem, theta, data, w, factor, kaufman=kaufman
+    forward = isinstance(norm, ForwardNorm)
+    formed = gauss_newton_matrix(
+        problem, theta, data, w, factor, kaufman=kaufman, forward=forward
     )
-    norm = jnp.maximum(norm, jnp.diagonal(matrix))
-    mean = jnp.mean(norm)
-    scale = jax.lax.rsqrt(norm + jnp.where(mean > 0, mean, 1))
-    matrix = matrix * scale * scale[:, None]
+    diagonal = jnp.maximum(norm.diagonal, jnp.diagonal(formed.matrix))
+    mean = jnp.mean(diagonal)
+    scale = jax.lax.rsqrt(diagonal + jnp.where(mean > 0, mean, 1))
+    matrix = formed.matrix * scale * scale[:, None]
 
     def step(radius, shift):
-        return trust_region.matrix_step(matrix, scale * gradient, radius, shift)
+        return trust_region.matrix_step(matrix, scale * formed.gradient, radius, shift)
 
     def solve(error, shift):
         shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
         return jax.scipy.linalg.solve(shifted, error, assume_a="pos")
 
-    work = 1 + passes(w, kaufman=kaufman)
     root, product = lambda y: scale * y, lambda y: matrix @ y
-    correct = transposed and _correction(problem, theta, gradient, transposed, root, product, solve)
-    return _formed(gradient, root, step, correct, work, norm)
+    weights = ravel_pytree(theta)[0]
+    return _formed(
+        problem,
+        theta,
+        formed,
+        root,
+        step,
+        product,
+        solve,
+        curvature=jnp.max(jnp.abs(jnp.diagonal(matrix))),
+        reach=length(weights / scale),
+        work=1 + (weights.size if forward else passes(w, kaufman=kaufman)),
+        norm=norm._replace(diagonal=diagonal),
+    )
 
 
 def kernel(
@@ -190,7 +259,7 @@ def kernel(
     data: tuple,
     w: jax.Array,
     factor: Factor,
-    norm: jax.Array,
+    norm: KernelNorm,
     *,
     kaufman: bool,
 ) -> Quadratic:
@@ -199,12 +268,13 @@ def kernel(
     What the gradient has outside the span of M's rows makes one more eigenvector, of eigenvalue α.
     Steps are measured in θ itself, where the penalty is a multiple of the identity.
     """
-    gradient, root, transposed = gauss_newton_root(problem, theta, data, w, factor, kaufman=kaufman)
-    _, singular, basis = jnp.linalg.svd(root, full_matrices=False)
+    formed = gauss_newton_root(problem, theta, data, w, factor, kaufman=kaufman)
+    gradient = formed.gradient
+    _, singular, basis = jnp.linalg.svd(formed.matrix, full_matrices=False)
     singular, basis = singular[::-1], basis[::-1]  # in ascending order
     inside = basis @ gradient
     outside = gradient - inside @ basis
-    rest = jnp.linalg.norm(outside)
+    rest = length(outside)
     beyond = outside / jnp.where(rest > 0, rest, 1)
 
     alpha = tikhonov_weight(problem.theta_penalty)
@@ -223,15 +293,26 @@ def kernel(
         outside = error - inside @ basis
         return inside / (eigenvalues[1:] + shift) @ basis + outside / (eigenvalues[0] + shift)
 
-    work = 1 + passes(w, kaufman=kaufman)
-    same, product = lambda y: y, lambda s: (root @ s) @ root + alpha * s
-    correct = _correction(problem, theta, gradient, transposed, same, product, solve)
-    return _formed(gradient, same, step, correct, work, norm)
+    return _formed(
+        problem,
+        theta,
+        formed,
+        lambda y: y,
+        step,
+        lambda s: (formed.matrix @ s) @ formed.matrix + alpha * s,
+        solve,
+        curvature=eigenvalues[-1],
+        reach=length(ravel_pytree(theta)[0]),
+        work=1 + passes(w, kaufman=kaufman),
+        norm=norm,
+    )
 
 
-def _correction(problem, theta, gradient, transposed, root, product, solve):
-    """The second-order correction a of a step s, at whose end the residuals are off from what the
-    model promised: with G and W there,
+def _formed(problem, theta, formed, root, step, product, solve, *, curvature, reach, work, norm):
+    """The model of a matrix, whose `product` and `solve` are in the variables y.
+
+    The second-order correction a of a step s, at whose end the residuals are off from what the
+    model promised, is with G and W there
 
         (H + σ I) a = −(Jᵀ G + α₂ J_Wᵀ W + ∇R(θ + s) − g − H s).
 
@@ -243,19 +324,19 @@ def _correction(problem, theta, gradient, transposed, root, product, solve):
     def correct(found, slopes, weights):
         flat, unravel = ravel_pytree(theta)
         end = unravel(flat + root(found.step))
-        there = transposed(slopes, weights) + ravel_pytree(jax.grad(problem.penalty)(end))[0]
-        return -solve(root(there - gradient) - product(found.step), found.shift)
+        penalty = ravel_pytree(jax.grad(problem.penalty)(end))[0]
+        there = formed.transposed(slopes, weights) + penalty
+        return -solve(root(there - formed.gradient) - product(found.step), found.shift)
 
-    return correct
-
-
-def _formed(gradient, root, step, correct, work, norm):
     return Quadratic(
-        gradient_norm=jnp.linalg.norm(gradient),
+        gradient=formed.gradient,
         root=root,
         step=step,
-        correct=correct,
+        curvature=curvature,
+        reach=reach,
+        still=formed.still,
         products=jnp.zeros((), jnp.int32),
         work=jnp.int32(work),
         norm=norm,
+        correct=formed.transposed and correct,
     )

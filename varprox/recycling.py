@@ -23,6 +23,10 @@ class Recycled(NamedTuple):
         """P^½ x."""
         return x - ((1 - jnp.sqrt(1 - self.shrinkage)) * (self.basis @ x)) @ self.basis
 
+    def inverse_root(self, x: jax.Array) -> jax.Array:
+        """P^−½ x."""
+        return x + ((jax.lax.rsqrt(1 - self.shrinkage) - 1) * (self.basis @ x)) @ self.basis
+
 
 def nothing_yet(memory: int, like: jax.Array) -> Recycled:
     """P = I for vectors such as `like`, with room for `memory` directions."""

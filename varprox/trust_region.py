@@ -39,7 +39,7 @@ class Iteration(NamedTuple):
     accepted: jax.Array
     first_ratio: jax.Array  # gain ratio of the first trial point
     ratio: jax.Array  # and of the last
-    predicted: jax.Array  # decrease predicted for the last trial point
+    promise: jax.Array  # the most that the model decreases within `reach` of x, or more
     trials: jax.Array
 
 
@@ -231,6 +231,7 @@ def search(
     shift: jax.Array,
     *,
     max_trials: int,
+    reach: jax.Array | float = 0.0,
     first: jax.Array | bool = False,
     correct: Callable[[Step, Any], jax.Array] | None = None,
 ) -> Iteration:
@@ -243,6 +244,9 @@ def search(
     the first step. Where the radius is a guess, `first`, a step is taken only if its gain ratio is
     not poor. A rejected step is tried once more with `correct(step, aux)` added to it, where that
     is short beside it.
+
+    The promise is a bound by duality: with (H + σ I) s = −g the model falls nowhere within `reach`
+    of x by more than by what it does in s and ½ σ (reach² − ‖s‖²).
     """
 
     def attempt(carry):
@@ -257,6 +261,8 @@ def search(
         accepted = jnp.isfinite(ratio) & (ratio > jnp.where(first, POOR, ACCEPT))
         length = norm(step)
         unset = jnp.isinf(carry.radius)
+        beyond = jnp.maximum(reach - length, 0) * (reach + length)
+        promise = found.decrease + 0.5 * found.shift * beyond
         again = jnp.array(False)
         if correct is not None:
             again = ~accepted & ~corrected
@@ -289,7 +295,7 @@ def search(
             accepted=accepted,
             first_ratio=jnp.where(carry.trials == 0, ratio, carry.first_ratio),
             ratio=ratio,
-            predicted=found.decrease,
+            promise=jnp.where(carry.trials == 0, promise, carry.promise),
             trials=carry.trials + 1,
         )
         return carry, again, found
