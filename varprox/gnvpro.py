@@ -318,7 +318,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
         radius=next_radius,
         shift=result.shift,
-        norm=model.norm,
+        norm=model.following(result.trials),
         low=low,
         newton=newton,
         work_units=state.work_units + model.work + result.trials,

@@ -49,7 +49,7 @@ class Quadratic(NamedTuple):
     still: jax.Array  # do all derivatives vanish that the rows have in θ?
     products: jax.Array
     work: jax.Array  # units spent
-    norm: Any  # that of the next model
+    following: Callable[[jax.Array], Any]  # the norm of the next model, given the trials made
     # What to add to a step, given G and W at its end; None where K is not kept.
     correct: Callable[[trust_region.Step, jax.Array, jax.Array], jax.Array] | None = None
 
@@ -192,8 +192,17 @@ def krylov(
         ),
         products=products,
         work=2 + jnp.where(newton, 4, 2) * products,
-        norm=norm._replace(recycled=recycle(norm.recycled, found)),
+        following=lambda trials: norm._replace(
+            recycled=recycle(norm.recycled, _after(trials, found))
+        ),
     )
+
+
+def _after(trials, space):
+    """The same space, known only when the trials are: under `vmap` on CPU two factorisations that
+    run at once wait for one another in jaxlib, and an optimisation barrier is gone by then."""
+    diagonal = jnp.where(trials < 0, jnp.nan, space.tridiagonal.diagonal)
+    return space._replace(tridiagonal=space.tridiagonal._replace(diagonal=diagonal))
 
 
 def _still(problem, theta, inputs):
@@ -249,7 +258,7 @@ def dense(
         curvature=jnp.max(jnp.abs(jnp.diagonal(matrix))),
         reach=length(weights / scale),
         work=1 + (weights.size if forward else passes(w, kaufman=kaufman)),
-        norm=norm._replace(diagonal=diagonal),
+        following=lambda trials: norm._replace(diagonal=diagonal),
     )
 
 
@@ -304,11 +313,11 @@ def kernel(
         curvature=eigenvalues[-1],
         reach=length(ravel_pytree(theta)[0]),
         work=1 + passes(w, kaufman=kaufman),
-        norm=norm,
+        following=lambda trials: norm,
     )
 
 
-def _formed(problem, theta, formed, root, step, product, solve, *, curvature, reach, work, norm):
+def _formed(problem, theta, formed, root, step, product, solve, *, curvature, reach, work, following):
     """The model of a matrix, whose `product` and `solve` are in the variables y.
 
     The second-order correction a of a step s, at whose end the residuals are off from what the
@@ -337,6 +346,6 @@ def _formed(problem, theta, formed, root, step, product, solve, *, curvature, re
         still=formed.still,
         products=jnp.zeros((), jnp.int32),
         work=jnp.int32(work),
-        norm=norm,
+        following=following,
         correct=formed.transposed and correct,
     )
