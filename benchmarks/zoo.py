@@ -32,7 +32,7 @@ QUICK = (
     *("exp3", "exp3-exact", "exp3-times1e-06", "dense-scale1", "dense-scale3", "dense-times1e+06"),
     *("convolved", "convolved-exact", "logistic-scale1", "square-poisson", "square-heat"),
 )
-HANGS = 120.0  # seconds without an answer, compilation included
+HANGS = 300.0  # seconds without an answer, compilation included
 GAIN = 1e-6  # of the value: what a converged run may leave
 NEARBY = 0.1  # of the weights' norm: the lower point is in reach of the one where the run ended
 PRECISIONS = {True: "float64", False: "float32"}
