@@ -144,7 +144,7 @@ def _add_options(name, experiment):
         default=in_double,
         help="single precision" + only + " (the default)" * (in_double is False),
     )
-    if name in ("indian_pines", "peaks"):
+    if name in ("indian_pines", "peaks", "zoo"):
         experiment.add_argument(
             "--budget",
             type=_budget,

@@ -62,6 +62,13 @@ def shares(costs: Sequence[float], limits: Sequence[float]) -> np.ndarray:
     return (np.asarray(costs)[:, None] <= np.asarray(limits)).mean(axis=0)
 
 
+def share_of_solvable(costs: Mapping[str, Sequence[float]], method: str) -> float:
+    """The fraction that a method solves of the problems that anyone does; one of none."""
+    solved = {name: np.isfinite(cost) for name, cost in costs.items()}
+    anyone = np.any(list(solved.values()), axis=0)
+    return float(solved[method][anyone].mean()) if anyone.any() else 1.0
+
+
 def table(title: str, costs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Percent solved within limits of work and of seconds; `costs` are by method and axis."""
     columns = [f"{limit:g}" for limit in LIMITS["work_units"]]
@@ -81,12 +88,12 @@ def figure(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[f
         len(panels), 2, figsize=size, squeeze=False, sharex="col", sharey=True, layout="constrained"
     )
     for row, (name, costs) in zip(grid, panels.items(), strict=True):
-        for ax, (axis, (least, most, label)) in zip(row, axes.items(), strict=True):
+        for ax, (axis, (least, most, _)) in zip(row, axes.items(), strict=True):
             _draw(ax, np.geomspace(least, most, POINTS), costs, axis)
-            if row is grid[-1]:
-                ax.set(xlabel=label)
         row[0].set(ylabel="% solved")
         row[0].set_title(name, loc="left", fontsize=10)
+    for ax, (*_, label) in zip(grid[-1], axes.values(), strict=True):
+        ax.set(xlabel=label)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     drawing.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
     drawing.savefig(path, dpi=130)

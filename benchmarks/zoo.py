@@ -27,13 +27,14 @@ from benchmarks.zoo_problems import CASES, Case
 from benchmarks.zoo_runs import METHODS, Budget, Job, Record
 
 STARTS, QUICK_STARTS = 3, 1
-BUDGET, QUICK_BUDGET = Budget(400, 2.0), Budget(200, 1.0)
+WORK, QUICK_WORK = 400.0, 200.0
+SECONDS = 5e-3  # a work unit
 QUICK = (
     *("exp3", "exp3-exact", "exp3-times1e-06", "dense-scale1", "dense-scale3", "dense-times1e+06"),
     *("convolved", "convolved-exact", "logistic-scale1", "square-poisson", "square-heat"),
 )
 HANGS = 300.0  # seconds without an answer, compilation included
-GAIN = 1e-6  # of the value: what a converged run may leave
+GAIN = 1e-6  # of the value: what a converged run may leave, rounding apart
 NEARBY = 0.1  # of the weights' norm: the lower point is in reach of the one where the run ended
 PRECISIONS = {True: "float64", False: "float32"}
 
@@ -47,6 +48,7 @@ def run(
     methods: Sequence[str] | None,
     known: Path | None,
     output: Path,
+    budget: float | None,
 ) -> None:
     """Runs every method on every problem, and writes profiles, statuses and what went wrong."""
     cases = _chosen("problem", problems, {case.name: case for case in CASES})
@@ -55,21 +57,24 @@ def run(
         cases = [case for case in cases if case.name in QUICK] if problems is None else cases
     precisions = (True, False) if x64 is None else (x64,)
     seeds = range(seed, seed + (QUICK_STARTS if quick else STARTS))
-    budget = QUICK_BUDGET if quick else BUDGET
-    records = hold(cases, names, precisions, seeds, budget)
-    best_before = {} if known is None else json.loads(known.read_text())["results"]
+    work = budget or (QUICK_WORK if quick else WORK)
+    limit = Budget(work, SECONDS * work)
+    records = hold(cases, names, precisions, seeds, limit)
+    before = {} if known is None else json.loads(known.read_text(encoding="utf-8"))["results"]
     output.mkdir(parents=True, exist_ok=True)
     tables, results = [], {}
     for precision in precisions:
         name = PRECISIONS[precision]
         found = [record for record in records if record.job.x64 is precision]
-        text, results[name] = report(name, found, names, best_before.get(name, {}), output)
+        problems = gather(found, before.get(name, {}).get("best", {}))
+        text, results[name] = report(name, problems, names, output)
         tables += text
     settings = {
         "quick": quick,
         "seeds": list(seeds),
         "problems": len(cases),
-        "budget": budget._asdict(),
+        "precisions": [PRECISIONS[precision] for precision in precisions],
+        "budget": limit._asdict(),
         "nearby": NEARBY,
     }
     write(output, "zoo", tables, settings, results, ())
@@ -225,27 +230,20 @@ def gather(records: Sequence[Record], known: Mapping) -> list[Problem]:
     for (case, seed), group in itertools.groupby(records, lambda r: (r.job.case, r.job.seed)):
         runs = {record.job.method: record for record in group}
         name = f"{case}, {seed}"
-        ends = [record.end for record in runs.values() if np.isfinite(record.end)]
-        starts = [record.start for record in runs.values() if np.isfinite(record.start)]
-        floors = [record.floor for record in runs.values() if np.isfinite(record.floor)]
-        if not ends:
-            raise RuntimeError(f"{name}: expected a method that ends with a number, got none")
-        best = min(ends + [row for row in [known.get("best", {}).get(name)] if row is not None])
-        scale = Scale(starts[0], best, floors[0])
+        start = np.nanmin([record.start for record in runs.values()])
+        floor = np.nanmin([record.floor for record in runs.values()])
+        ends = [record.end for record in runs.values()]
+        best = np.nanmin([start, *ends, known.get(name, np.nan)])
+        scale = Scale(float(start), float(best), float(floor))
         problems.append(Problem(name, families[case], scale, runs))
     return problems
 
 
 def report(
-    precision: str,
-    records: Sequence[Record],
-    methods: Sequence[str],
-    known: Mapping,
-    output: Path,
+    precision: str, problems: Sequence[Problem], methods: Sequence[str], output: Path
 ) -> tuple[list[str], dict]:
     """Tables, and the same in numbers, of one precision; draws its profiles."""
-    problems = gather(records, known)
-    tables, panels, results = [], {}, {"profiles": {}}
+    tables, families, panels = [], [], {}
     for measure, target in profiles.MEASURES.items():
         for tolerance in profiles.TOLERANCES:
             name = f"to {tolerance:g} {measure}"
@@ -257,34 +255,31 @@ def report(
                 for method in methods
             }
             panels[name] = costs
-            tables.append(
-                profiles.table(
-                    f"{precision}: % of {len(problems)} problems solved {name}, within so much "
-                    "work and so many seconds",
-                    costs,
-                )
-            )
-            results["profiles"][name] = {
+            count = f"{precision}: % of {len(problems)} problems solved {name}"
+            tables.append(profiles.table(f"{count}, within so much work or time", costs))
+            tables += _verdict(precision, name, costs)
+        families.append(_by_family(f"{precision}: problems solved {name}", problems, costs))
+    profiles.figure(output / f"profiles_{precision}.png", panels)
+    tables += [*families, _fates(precision, problems, methods), *_complaints(precision, problems)]
+    results = {
+        "profiles": {
+            name: {
                 method: {
-                    axis: profiles.shares(of_axes[axis], profiles.LIMITS[axis])
-                    for axis in profiles.LIMITS
+                    axis: profiles.shares(of_axes[axis], limits)
+                    for axis, limits in profiles.LIMITS.items()
                 }
                 for method, of_axes in costs.items()
             }
-            tables += _verdicts(precision, name, costs)
-    profiles.figure(output / f"profiles_{precision}.png", panels)
-    tables += [
-        _by_family(precision, problems, methods, measure, target)
-        for measure, target in profiles.MEASURES.items()
-    ]
-    tables += [_fates(precision, problems, methods), *_complaints(precision, problems)]
-    results["best"] = {problem.name: problem.scale.best for problem in problems}
-    results["runs"] = {
-        problem.name: {
-            method: [r.end, r.status, *(x[-1] for x in (r.work_units, r.seconds) if len(x))]
-            for method, r in problem.runs.items()
-        }
-        for problem in problems
+            for name, costs in panels.items()
+        },
+        "best": {problem.name: problem.scale.best for problem in problems},
+        "runs": {
+            problem.name: {
+                method: [r.end, r.status, *(x[-1] for x in (r.work_units, r.seconds) if len(x))]
+                for method, r in problem.runs.items()
+            }
+            for problem in problems
+        },
     }
     return tables, results
 
@@ -294,43 +289,43 @@ def _cost(problem: Problem, method: str, axis: str, target: float) -> float:
     return profiles.spent(record.values, getattr(record, axis), target)
 
 
-def _verdicts(precision, name, costs) -> Iterator[str]:
-    """Where the default's profile lies against the others', from 30 work units on."""
+def _verdict(precision, name, costs) -> Iterator[str]:
+    """How many the default solves of what anyone does, and where its profile lies against the
+    others'."""
     if "default" not in costs:
         return
+    of_work = {method: cost["work_units"] for method, cost in costs.items()}
+    solved = 100 * profiles.share_of_solvable(of_work, "default")
+    lines = [
+        f"{precision}, {name}:",
+        f"  the default solves {solved:.1f} % of the problems that anyone does",
+    ]
     limits = np.arange(30, 401)
-    share = {m: 100 * profiles.shares(c["work_units"], limits) for m, c in costs.items()}
+    share = {method: 100 * profiles.shares(cost, limits) for method, cost in of_work.items()}
     peers = [s for method, s in share.items() if "SciPy" in method]
     forms = [s for method, s in share.items() if method.startswith("GNvpro")]
-    lines = [f"{precision}, {name}: the default from 30 work units on"]
-    for label, others in (("peers", peers), ("its forms", forms)):
+    for label, others in (("the peers", peers), ("its forms", forms)):
         if others:
             margin = share["default"] - np.max(others, axis=0)
             worst = int(np.argmin(margin))
             lines.append(
-                f"  against the envelope of {label}: least margin {margin[worst]:+.1f} points, "
-                f"at {limits[worst]} units"
+                f"  from 30 work units on it lies {margin[worst]:+.1f} points or more above the "
+                f"envelope of {label} (at {limits[worst]})"
             )
     yield "\n".join(lines)
 
 
-def _solved(problem: Problem, method: str, target: float) -> bool:
-    return bool(np.isfinite(_cost(problem, method, "work_units", target)))
-
-
-def _by_family(precision, problems, methods, measure, target) -> str:
-    """How many problems of each family are solved to 1e-6 at the end of the budget."""
-    tolerance = profiles.TOLERANCES[-1]
+def _by_family(title, problems, costs) -> str:
+    """How many problems of each family are solved at the end of the budget."""
+    solved = {method: np.isfinite(cost["work_units"]) for method, cost in costs.items()}
+    solved["anyone"] = np.any(list(solved.values()), axis=0)
+    families = np.array([problem.family for problem in problems])
     rows = []
-    families = dict.fromkeys(problem.family for problem in problems)
-    for family in [*families, "all"]:
-        own = [p for p in problems if family in (p.family, "all")]
-        counts = [
-            sum(_solved(p, method, target(p.scale, tolerance)) for p in own) for method in methods
-        ]
-        rows.append([family, *map(str, counts), str(len(own))])
-    title = f"{precision}: problems solved to {tolerance:g} {measure}, at the end"
-    return text_table(title, ["", *methods, "of"], rows)
+    for family in [*dict.fromkeys(families), "all"]:
+        own = (families == family) | (family == "all")
+        counts = [str(of_method[own].sum()) for of_method in solved.values()]
+        rows.append([str(family), *counts, str(own.sum())])
+    return text_table(f"{title}, at the end", ["", *solved, "of"], rows)
 
 
 def _fates(precision, problems, methods) -> str:
@@ -348,19 +343,36 @@ def _fates(precision, problems, methods) -> str:
             [
                 method,
                 *(str(count[fate]) for fate in found),
+                str(sum(_above(problem, problem.runs[method]) for problem in problems)),
                 str(sum(map(_false, runs))),
                 f"{work:.0f}",
                 f"{sum(record.seconds[-1] for record in ended):.0f}",
                 f"{sum(record.compile_seconds for record in runs):.0f}",
             ]
         )
-    columns = ["", *found, "false CONVERGED", "units a run", "seconds", "s to compile"]
-    return text_table(f"{precision}: how the runs ended", columns, rows)
+    columns = ["", *found, "above best", "false", "units a run", "seconds", "s to compile"]
+    title = (
+        f"{precision}: how the runs ended; above best: CONVERGED where another run from this start "
+        f"ended lower by {GAIN:g};\nfalse: CONVERGED where SciPy goes on to a point nearby that is "
+        f"lower by {GAIN:g}"
+    )
+    return text_table(title, columns, rows)
+
+
+def _above(problem: Problem, record: Record) -> bool:
+    """Does a run say CONVERGED where another one found a lower point, be it far away?"""
+    best = profiles.by_value(problem.scale, GAIN)
+    return record.status == "CONVERGED" and record.end > best
 
 
 def _false(record: Record) -> bool:
     """Does a run say CONVERGED where a peer goes on to a lower point nearby?"""
-    return record.gain > GAIN and record.distance < NEARBY
+    return _gains(record) and record.distance < NEARBY
+
+
+def _gains(record: Record) -> bool:
+    rounding = zoo_runs.ULPS * np.finfo(PRECISIONS[record.job.x64]).eps
+    return record.gain > max(GAIN, rounding)
 
 
 def _complaints(precision, problems) -> Iterator[str]:
@@ -368,7 +380,7 @@ def _complaints(precision, problems) -> Iterator[str]:
     lines = []
     for problem in problems:
         for method, record in problem.runs.items():
-            if record.gain > GAIN:
+            if _gains(record):
                 lines.append(
                     f"{problem.name}: {method} {record.status} at {record.end:.4g}; from there "
                     f"SciPy gains {record.gain:.1e} of it, {record.distance:.1e} away"
