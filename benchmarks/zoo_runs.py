@@ -24,6 +24,7 @@ from varprox.penalties import tikhonov_weight
 from varprox.quadratic import Form
 
 ULPS = 10  # of the targets, that a value may be off by rounding
+PRECISIONS = {True: "float64", False: "float32"}
 BY_NAME = {case.name: case for case in CASES}
 
 
@@ -45,6 +46,10 @@ class Job(NamedTuple):
     seed: int
     method: str
     budget: Budget
+
+    @property
+    def precision(self) -> str:
+        return PRECISIONS[self.x64]
 
     @property
     def group(self) -> str:

@@ -12,7 +12,7 @@ from problems import relative
 from scipy.optimize import least_squares
 
 import varprox as vp
-from benchmarks import profiles, zoo, zoo_runs
+from benchmarks import profiles, zoo, zoo_processes, zoo_runs
 from benchmarks.profiles import Scale
 from benchmarks.zoo_problems import CASES, start
 from benchmarks.zoo_runs import BY_NAME, METHODS, Budget, Job, Record
@@ -184,7 +184,7 @@ def test_what_goes_wrong_is_recorded(x64, monkeypatch):
 
 def test_a_process_that_dies_is_replaced():
     """What the worker does with a job it knows nothing of is to die."""
-    worker = zoo._Worker(None, "")
+    worker = zoo_processes._Worker(None, "")
     timer = threading.Timer(60, worker.process.kill)
     timer.start()
     try:
