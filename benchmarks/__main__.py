@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "cdr": "learn a convection–diffusion–reaction equation from 400 samples",
     "dcr": "learn the potentials over a body in the ground",
     "race": "time and work to given objectives, on six problems and against more rivals",
+    "zoo": "data profiles over many small problems of every kind, in both precisions",
 }
 
 
@@ -36,8 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the experiment that the command line names."""
     options = vars(parser().parse_args(arguments))
     name = options.pop("experiment")
-    jax.config.update("jax_enable_x64", options.pop("x64"))  # before an experiment makes arrays
-    if "methods" in options:
+    if name != "zoo":  # whose runs are in processes of their own
+        jax.config.update("jax_enable_x64", options.pop("x64"))  # before arrays are made
+    if "methods" in options and name != "zoo":
         options["methods"] = tuple(dict.fromkeys(options["methods"] or DEFAULTS.get(name, METHODS)))
     options["output"] = options["output"] or Path("results", name)
     import_module(f"benchmarks.{name}").run(**options)
@@ -107,27 +109,42 @@ def _add_options(name, experiment):
         "--method",
         dest="methods",
         action="append",
-        choices=CHOICES.get(name, METHODS),
-        help="run this one only; may be given several times",
+        **_choices(name),
     )
+    if name == "zoo":
+        experiment.add_argument(
+            "--problem",
+            dest="problems",
+            action="append",
+            metavar="PATTERN",
+            help="take only those whose names match, such as 'exp3*'; may be given several times",
+        )
+        experiment.add_argument(
+            "--known",
+            type=Path,
+            metavar="FILE",
+            help="a result.json of the zoo, whose best values count, too",
+        )
     experiment.add_argument(
         "--output", type=Path, metavar="FOLDER", help=f"results/{name} by default"
     )
     precision = experiment.add_mutually_exclusive_group()
-    in_double = name != "autoencoder"
+    in_double = {"autoencoder": False, "zoo": None}.get(name, True)
+    only = " only; both by default" * (in_double is None)
     precision.add_argument(
         "--x64",
         action="store_true",
         default=in_double,
-        help="double precision" + " (the default)" * in_double,
+        help="double precision" + only + " (the default)" * (in_double is True),
     )
     precision.add_argument(
         "--x32",
         dest="x64",
         action="store_false",
-        help="single precision" + " (the default)" * (not in_double),
+        default=in_double,
+        help="single precision" + only + " (the default)" * (in_double is False),
     )
-    if name in ("indian_pines", "peaks"):
+    if name in ("indian_pines", "peaks", "zoo"):
         experiment.add_argument(
             "--budget",
             type=_budget,
@@ -143,6 +160,16 @@ def _add_options(name, experiment):
             help="what to standardise: each band over the training pixels (the default), or each "
             "pixel's spectrum",
         )
+
+
+def _choices(name):
+    """What `--method` takes: names, or patterns of them where there are many."""
+    if name == "zoo":
+        return {"metavar": "PATTERN", "help": "such as 'GNvpro*'; may be given several times"}
+    return {
+        "choices": CHOICES.get(name, METHODS),
+        "help": "run this one only; may be given several times",
+    }
 
 
 def _integer(least):
