@@ -75,6 +75,7 @@ def linearise(
     data,
     w=None,
     factor=None,
+    slopes=None,
     *,
     full: jax.Array | bool = False,
     w_curvature: bool = True,
@@ -82,7 +83,8 @@ def linearise(
     """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked, for callers that know
     W(θ).
 
-    `w` and `factor` (that of ∇²_W Φ at w) are computed where they are not given. Without
+    `w`, `factor` (that of ∇²_W Φ at w) and `slopes` (the derivative of the loss in the predictions)
+    are computed where they are not given. Without
     `w_curvature` the Gauss–Newton matrix lacks α₂ J_WᵀJ_W, as in the authors' implementation under
     cross entropy. `full` may be traced: both products are one program.
     """
@@ -95,7 +97,7 @@ def linearise(
         w = w_of_rows(problem, rows, targets)
     predictions = rows @ w
     loss = problem.loss
-    residual = loss.gradient(predictions, targets)
+    residual = loss.gradient(predictions, targets) if slopes is None else slopes
     curved = loss.curvature(predictions, targets)
     if factor is None:
         factor = hessian_factor(problem, rows, w, targets)

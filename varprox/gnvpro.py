@@ -27,7 +27,7 @@ PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton pr
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
-NOISY = 100  # times its rounding, a decrease of the objective that is measured by gradients
+NOISY = 10  # times its rounding, a decrease of the objective that is measured by gradients
 BEGIN = 1.0  # the first radius, in that of residuals
 
 
@@ -227,7 +227,8 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     factor = state.projection.factor
     if not problem.loss.quadratic:
         factor = _factor(problem, state.projection.rows, state.w, targets, form)
-    at = problem, state.theta, data, state.w, factor, state.norm
+    slopes = state.projection.slopes
+    at = problem, state.theta, data, state.w, factor, slopes, state.norm
     if form is Form.KRYLOV:
         model = quadratic.krylov(
             *at, state.radius, state.newton, rank=rank, flat=options.flat, w_curvature=w_curvature
@@ -248,19 +249,18 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         tolerance = ACCURACY * jnp.minimum(found.decrease, state.decrease)
         solved = project(problem, there, targets, projection, tolerance)
         value = solved.value + problem.penalty(trial)
-        slopes = problem.loss.gradient(there @ solved.w, targets)
         decrease = jax.lax.cond(
             found.decrease < NOISY * rounding,
             lambda: _by_gradients(
-                problem, form, trial, unravel(step), inputs, slopes, solved.w, model.gradient
+                problem, form, trial, unravel(step), inputs, solved, model.gradient
             ),
             lambda: state.objective - value,
         )
-        return jnp.where(jnp.isfinite(value), decrease, jnp.nan), (value, solved, slopes)
+        return jnp.where(jnp.isfinite(value), decrease, jnp.nan), (value, solved)
 
     def corrected(correction, found, aux):
-        _, solved, slopes = aux
-        return correction(found, slopes, solved.w)
+        _, solved = aux
+        return correction(found, solved.slopes, solved.w)
 
     # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
     guess = BEGIN * jnp.sqrt(2 * jnp.abs(state.objective) / model.curvature)
@@ -269,7 +269,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         model.step,
         evaluate,
         jnp.zeros_like(theta),
-        (state.objective, projection, jnp.zeros_like(targets)),
+        (state.objective, projection),
         radius,
         state.shift,
         max_trials=MAX_TRIALS,
@@ -277,7 +277,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         first=first,
         correct=model.correct and partial(corrected, model.correct),
     )
-    value, projection, _ = result.aux
+    value, projection = result.aux
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
     newton = state.newton | (options.hand_over & (form is Form.KRYLOV) & (low >= PATIENCE))
     # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.
@@ -328,24 +328,23 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
 
 
 def _rounding(problem, rows, w, value):
-    """How well the objective is known, as predictions are known to eps times the sizes of what is
-    summed up for them."""
+    """How well the objective is known, where each prediction is known to eps times the sizes of
+    what is summed up for it, and their errors have nothing to do with one another."""
     eps = jnp.finfo(value.dtype).eps
     sizes = jnp.abs(rows) @ jnp.abs(w)
-    spread = jnp.sqrt(jnp.sum(sizes**2) / len(rows))
-    loss = jnp.sqrt(2 * jnp.abs(value))
-    return eps * (loss + eps * spread) * (loss + spread)
+    error = eps * jnp.sqrt(jnp.sum(sizes**2) / len(rows))
+    return eps * jnp.abs(value) + error * (jnp.sqrt(2 * jnp.abs(value) / len(rows)) + error)
 
 
-def _by_gradients(problem, form, trial, step, inputs, slopes, w, gradient):
+def _by_gradients(problem, form, trial, step, inputs, solved, gradient):
     """The decrease in a step to a trial point by the trapezoidal rule for the gradient, which still
     measures it below rounding of the objective."""
     rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
     if form in (Form.KRYLOV, Form.FORWARD):
         d_rows = jax.jvp(rows_at, (trial,), (step,))[1]
-        along = jnp.sum(slopes * (d_rows @ w))
+        along = jnp.sum(solved.slopes * (d_rows @ solved.w))
     else:
-        (pulled,) = jax.vjp(rows_at, trial)[1](slopes @ w.T)
+        (pulled,) = jax.vjp(rows_at, trial)[1](solved.slopes @ solved.w.T)
         along = optax.tree.vdot(pulled, step)
     penalty = jax.jvp(problem.penalty, (trial,), (step,))[1]
     return -0.5 * (gradient @ ravel_pytree(step)[0] + along + penalty)

@@ -66,6 +66,7 @@ def gauss_newton_matrix(
     data: tuple,
     w: jax.Array,
     factor: Factor,
+    slopes: jax.Array,
     *,
     kaufman: bool,
     forward: bool = False,
@@ -79,7 +80,7 @@ def gauss_newton_matrix(
     W, rows of dZ or K are held that take `BLOCK_BYTES` or as many as the matrix, or those of one
     sample where they are longer.
 
-    `factor` is that of ∇²_W Φ at `w` = W(θ), exact. `forward` says how dZ is found: by one forward
+    `factor` is that of ∇²_W Φ at `w` = W(θ), exact, and `slopes` are G there. `forward` says how dZ is found: by one forward
     pass of all samples together for each weight, or by reverse passes of each sample alone.
     """
     flat, unravel = ravel_pytree(theta)
@@ -90,14 +91,14 @@ def gauss_newton_matrix(
     blocks = 1 if keep else -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
     index = np.arange(blocks * -(-samples // blocks), dtype=np.int32).reshape(blocks, -1)
     span = _span(problem, theta, data, factor)
-    slopes: Any = None
+    compressed: Any = None
     if not kaufman:
-        slopes, used = _compressed(problem, theta, data, w, flat.size)
+        compressed, used = _compressed(problem, w, slopes, flat.size)
 
     def rows_of(index):
         # The last block is filled up with repeated samples, which must not count.
         chosen, counts = jnp.minimum(index, samples - 1), index < samples
-        at = problem, theta, data, w, span, chosen, counts
+        at = problem, theta, data, w, slopes, span, chosen, counts
         return _rows(*at, kaufman=kaufman, forward=forward), chosen
 
     def collect(total, index):
@@ -106,14 +107,14 @@ def gauss_newton_matrix(
         sums = gradient + rows.gradient, b + rows.weights.T @ rows.rooted
         if not kaufman:
             a = jax.lax.fori_loop(
-                0, used, lambda part, a: a.at[part].add(_a(slopes[part, chosen], rows.pulled)), a
+                0, used, lambda part, a: a.at[part].add(_a(compressed[part, chosen], rows.pulled)), a
             )
         return (sums, a, still & ~jnp.any(rows.pulled)), rows if keep else None
 
     def zeros(*shape):
         return jnp.zeros((*shape, flat.size), flat.dtype)
 
-    no_a = None if kaufman else zeros(len(slopes), slopes.shape[2] * len(w))
+    no_a = None if kaufman else zeros(len(compressed), compressed.shape[2] * len(w))
     start = (zeros(), zeros(dims * len(w))), no_a, jnp.array(True)
     ((gradient, b), a, still), kept = jax.lax.scan(collect, start, index)
     c = span.inward(b)
@@ -138,7 +139,14 @@ def gauss_newton_matrix(
 
 
 def gauss_newton_root(
-    problem: Problem, theta: Any, data: tuple, w: jax.Array, factor: Factor, *, kaufman: bool
+    problem: Problem,
+    theta: Any,
+    data: tuple,
+    w: jax.Array,
+    factor: Factor,
+    slopes: jax.Array,
+    *,
+    kaufman: bool,
 ) -> Formed:
     """The same by rows M, of which the Gauss–Newton matrix is Mᵀ M + ∇²R.
 
@@ -149,7 +157,7 @@ def gauss_newton_root(
     samples = len(data[1])
     span = _span(problem, theta, data, factor)
     everything = np.arange(samples)
-    at = problem, theta, data, w, span, everything, everything < samples
+    at = problem, theta, data, w, slopes, span, everything, everything < samples
     rows = _rows(*at, kaufman=kaufman, forward=False)
     c = span.inward(rows.weights.T @ rows.rooted)
     parts = [
@@ -214,7 +222,7 @@ class _Rows(NamedTuple):
     weights: jax.Array  # Lᵀ ⊗ zᵀ, with `_Span.z`: (samples · dimensions, entries)
 
 
-def _rows(problem, theta, data, w, span, index, counts, *, kaufman, forward):
+def _rows(problem, theta, data, w, slopes, span, index, counts, *, kaufman, forward):
     """Those of the samples at `index`, all derivatives being zero where they do not count; if
     `forward` these are all samples."""
     columns, outputs = w.shape
@@ -246,7 +254,7 @@ def _rows(problem, theta, data, w, span, index, counts, *, kaufman, forward):
     pulled = jnp.where(counts[:, None, None], pulled, 0)
     size = pulled.shape[-1]
     k = coordinates @ pulled if of_features else pulled
-    slope = len(z) * problem.loss.gradient(z @ w, targets)
+    slope = len(slopes) * jnp.where(counts[:, None], slopes[index], 0)
     spanned = span.z[index]
     if problem.loss.quadratic:
         root, rooted = jnp.broadcast_to(identity, (len(z), *identity.shape)), k
@@ -276,16 +284,15 @@ def _a(slope, pulled):
     return jnp.tensordot(slope, pulled, ((0,), (0,))).reshape(-1, pulled.shape[-1])
 
 
-def _compressed(problem, theta, data, w, size):
+def _compressed(problem, w, slopes, size):
     """Slopes for A, (parts, samples, OUTPUTS), and how many of the parts are more than rounding.
 
     Where H is the same for every output, only G Gᵀ counts. Then G is turned to its principal axes,
     whose numerical rank is far below the number of outputs where these are, say, a smooth field on
     a grid. Otherwise, and where the axes would take longer to find, all of G is one part.
     """
-    inputs, targets = data
-    samples, outputs = targets.shape
-    slopes = samples * problem.loss.gradient(problem.model.rows(theta, inputs) @ w, targets)
+    samples, outputs = slopes.shape
+    slopes = samples * slopes
     least = min(samples, outputs)
     # `eigh` takes about 25 · least³ operations, A for all outputs least · columns · size².
     if not problem.loss.quadratic or least <= OUTPUTS or 25 * least**2 > len(w) * size**2:

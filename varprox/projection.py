@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varprox import trust_region
-from varprox.least_squares import ridge, triangular_factor
+from varprox.least_squares import ridge
 from varprox.model import Problem
 
 LIFETIME = 20  # products that a factor serves for, which take about as long as making it
@@ -60,6 +60,7 @@ class Projection(NamedTuple):
     """
 
     w: jax.Array  # (columns, outputs)
+    slopes: jax.Array  # (batch, outputs), of the loss in the predictions, to more digits than W has
     rows: jax.Array  # (batch, columns)
     factor: Factor
     value: jax.Array  # of Φ without R
@@ -86,6 +87,7 @@ def start_projection(problem: Problem, rows, targets) -> Projection:
         blocks = outputs
     return Projection(
         jnp.zeros((columns, outputs), rows.dtype),
+        jnp.zeros(targets.shape, rows.dtype),
         jnp.zeros((samples, columns), rows.dtype),
         Factor(
             jnp.zeros((blocks, columns, columns), rows.dtype),
@@ -129,12 +131,18 @@ def project(
 
 def _ridge(problem, rows, targets):
     scale = len(rows) ** 0.5
-    w, root = ridge(
-        triangular_factor(rows / scale, targets / scale), rows.shape[1], problem.w_penalty
+    found = ridge(rows / scale, targets / scale, problem.w_penalty)
+    root = found.span.inverse_root
+    value = 0.5 * jnp.sum(found.residual**2) + 0.5 * problem.w_penalty * jnp.sum(found.w**2)
+    return Projection(
+        w=found.w,
+        slopes=found.residual / scale,
+        rows=rows[:0],
+        factor=Factor(root[None], jnp.eye(len(root), dtype=root.dtype)),
+        value=value,
+        products=jnp.zeros((), jnp.int32),
+        spent=jnp.zeros((), jnp.int32),
     )
-    factor = Factor(root[None], jnp.eye(len(root), dtype=root.dtype))
-    zero = jnp.zeros((), jnp.int32)
-    return Projection(w, rows[:0], factor, problem.w_objective(w, rows, targets), zero, zero)
 
 
 class _Iterate(NamedTuple):
@@ -247,8 +255,14 @@ def _newton(problem, rows, targets, start, tolerance, relative):
         (at, start.factor, zero, start.spent, ~true),
     )
     # Even a factor that is not used grows old, as θ moves.
+    w = to_w(at.x, columns)
     return start._replace(
-        w=to_w(at.x, columns), factor=factor, value=at.value, products=products, spent=spent + 1
+        w=w,
+        slopes=loss.gradient(rows @ w, targets),
+        factor=factor,
+        value=at.value,
+        products=products,
+        spent=spent + 1,
     )
 
 

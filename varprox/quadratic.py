@@ -145,6 +145,7 @@ def krylov(
     data: tuple,
     w: jax.Array,
     factor: Factor,
+    slopes: jax.Array,
     norm: KrylovNorm,
     radius: jax.Array,
     newton: jax.Array,
@@ -169,7 +170,9 @@ def krylov(
     def in_ball(x):  # the transpose of `root`
         return norm.recycled.root(whitened(x))
 
-    curvature = linearise(problem, theta, data, w, factor, full=newton, w_curvature=w_curvature)
+    curvature = linearise(
+        problem, theta, data, w, factor, slopes, full=newton, w_curvature=w_curvature
+    )
     gradient = ravel_pytree(curvature.gradient)[0]
 
     def matvec(y):
@@ -218,6 +221,7 @@ def dense(
     data: tuple,
     w: jax.Array,
     factor: Factor,
+    slopes: jax.Array,
     norm: DenseNorm | ForwardNorm,
     *,
     kaufman: bool,
@@ -231,7 +235,7 @@ def dense(
     """
     forward = isinstance(norm, ForwardNorm)
     formed = gauss_newton_matrix(
-        problem, theta, data, w, factor, kaufman=kaufman, forward=forward
+        problem, theta, data, w, factor, slopes, kaufman=kaufman, forward=forward
     )
     diagonal = jnp.maximum(norm.diagonal, jnp.diagonal(formed.matrix))
     mean = jnp.mean(diagonal)
@@ -268,6 +272,7 @@ def kernel(
     data: tuple,
     w: jax.Array,
     factor: Factor,
+    slopes: jax.Array,
     norm: KernelNorm,
     *,
     kaufman: bool,
@@ -277,7 +282,7 @@ def kernel(
     What the gradient has outside the span of M's rows makes one more eigenvector, of eigenvalue α.
     Steps are measured in θ itself, where the penalty is a multiple of the identity.
     """
-    formed = gauss_newton_root(problem, theta, data, w, factor, kaufman=kaufman)
+    formed = gauss_newton_root(problem, theta, data, w, factor, slopes, kaufman=kaufman)
     gradient = formed.gradient
     _, singular, basis = jnp.linalg.svd(formed.matrix, full_matrices=False)
     singular, basis = singular[::-1], basis[::-1]  # in ascending order
