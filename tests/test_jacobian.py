@@ -53,7 +53,8 @@ def form(fn, case, kaufman=False):
         assert formed.transposed is not None
         return formed.gradient, formed.matrix, formed.transposed(*elsewhere(case, reference.w))
 
-    found = made(case.problem, theta, case.data, reference.w, factor)
+    slopes = case.problem.loss.gradient(rows @ reference.w, targets)
+    found = made(case.problem, theta, case.data, reference.w, factor, slopes)
     return reference, *map(np.asarray, found)
 
 
@@ -134,11 +135,13 @@ def test_slopes_are_compressed_to_their_rank(samples, x64, monkeypatch):
     size = ravel_pytree(theta)[0].size
     w = vp.solve_w(MANY.problem, theta, (inputs, targets))
     at = MANY.problem, theta, (inputs, targets), w
-    parts, used = jacobian._compressed(*at, size)
+    rows = MANY.problem.model.rows(theta, inputs)
+    slopes = MANY.problem.loss.gradient(rows @ w, targets)
+    parts, used = jacobian._compressed(MANY.problem, w, slopes, size)
     assert len(parts) == -(-min(samples, 7) // 2) and used == 1
 
-    factor = factorise(MANY.problem, MANY.problem.model.rows(theta, inputs), w, targets, whole=True)
-    compressed = gauss_newton_matrix(*at, factor, kaufman=False).matrix
+    factor = factorise(MANY.problem, rows, w, targets, whole=True)
+    compressed = gauss_newton_matrix(*at, factor, slopes, kaufman=False).matrix
     reference = dense_reference(MANY, theta, (inputs, targets))
     assert relative(compressed, reference.gauss_newton) < 1e-8
 
@@ -155,9 +158,10 @@ def test_rows_are_kept_within_a_budget(x64, monkeypatch):
     rows = case.problem.model.rows(theta, case.data[0])
     w = vp.solve_w(case.problem, theta, case.data)
     factor = factorise(case.problem, rows, w, case.data[1], whole=True)
+    slopes = case.problem.loss.gradient(rows @ w, case.data[1])
     for budget, kept in ((bytes_of_k, True), (bytes_of_k - 1, False)):
         monkeypatch.setattr(jacobian, "KEPT_BYTES", budget)
-        at = case.problem, theta, case.data, w, factor
+        at = case.problem, theta, case.data, w, factor, slopes
         assert (gauss_newton_matrix(*at, kaufman=True).transposed is not None) == kept
 
 
@@ -175,8 +179,9 @@ def test_inputs_may_be_a_pytree(x64):
     rows = case.problem.model.rows(theta, inputs)
     factor = factorise(problem, rows, reference.w, targets, whole=True)
     data = tuple(inputs.T), targets
+    slopes = problem.loss.gradient(rows @ reference.w, targets)
     matrix = gauss_newton_matrix(
-        problem, theta, data, reference.w, factor, kaufman=False
+        problem, theta, data, reference.w, factor, slopes, kaufman=False
     ).matrix
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
@@ -195,8 +200,10 @@ def test_memory_is_that_of_the_matrix_and_of_a_pass(x64):
     w = jax.ShapeDtypeStruct((2, 1), np.float64)
 
     def matrix(theta, data, w):
-        factor = factorise(problem, problem.model.rows(theta, data[0]), w, data[1], whole=True)
-        return gauss_newton_matrix(problem, theta, data, w, factor, kaufman=False)[:2]
+        rows = problem.model.rows(theta, data[0])
+        factor = factorise(problem, rows, w, data[1], whole=True)
+        slopes = problem.loss.gradient(rows @ w, data[1])
+        return gauss_newton_matrix(problem, theta, data, w, factor, slopes, kaufman=False)[:2]
 
     used = jax.jit(matrix).lower(theta, tuple(data), w).compile().memory_analysis()
     a_pass = samples * 80 * 8  # bytes of the layers' outputs

@@ -1,11 +1,11 @@
-"""Ridge regression from triangular factors, against NumPy's dense solvers."""
+"""Ridge regression by orthogonal factors, against NumPy's dense solvers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varprox.least_squares import ridge, triangular_factor
+from varprox.least_squares import ridge, span
 
 COLUMNS, OUTPUTS = 5, 2
 
@@ -18,31 +18,44 @@ def make(samples, rank=COLUMNS, seed=0):
 
 @jax.jit
 def solve(rows, targets, alpha):
-    return ridge(triangular_factor(rows, targets), rows.shape[1], alpha)
+    return ridge(rows, targets, alpha)
 
 
-@pytest.mark.parametrize("samples", [30, 6, 5, 3, 1])
-def test_factor_keeps_the_gram_matrix_and_is_square_and_triangular(samples, x64):
-    rows, targets = make(samples)
-    factor = np.asarray(triangular_factor(rows, targets))
-    stacked = np.hstack([rows, targets])
-    assert factor.shape == (COLUMNS + OUTPUTS, COLUMNS + OUTPUTS)
-    assert np.array_equal(factor, np.triu(factor))
-    np.testing.assert_allclose(factor.T @ factor, stacked.T @ stacked, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("samples", [30, 5, 3])
+@pytest.mark.parametrize("alpha", [0.0, 1e-3])
+def test_the_basis_is_rows_times_the_root(samples, alpha, x64):
+    rows, _ = make(samples)
+    found = jax.jit(span)(rows, alpha)
+    np.testing.assert_allclose(found.basis, rows @ found.inverse_root, rtol=1e-9, atol=1e-10)
 
 
-@pytest.mark.parametrize("chunks", [[7, 23], [1, 1, 28], [10, 10, 10]])
-def test_factors_of_chunks_combine_into_that_of_the_whole(chunks, x64):
-    rows, targets = make(30)
-    combined = np.zeros((0, COLUMNS + OUTPUTS))
-    for part in np.split(np.arange(30), np.cumsum(chunks)[:-1]):
-        factor = np.asarray(triangular_factor(rows[part], targets[part]))
-        combined = np.vstack([combined, factor])
-        combined = np.asarray(triangular_factor(combined[:, :COLUMNS], combined[:, COLUMNS:]))
-    whole = np.asarray(triangular_factor(rows, targets))
-    np.testing.assert_allclose(np.abs(combined), np.abs(whole), rtol=1e-11, atol=1e-12)
-    parts, together = ridge(combined, COLUMNS, 0.1), ridge(whole, COLUMNS, 0.1)
-    np.testing.assert_allclose(parts.w, together.w, rtol=1e-12)
+def graded(dtype, samples=40, condition=1e-4):
+    rng = np.random.default_rng(1)
+    q, _ = np.linalg.qr(rng.normal(size=(samples, COLUMNS)))
+    p, _ = np.linalg.qr(rng.normal(size=(COLUMNS, COLUMNS)))
+    return (q * np.geomspace(1, condition, COLUMNS) @ p).astype(dtype)
+
+
+@pytest.mark.parametrize("dtype, condition", [(np.float64, 1e-12), (np.float32, 1e-5)])
+def test_the_basis_is_orthonormal_however_ill_conditioned_the_rows_are(dtype, condition, x64):
+    rows = graded(dtype, condition=condition)
+    found = jax.jit(span)(rows, dtype(0))
+    eps = np.finfo(dtype).eps
+    np.testing.assert_allclose(found.basis.T @ found.basis, np.eye(COLUMNS), atol=50 * eps)
+    product = rows @ found.inverse_root
+    assert np.abs(product.T @ product - np.eye(COLUMNS)).max() > 1e4 * eps
+
+
+def test_the_residual_has_more_digits_than_w():
+    """To rounding of the targets, where rows times w has lost as much as w is large."""
+    rows = graded(np.float32)
+    targets = np.random.default_rng(0).normal(size=(40, 1)).astype(np.float32)
+    found = solve(rows, targets, 0.0)
+    q, _ = np.linalg.qr(rows.astype(np.float64))
+    exact = q @ (q.T @ targets) - targets
+    assert np.abs(found.residual - exact).max() < 2e-6
+    formed = (rows @ np.asarray(found.w) - targets).astype(np.float64)
+    assert np.abs(formed - exact).max() > 1e-4
 
 
 @pytest.mark.parametrize("samples", [30, 5, 3])
@@ -53,7 +66,7 @@ def test_ridge_equals_the_stacked_problem(samples, alpha, x64):
     a = np.vstack([rows, alpha**0.5 * np.eye(COLUMNS)])
     b = np.vstack([targets, np.zeros((COLUMNS, OUTPUTS))])
     np.testing.assert_allclose(result.w, np.linalg.lstsq(a, b)[0], rtol=1e-7, atol=1e-12)
-    root = np.asarray(result.inverse_root)
+    root = np.asarray(result.span.inverse_root)
     expected = np.linalg.inv(rows.T @ rows + alpha * np.eye(COLUMNS))
     np.testing.assert_allclose(root @ root.T, expected, rtol=1e-6, atol=1e-9 / alpha)
 
@@ -64,7 +77,7 @@ def test_without_penalty_the_minimum_norm_solution_and_the_pseudo_inverse(sample
     result = solve(rows, targets, 0.0)
     expected = np.linalg.lstsq(rows, targets, rcond=1e-10)[0]
     np.testing.assert_allclose(result.w, expected, rtol=1e-9, atol=1e-12)
-    root = np.asarray(result.inverse_root)
+    root = np.asarray(result.span.inverse_root)
     pseudo = np.linalg.pinv(rows.T @ rows, rcond=1e-10)
     np.testing.assert_allclose(root @ root.T, pseudo, rtol=1e-8, atol=1e-12)
 
@@ -79,10 +92,7 @@ def test_scaling_the_rows_scales_the_solution_inversely(x64):
 
 
 def test_single_precision_is_as_good_as_its_condition_number_not_its_square():
-    rng = np.random.default_rng(1)
-    q, _ = np.linalg.qr(rng.normal(size=(40, COLUMNS)))
-    p, _ = np.linalg.qr(rng.normal(size=(COLUMNS, COLUMNS)))
-    rows = (q * np.logspace(0, -4, COLUMNS) @ p).astype(np.float32)
+    rows = graded(np.float32)
     targets = (rows @ np.ones((COLUMNS, 1))).astype(np.float32)
     w = solve(rows, targets, 0.0).w
     assert w.dtype == jnp.float32

@@ -28,11 +28,12 @@ def steps(problem, theta, data, w):
     found = {}
     for form in Form:
         norm = quadratic.start_norm(form, problem, theta, rows, w, data, 0, True)
-        arguments = problem, theta, data, w, factor, norm
+        slopes = problem.loss.gradient(rows @ w, targets)
+        arguments = problem, theta, data, w, factor, slopes, norm
         if form is Form.KRYLOV:
             model = quadratic.krylov(*arguments, jnp.inf, jnp.array(False), **options)
         else:
-            make = {Form.DENSE: quadratic.dense, Form.KERNEL: quadratic.kernel}[form]
+            make = quadratic.kernel if form is Form.KERNEL else quadratic.dense
             model = make(*arguments, kaufman=False)
         made = [model.step(jnp.array(radius), jnp.array(0.0)) for radius in RADII]
         root = jax.vmap(model.root, out_axes=1)(jnp.eye(size))
@@ -72,8 +73,10 @@ def test_a_correction_leaves_an_error_of_third_order(loss, make, x64):
     flat, unravel = ravel_pytree(theta)
     rows = problem.model.rows(theta, inputs)
     factor = factorise(problem, rows, reference.w, targets, whole=True)
-    norm = jnp.zeros(flat.size if make is quadratic.dense else 0)
-    model = make(problem, theta, case.data, reference.w, factor, norm, kaufman=False)
+    form = Form.KERNEL if make is quadratic.kernel else Form.DENSE
+    norm = quadratic.start_norm(form, problem, theta, rows, reference.w, case.data, 0, False)
+    slopes = problem.loss.gradient(rows @ reference.w, targets)
+    model = make(problem, theta, case.data, reference.w, factor, slopes, norm, kaufman=False)
 
     def end(s):
         there = unravel(flat + s)
@@ -110,12 +113,12 @@ def test_the_dense_norm_follows_the_diagonal_and_its_mean(x64):
     states = [method.init(theta, CASE.data)]
     for _ in range(6):
         states.append(method.step(states[-1], CASE.data)[0])
-    norms = np.array([state.norm for state in states])
+    norms = np.array([state.norm.diagonal for state in states])
     assert (np.diff(norms, axis=0) >= 0).all() and (norms[-1] > norms[1]).any()
 
 
-def choose(samples, size, outputs=1, columns=9, penalty=1e-10, features=lambda theta, x: x):
-    problem = vp.Problem(vp.Separable(features), vp.least_squares(), penalty, 1e-10)
+def choose(samples, size, outputs=1, columns=9, penalty=1e-10, forms=tuple(Form)):
+    problem = vp.Problem(vp.Separable(lambda theta, x: x), vp.least_squares(), penalty, 1e-10)
     theta, w, inputs, targets = (
         jax.ShapeDtypeStruct(shape, np.float64)
         for shape in (
@@ -125,27 +128,15 @@ def choose(samples, size, outputs=1, columns=9, penalty=1e-10, features=lambda t
             (samples, outputs),
         )
     )
-    return quadratic.choose(problem, theta, (inputs, targets), w, rank=20, kaufman=True)
-
-
-@pytest.mark.parametrize(
-    "features",
-    [
-        lambda theta, x: x * jnp.ones((2000, 1)),
-        lambda theta, x: x.reshape(2000, 8),
-        lambda theta, x: x + jnp.ones((2000, 8)) @ jnp.ones((8, 8)),
-    ],
-)
-def test_what_is_not_made_for_single_samples_is_not_formed(features):
-    assert choose(2000, 556, features=features) is Form.KRYLOV
+    return quadratic.choose(forms, problem, theta, (inputs, targets), w, rank=20, kaufman=True)
 
 
 def test_the_cheapest_form_is_chosen():
     assert choose(2000, 556) is Form.DENSE
     assert choose(4000, 10_128, outputs=16, columns=33) is Form.KRYLOV
     assert choose(50, 5000) is Form.KERNEL
-    assert choose(50, 5000, penalty=vp.smoothness_in_time(1e-3, 1.0)) is not Form.KERNEL
     assert choose(10**6, 10**5) is Form.KRYLOV
+    assert choose(100, 4, forms=(Form.KRYLOV, Form.FORWARD)) is Form.FORWARD
 
 
 def test_no_matrix_is_formed_that_is_too_large(monkeypatch):
@@ -153,7 +144,7 @@ def test_no_matrix_is_formed_that_is_too_large(monkeypatch):
     assert choose(2000, 556) is Form.KRYLOV
 
 
-@pytest.mark.parametrize("curvature", ["auto", "krylov", "dense", "kernel"])
+@pytest.mark.parametrize("curvature", ["auto", "krylov", "dense", "kernel", "forward"])
 def test_history_says_which_form_was_used(curvature, x64):
     case = Case("least_squares", outputs=1)
     method = vp.gnvpro(case.problem, curvature=curvature)

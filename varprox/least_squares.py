@@ -37,10 +37,10 @@ def span(rows: jax.Array, alpha) -> Span:
     q, factor = jnp.linalg.qr(rows)
     missing = rows.shape[1] - len(factor)
     u, s, vt = jnp.linalg.svd(jnp.pad(factor, ((0, missing), (0, 0))))
-    curvature = s**2 + alpha
-    cutoff = (len(s) * jnp.finfo(s.dtype).eps * s[0]) ** 2
-    keep = curvature > cutoff
-    root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, curvature, 1)), 0)
+    unit = jnp.where(s[0] > 0, s[0], 1)  # in which no square underflows
+    curvature = (s / unit) ** 2 + alpha / unit / unit
+    keep = curvature > (len(s) * jnp.finfo(s.dtype).eps) ** 2
+    root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, curvature, 1)) / unit, 0)
     return Span(jnp.pad(q, ((0, 0), (0, missing))) @ (u * (s * root)), vt.T * root)
 
 
