@@ -133,7 +133,8 @@ def fit(
 
     key = jax.random.key(check_integer("seed", seed, least=0))
     state, seconds, compile_seconds = _timed_apart(method.init, theta, data, key)
-    _check_state(method, theta, data, state)
+    if not _is_own(method.init):
+        _check_state(method, theta, data, state)
     table: list[dict] = []
 
     def enter(state, info):
@@ -361,39 +362,44 @@ def _check_metrics(metrics):
     return dict(metrics or {})
 
 
-def _check_state(method, theta, data, state):
-    """Refuses a state that `init` did not make from the present data and problem.
+def _is_own(init):
+    """Does a function of the package make the state from what it is given?"""
+    return getattr(getattr(init, "func", None), "__module__", "").startswith("varprox.")
 
-    Predictions may be off by the root of eps, relative to the targets, where the rows are badly
-    conditioned; the objective then is by twice the geometric mean of its size and of eps times that
-    of predictions that are zero.
-    """
+
+def _check_state(method, theta, data, state):
+    """Refuses a state that belongs to other data or to another problem."""
     if _shapes(state.theta) != _shapes(theta):
         raise ValueError(
             "theta: expected arrays like those of the state that is taken up, got others"
         )
     if method.epoch is not None or state.status == Status.NON_FINITE:
         return
+    try:
+        fits = _shapes(jax.eval_shape(method.step, state, data)[0]) == _shapes(state)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError("data: expected shapes as those of the state that is taken up, got others")
     inputs, targets = data
-    zero = jnp.zeros_like(targets)
     predictions = _predict(method.problem, state.theta, state.w, inputs)
-    now, scale = math.nan, 0.0
-    if predictions.shape == zero.shape:
-        now = float(_loss(method.problem, predictions, targets))
-        now += float(_penalties(method.problem, state.theta, state.w))
-        scale = abs(float(_loss(method.problem, zero, targets)))
-    then, eps = float(state.objective), float(jnp.finfo(zero.dtype).eps)
-    size = max(abs(now), abs(then))
-    rounding = 2 * math.sqrt(eps * max(scale, size) * size) + eps * scale
-    if not (math.isfinite(now) and abs(now - then) <= rounding):
+    now = float(_loss(method.problem, predictions, targets))
+    now += float(_penalties(method.problem, state.theta, state.w))
+    zero = float(_loss(method.problem, jnp.zeros_like(targets), targets))
+    then = float(state.objective)
+    # Where the rows are badly conditioned, rounding may move predictions by √eps of the targets,
+    # and the objective by twice the geometric mean of itself and of eps times that for W = 0.
+    rounding = float(jnp.finfo(predictions.dtype).eps) * max(map(abs, (zero, now, then)))
+    tolerance = 2 * math.sqrt(rounding * max(abs(now), abs(then))) + rounding
+    if not (math.isfinite(now) and abs(now - then) <= tolerance):
         raise ValueError(
             "data: expected those of the state that is taken up, and the same problem; with these "
-            f"its objective is {now:g}, and the state says {then:g}"
+            f"its objective is {now:g}, got a state that says {then:g}"
         )
 
 
-def _shapes(theta):
-    return jax.tree.structure(theta), [np.shape(leaf) for leaf in jax.tree.leaves(theta)]
+def _shapes(tree):
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _check_validation(method, theta, data, validation):

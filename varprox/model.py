@@ -7,6 +7,7 @@ Imports heads, losses, penalties, checks and precision.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -244,22 +245,27 @@ def derivatives(problem: Problem, theta, inputs) -> tuple[bool, bool]:
     depends on what they compute, such as `jax.lax.while_loop`, lack one of them.
     """
 
-    def rows(theta):
-        return problem.model.rows(theta, inputs)
+    def forward(model, theta, inputs):
+        return jax.jvp(lambda theta: model.rows(theta, inputs), (theta,), (theta,))
 
-    def forward(theta):
-        return jax.jvp(rows, (theta,), (theta,))
+    def reverse(model, theta, inputs):
+        rows, pullback = jax.vjp(lambda theta: model.rows(theta, inputs), theta)
+        return pullback(rows)
 
-    def reverse(theta):
-        z, pullback = jax.vjp(rows, theta)
-        return pullback(z)
+    types = jax.tree.map(_type, (problem.model, theta, inputs))
+    # That `custom_vjp` has no forward mode is not found before the function is lowered.
+    ways = partial(jax.jit(forward).lower, *types), partial(jax.eval_shape, reverse, *types)
+    return _succeeds(ways[0]), _succeeds(ways[1])
 
-    return _traces(forward, theta), _traces(reverse, theta)
+
+def _type(x):
+    x = jax.typeof(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
 
 
-def _traces(fn, theta):
+def _succeeds(fn):
     try:
-        jax.eval_shape(fn, theta)
+        fn()
     except Exception:  # a function of the user may raise anything
         return False
     return True
@@ -373,7 +379,17 @@ def _check_features(problem, theta, inputs, targets, dtype, of_images):
 
 
 def _check_penalties(problem, theta, dtype):
-    """Refuses functions that are no penalties, and numbers that the dtype does not hold."""
+    """Refuses numbers that the dtype does not hold, and functions that are no penalties."""
+    limits, w_penalty = jnp.finfo(dtype), problem.w_penalty
+    for name in ("w_penalty", "theta_penalty"):
+        for number in jax.tree.leaves(getattr(problem, name)):
+            if isinstance(number, float) and number > float(limits.max):
+                raise ValueError(f"{name}: expected a number that {dtype} holds, got {number!r}")
+    vanishes = isinstance(w_penalty, float) and w_penalty < float(limits.tiny)
+    if vanishes and not problem.loss.quadratic:
+        raise ValueError(
+            f"w_penalty: expected a positive number that {dtype} holds, got {w_penalty!r}"
+        )
     for penalty in problem.theta_penalty:
         value = called("theta_penalty", jax.eval_shape, penalty, theta)
         came = getattr(value, "shape", type(value).__name__)
@@ -381,17 +397,6 @@ def _check_penalties(problem, theta, dtype):
             raise TypeError(f"theta_penalty: expected a scalar function, got {came}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"theta_penalty: expected a floating number, got dtype {value.dtype}")
-    numbers = {"w_penalty": problem.w_penalty, "theta_penalty": problem.theta_penalty}
-    for name, tree in numbers.items():
-        for number in jax.tree.leaves(tree):
-            if isinstance(number, float) and number > jnp.finfo(dtype).max:
-                raise ValueError(f"{name}: expected a number that {dtype} holds, got {number!r}")
-    w_penalty = problem.w_penalty
-    vanishes = isinstance(w_penalty, float) and w_penalty < jnp.finfo(dtype).tiny
-    if vanishes and not problem.loss.quadratic:
-        raise ValueError(
-            f"w_penalty: expected a positive number that {dtype} holds, got {w_penalty!r}"
-        )
 
 
 def _predictions_like(problem, z, targets):

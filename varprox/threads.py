@@ -9,7 +9,7 @@ processes want the processors, too, a factorisation waits for threads that are n
 import importlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Lock
+from threading import Lock, Thread
 
 import jax
 from threadpoolctl import threadpool_limits
@@ -23,7 +23,8 @@ def one_blas_thread() -> Iterator[None]:
     """BLAS uses one thread inside this context, or function, if JAX computes on CPU.
 
     The limit holds for all threads of the process. What was before it is back at the end of the
-    last of the contexts that overlap.
+    last of the contexts that overlap. A limit that the caller has set by threadpoolctl 3.8 or newer
+    stays as it is.
     """
     if jax.default_backend() != "cpu":
         yield
@@ -31,7 +32,7 @@ def one_blas_thread() -> Iterator[None]:
     importlib.import_module("scipy.linalg.cython_lapack")  # only a loaded library can be limited
     with _lock:
         if not _under_way:
-            _undo.enter_context(threadpool_limits(1, user_api="blas"))
+            _apart(lambda: _undo.enter_context(threadpool_limits(1, user_api="blas")))
         _under_way.append(None)
     try:
         yield
@@ -39,4 +40,12 @@ def one_blas_thread() -> Iterator[None]:
         with _lock:
             _under_way.pop()
             if not _under_way:
-                _undo.close()
+                _apart(_undo.close)
+
+
+def _apart(fn):
+    """Calls `fn` in a thread of its own: threadpoolctl lets only the thread that has set a limit
+    change it while this thread lives."""
+    thread = Thread(target=fn)
+    thread.start()
+    thread.join()
