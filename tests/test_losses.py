@@ -166,6 +166,19 @@ def test_a_loss_must_be_convex(unit, dtype):
                 vp.convex_loss(fn).check(targets)
 
 
+def test_targets_may_be_constants_under_a_trace():
+    targets = np.ones((4, 2), np.float32)
+
+    @jax.jit
+    def traced(x):
+        vp.convex_loss(pseudo_huber).check(targets)
+        with pytest.raises(ValueError, match="convex"):
+            vp.convex_loss(NOT_CONVEX["Cauchy"]).check(targets)
+        return x
+
+    jax.vmap(traced)(np.ones(2, np.float32))
+
+
 @pytest.mark.parametrize(
     "fn, came",
     [

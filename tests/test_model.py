@@ -460,6 +460,19 @@ def test_one_sample_is_alone_and_under_trace_nothing_is_known():
     assert seen == [None]
 
 
+@pytest.mark.parametrize("fn", [decays, normalised])
+def test_constants_under_trace_are_looked_at(fn):
+    seen = []
+
+    @jax.jit
+    def traced(x):
+        seen.append(treats_samples_alone(problem(fn), RATES, TIMES))
+        return x
+
+    traced(1.0)
+    assert seen == [fn is decays]
+
+
 @jax.custom_vjp
 def one_way(x):
     return jnp.tanh(x)

@@ -70,7 +70,8 @@ class ConvexLoss(Loss):
         if value.dtype != dtype:
             raise TypeError(f"fn: expected dtype {dtype}, that of the targets, got {value.dtype}")
         samples = np.linspace(0, len(targets) - 1, 4).astype(int)
-        convex, lowest, highest = _curvatures(self.fn, targets[samples])
+        with jax.ensure_compile_time_eval():  # the targets may be constants under a trace
+            convex, lowest, highest = _curvatures(self.fn, targets[samples])
         if not convex:
             raise ValueError(
                 "fn: expected a function that is convex in the prediction, got one with second "

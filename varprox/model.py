@@ -198,7 +198,9 @@ def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
     chosen = np.array([0, batch // 2, batch - 1])
     for at in (_shifted(theta), theta):
         try:
-            z, alone = map(np.asarray, _features_alone(problem.model.features, at, inputs, chosen))
+            with jax.ensure_compile_time_eval():  # a caller's jit may hold all of this as constants
+                both = _features_alone(problem.model.features, at, inputs, chosen)
+            z, alone = map(np.asarray, both)
         except Exception:  # features may raise anything for a shape that they do not expect
             return False
         together = z[chosen][:, None]
