@@ -159,6 +159,63 @@ def test_a_run_goes_on_from_the_state_of_a_solution(batch_size):
         np.testing.assert_array_equal(ended.history[name], whole.history[name][1:])
 
 
+OTHER = {
+    "targets": lambda theta, inputs, targets: (make_problem(), (inputs, 2 * targets)),
+    "inputs": lambda theta, inputs, targets: (make_problem(), (inputs + 1, targets)),
+    "fewer samples": lambda theta, inputs, targets: (make_problem(), (inputs[:9], targets[:9])),
+    "fewer outputs": lambda theta, inputs, targets: (make_problem(), (inputs, targets[:, :1])),
+    "theta_penalty": lambda theta, *data: (with_penalties(10 * ALPHA, W_PENALTY), data),
+    "w_penalty": lambda theta, *data: (with_penalties(ALPHA, 10 * W_PENALTY), data),
+}
+
+
+def with_penalties(*penalties):
+    return vp.Problem(vp.Separable(features), vp.least_squares(), *penalties)
+
+
+@pytest.mark.parametrize("of_solution", [False, True])
+@pytest.mark.parametrize("name", METHODS)
+def test_a_state_goes_on_with_its_own_data_and_problem_only(name, of_solution, solution):
+    """Whatever θ is passed; with others its objective would be stale."""
+    theta, data = make()
+    begun = vp.fit(METHODS[name], theta, data, epochs=1)
+    start = begun.theta if of_solution else theta
+    build = {"gnvpro": vp.gnvpro, "lbfgsvpro": vp.lbfgsvpro}[name]
+    options = {"gnvpro": {"curvature": "krylov", "rank": 6}, "lbfgsvpro": {"memory": 5}}[name]
+    for other in OTHER.values():
+        problem, others = other(theta, *data)
+        method = build(problem, **options)._replace(init=lambda *_: begun.state)
+        with pytest.raises(ValueError, match="^data: expected .* of the state that is taken up"):
+            vp.fit(method, start, others, epochs=1)
+    method = METHODS[name]._replace(init=lambda *_: begun.state)
+    with pytest.raises(ValueError, match="^theta: expected arrays like those of the state"):
+        vp.fit(method, start | {"more": np.ones(1, np.float32)}, data, epochs=1)
+
+
+# What is printed
+
+
+def test_a_solution_prints_in_a_few_lines(solution):
+    shown = repr(solution)
+    assert shown == str(solution)
+    assert len(shown) < 1000 and len(shown.splitlines()) <= 6
+    assert solution.status.name in shown and solution.status.message in shown
+    assert f"{solution.history['objective'][-1]:.6g} after 8 steps" in shown
+    assert f"{solution.history['work_units'][-1]:.6g} work units" in shown
+    assert f"{solution.history['seconds'][-1]:.3g} seconds" in shown
+    assert "24 weights in 2 arrays" in shown and "(4, 2)" in shown
+    assert isinstance(solution, tuple) and len(solution) == len(solution._fields)
+
+
+def test_a_solution_without_weights_or_history_prints():
+    assert "BUDGET" in repr(vp.Solution(None, None, {}, vp.Status.BUDGET, 0.5, None))
+
+
+@pytest.mark.parametrize("status", vp.Status)
+def test_every_status_has_a_sentence(status):
+    assert status.message[0].isupper() and status.message.endswith(".")
+
+
 # Budgets and status
 
 
@@ -241,6 +298,14 @@ def test_not_a_number_on_the_validation_set_alone_stops_nothing():
     assert np.isnan(solution.history["train_nothing"]).all()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_the_loss_of_large_targets_is_finite(name):
+    """In single precision, where their squares are near 1e20."""
+    theta, (inputs, targets) = make()
+    solution = vp.fit(METHODS[name], theta, (inputs, targets * np.float32(1e10)), epochs=2)
+    assert np.isfinite(solution.history["train_loss"]).all()
+
+
 # Time and progress
 
 
@@ -318,6 +383,15 @@ REFUSED = {
     "batch size zero": (fit(SLIMTRAIN, batch_size=0), ValueError, "batch_size", "an integer ≥ 1", "0"),
     "batch size too large": (fit(SLIMTRAIN, batch_size=17), ValueError, "batch_size", "at most 16", "17"),
     "evaluations never": (fit(evaluate_every=0), ValueError, "evaluate_every", "an integer ≥ 1", "0"),
+    "metrics named loss": (fit(metrics={"loss": worst}), ValueError, "metrics", "'loss', which the history has", "'loss'"),
+    "metrics named by a number": (fit(metrics={3: worst}), ValueError, "metrics", "names", "3"),
+    "metrics arrays": (fit(metrics={"gap": lambda p, t: p - t}), TypeError, "metrics", "a number from 'gap'", "Array"),
+    "metrics nothing": (fit(metrics={"gap": lambda p, t: None}), TypeError, "metrics", "a number from 'gap'", "None"),
+    "metrics text": (fit(metrics={"gap": lambda p, t: "x"}), TypeError, "metrics", "a number from 'gap'", "'x'"),
+    "seed text": (fit(seed="a"), ValueError, "seed", "an integer ≥ 0", "'a'"),
+    "progress text": (fit(progress="yes"), TypeError, "progress", "True or False", "'yes'"),
+    "method none": (fit(None), TypeError, "method", "varprox.gnvpro(problem), or a problem", "None"),
+    "validation half": (fit(validation=(INPUTS, TARGETS.astype(np.float16))), TypeError, "validation", "one floating dtype", "float16"),
     "metrics a function": (fit(metrics=worst), TypeError, "metrics", "mapping", "function worst"),
     "metrics not functions": (fit(metrics={"worst": 3}), TypeError, "metrics", "function", "3"),
 }  # fmt: skip

@@ -131,3 +131,69 @@ def test_targets_out_of_range_are_refused_with_what_came(loss, bad, named):
     with pytest.raises(ValueError, match="targets: expected") as caught:
         LOSSES[loss].check(np.array(bad))
     assert named in str(caught.value)
+
+
+# What `convex_loss` refuses
+
+
+CONVEX = {
+    "pseudo-Huber": pseudo_huber,
+    "Poisson": lambda p, t: jnp.sum(jnp.exp(p) - t * p),
+    "Huber": lambda p, t: jnp.sum(jnp.where(jnp.abs(p - t) < 1, (p - t) ** 2 / 2, jnp.abs(p - t))),
+    "logsumexp": lambda p, t: jax.nn.logsumexp(p) - jnp.sum(p * t),
+    "norm": lambda p, t: jnp.linalg.norm(p - t),
+    "linear": lambda p, t: jnp.sum(p * t),
+}
+NOT_CONVEX = {
+    "Cauchy": lambda p, t: jnp.sum(jnp.log1p((p - t) ** 2)),
+    "Tukey": lambda p, t: -jnp.sum(jnp.exp(-((p - t) ** 2))),
+    "concave": lambda p, t: -jnp.sum((p - t) ** 2),
+    "product": lambda p, t: p[0] * p[1],
+    "saddle": lambda p, t: (p[0] - t[0]) ** 2 - (p[1] - t[1]) ** 2,
+}
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1, 1e6])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_loss_must_be_convex(unit, dtype):
+    """In whatever units the targets are, the function is told by its second derivatives."""
+    targets = (unit * np.random.default_rng(4).normal(size=(9, 2))).astype(dtype)
+    with jax.enable_x64(dtype == np.float64):
+        for fn in CONVEX.values():
+            vp.convex_loss(fn).check(targets)
+        for fn in NOT_CONVEX.values():
+            with pytest.raises(ValueError, match="fn: expected a function that is convex"):
+                vp.convex_loss(fn).check(targets)
+
+
+def test_targets_may_be_constants_under_a_trace():
+    targets = np.ones((4, 2), np.float32)
+
+    @jax.jit
+    def traced(x):
+        vp.convex_loss(pseudo_huber).check(targets)
+        with pytest.raises(ValueError, match="convex"):
+            vp.convex_loss(NOT_CONVEX["Cauchy"]).check(targets)
+        return x
+
+    jax.vmap(traced)(np.ones(2, np.float32))
+
+
+@pytest.mark.parametrize(
+    "fn, came",
+    [
+        (lambda p, t: jnp.sum((p - t) ** 2)[None], "(1,)"),
+        (lambda p, t: (p - t) ** 2, "(2,)"),
+        (lambda p, t: (1.0, 2.0), "tuple"),
+        (lambda p, t: jnp.sum(p > t), "int32"),
+        (lambda p, t: jnp.sum(p - t).astype(jnp.float16), "float16"),
+        (lambda p, t: 0.0 if p[0] > 0 else 1.0, "TracerBoolConversionError"),
+        (lambda p, t: float(p[0]), "ConcretizationTypeError"),
+        (lambda p: jnp.sum(p), "takes 1 positional argument"),
+        (lambda p, t: p @ np.ones(3, np.float32), "TypeError"),
+    ],
+)
+def test_functions_that_are_no_losses_are_refused(fn, came):
+    with pytest.raises(TypeError, match="^fn: expected") as caught:
+        vp.convex_loss(fn).check(np.ones((4, 2), np.float32))
+    assert came in str(caught.value).split("got", 1)[1]

@@ -6,6 +6,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 from problems import (
     LOSSES,
@@ -19,7 +20,7 @@ from problems import (
 )
 
 import varprox as vp
-from varprox.model import objective
+from varprox.model import derivatives, objective, treats_samples_alone
 
 THETA = initial_theta(dtype=np.float32)
 DATA = make_data("least_squares", 2, dtype=np.float32)
@@ -139,6 +140,11 @@ def solve(theta=THETA, data=DATA, **options):
     return lambda: vp.solve_w(problem(**options), theta, data)
 
 
+def halved(dtype=np.float16):
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), THETA)
+
+
+W = np.ones((4, 2), np.float32)
 DOUBLE = {name: leaf.astype(np.float64) for name, leaf in THETA.items()}
 SHORT = TARGETS[:-1]
 
@@ -185,7 +191,24 @@ REFUSED = {
     "softmax sums": (solve(data=(INPUTS, 2 * ENTROPY[1]), loss=vp.softmax_cross_entropy()), ValueError, "targets", "one-hot", "2"),
     "softmax negative": (solve(data=(INPUTS, 1.5 - 2 * ENTROPY[1]), loss=vp.softmax_cross_entropy()), ValueError, "targets", "one-hot", "-0.5"),
     "logistic range": (solve(data=(INPUTS, 2 * ENTROPY[1] - 1), loss=vp.logistic()), ValueError, "targets", "between 0 and 1", "-1"),
+    "targets half": (solve(theta=halved(), data=(INPUTS, TARGETS.astype(np.float16))), TypeError, "theta, targets", "float32 or float64", "float16; cast them to float32"),
+    "targets bfloat16": (solve(theta=halved(jnp.bfloat16), data=(INPUTS, jnp.asarray(TARGETS, jnp.bfloat16))), TypeError, "theta, targets", "float32 or float64", "bfloat16; cast them to float32"),
+    "targets too large": (solve(data=(INPUTS, 1e39 * TARGETS.astype(np.float64))), ValueError, "targets", "finite", "NaN or Inf in float32"),
+    "targets a table": (solve(data=(INPUTS, pandas.DataFrame(TARGETS))), TypeError, "targets", "arrays of NumPy or JAX", "DataFrame; numpy.asarray makes"),
+    "targets a column": (solve(data=(INPUTS, pandas.Series(TARGETS[:, 0]))), TypeError, "targets", "arrays of NumPy or JAX", "Series; numpy.asarray makes"),
+    "targets none": (solve(data=(INPUTS, None)), TypeError, "targets", "arrays of NumPy or JAX", "NoneType"),
+    "targets masked": (solve(data=(INPUTS, np.ma.masked_array(TARGETS, TARGETS > 1))), TypeError, "targets", "arrays that JAX takes", "MaskedArray"),
+    "inputs a table": (solve(data=(pandas.DataFrame(INPUTS), TARGETS)), TypeError, "inputs", "arrays of NumPy or JAX", "DataFrame; numpy.asarray makes"),
+    "inputs a list": (solve(data=(INPUTS.tolist(), TARGETS)), TypeError, "inputs", "arrays of NumPy or JAX", "float; numpy.asarray makes"),
+    "inputs text": (solve(data=(np.array(["a"] * 16), TARGETS)), TypeError, "inputs", "arrays that JAX takes", "<U1"),
+    "inputs objects": (solve(data=(INPUTS.astype(object), TARGETS)), TypeError, "inputs", "arrays that JAX takes", "object"),
+    "inputs big-endian": (solve(data=(INPUTS.astype(">f4"), TARGETS)), TypeError, "inputs", "arrays that JAX takes", ">f4"),
+    "sample weights": (solve(data=(INPUTS, TARGETS, TARGETS[:, 0])), TypeError, "data", "pair (inputs, targets)", "weights of samples are not supported"),
+    "labels": (solve(data=(INPUTS, np.arange(16) % 2), loss=vp.softmax_cross_entropy()), TypeError, "targets", "floating", "jax.nn.one_hot"),
+    "floating labels": (solve(data=(INPUTS, np.arange(16, dtype=np.float32) % 2), loss=vp.softmax_cross_entropy()), ValueError, "targets", "(batch, outputs)", "jax.nn.one_hot"),
     # theta
+    "theta without entries": (solve(theta=THETA | {"more": np.zeros((0, 3), np.float32)}), ValueError, "theta", "arrays with entries", "(0, 3)"),
+    "theta a function": (solve(theta=features), TypeError, "theta", "arrays of NumPy or JAX", "function"),
     "theta empty": (solve(theta={}), ValueError, "theta", "at least one array", "empty"),
     "theta none": (solve(theta=None), ValueError, "theta", "at least one array", "empty"),
     "theta a number": (solve(theta={"opening": 1.0}), TypeError, "theta", "array", "float"),
@@ -199,8 +222,35 @@ REFUSED = {
     "features integer": (solve(fn=lambda t, y: features(t, y).astype(jnp.int32)), TypeError, "features", "float32", "int32"),
     "features half": (solve(fn=lambda t, y: features(t, y).astype(jnp.float16)), TypeError, "features", "float32", "float16"),
     "no features": (solve(fn=lambda t, y: features(t, y)[:, :0]), ValueError, "features", "m ≥ 1", "(16, 0)"),
+    "features raise": (solve(fn=lambda t, y: t["nowhere"]), TypeError, "features", "a function that JAX can trace", "KeyError: 'nowhere'"),
+    "features of other shapes": (solve(fn=lambda t, y: y @ jnp.ones((5, 3))), TypeError, "features", "a function that JAX can trace", "TypeError: dot_general"),
+    "features with if": (solve(fn=lambda t, y: y if t["opening"][0, 0] > 0 else -y), TypeError, "features", "a function that JAX can trace", "TracerBoolConversionError"),
+    "features none": (solve(fn=lambda t, y: None), ValueError, "features", "(16, m)", "NoneType"),
+    # numbers that single precision does not hold
+    "w_penalty too large": (solve(w_penalty=1e39), ValueError, "w_penalty", "that float32 holds", "1e+39"),
+    "w_penalty too small": (solve(data=(INPUTS, ENTROPY[1]), loss=vp.logistic(), w_penalty=1e-60), ValueError, "w_penalty", "positive number that float32 holds", "1e-60"),
+    "theta_penalty too large": (solve(theta_penalty=(0.1, 1e39)), ValueError, "theta_penalty", "that float32 holds", "1e+39"),
+    "w_penalty bool": (lambda: problem(w_penalty=True), TypeError, "w_penalty", "number", "True"),
     # user functions that return something other than a number
     "penalty not scalar": (solve(theta_penalty=lambda t: t["opening"]), TypeError, "theta_penalty", "scalar", "(2, 3)"),
+    "penalty one-element array": (solve(theta_penalty=lambda t: jnp.sum(t["opening"])[None]), TypeError, "theta_penalty", "scalar", "(1,)"),
+    "penalty a tuple": (solve(theta_penalty=lambda t: (1.0, 2.0)), TypeError, "theta_penalty", "scalar", "tuple"),
+    "penalty none": (solve(theta_penalty=lambda t: None), TypeError, "theta_penalty", "scalar", "NoneType"),
+    "penalty an integer": (solve(theta_penalty=lambda t: 3), TypeError, "theta_penalty", "floating", "int32"),
+    "penalty raises": (solve(theta_penalty=lambda t: t["nowhere"]), TypeError, "theta_penalty", "a function that JAX can trace", "KeyError: 'nowhere'"),
+    "convex loss not convex": (solve(loss=vp.convex_loss(lambda p, t: jnp.sum(jnp.cos(p - t)))), ValueError, "fn", "convex", "second derivatives from -"),
+    # what comes in the place of a problem
+    "solve_w none": (lambda: vp.solve_w(None, THETA, DATA), TypeError, "problem", "varprox.Problem", "None"),
+    "reduced_objective none": (lambda: vp.reduced_objective(None), TypeError, "problem", "varprox.Problem", "None"),
+    "gauss_newton none": (lambda: vp.gauss_newton(None, THETA, DATA), TypeError, "problem", "varprox.Problem", "None"),
+    "newton none": (lambda: vp.newton(None, THETA, DATA), TypeError, "problem", "varprox.Problem", "None"),
+    "predict none": (lambda: vp.predict(None, THETA, W, INPUTS), TypeError, "problem", "varprox.Problem", "None"),
+    # predictions
+    "predict w none": (lambda: vp.predict(problem(), THETA, None, INPUTS), TypeError, "w", "arrays of NumPy or JAX", "NoneType"),
+    "predict w a list": (lambda: vp.predict(problem(), THETA, W.tolist(), INPUTS), TypeError, "w", "arrays of NumPy or JAX", "list"),
+    "predict w integer": (lambda: vp.predict(problem(), THETA, W.astype(int), INPUTS), TypeError, "w", "float32", "int64"),
+    "predict inputs a table": (lambda: vp.predict(problem(), THETA, W, pandas.DataFrame(INPUTS)), TypeError, "inputs", "arrays of NumPy or JAX", "DataFrame"),
+    "predict theta none": (lambda: vp.predict(problem(), None, W, INPUTS), TypeError, "features", "a function that JAX can trace", "TypeError"),
     "convex loss not scalar": (solve(loss=vp.convex_loss(lambda p, t: (p - t) ** 2)), TypeError, "fn", "scalar", "(2,)"),
 }  # fmt: skip
 
@@ -253,3 +303,214 @@ def test_under_trace_nothing_raises():
     """Inside jit the checks are silent: NaN comes out as NaN, not as an exception."""
     value, _ = jax.jit(vp.reduced_objective(problem()))(THETA, (INPUTS, with_nan(TARGETS)))
     assert np.isnan(value)
+
+
+@pytest.mark.parametrize("promotion", ["strict", "standard"])
+@pytest.mark.parametrize("number", [np.float64(0.1), np.array(0.1), jnp.float32(0.1)])
+def test_penalties_of_any_precision_leave_single_precision_single(number, promotion, x64):
+    expected = vp.solve_w(problem(theta_penalty=0.1), THETA, DATA)
+    with jax.numpy_dtype_promotion(promotion):
+        built = problem(w_penalty=number, theta_penalty=(number, vp.tikhonov(number)))
+        w = vp.solve_w(built, THETA, DATA)
+        value = objective(built, THETA, w, DATA)
+    assert w.dtype == value.dtype == jnp.float32
+    np.testing.assert_allclose(w, expected, rtol=1e-5)
+
+
+def test_inputs_may_have_parts_without_entries():
+    nothing = np.zeros((16, 0), np.float32)
+    fn = lambda theta, inputs: features(theta, inputs["y"])  # noqa: E731
+    w = vp.solve_w(problem(fn), THETA, ({"y": INPUTS, "more": nothing}, TARGETS))
+    np.testing.assert_array_equal(w, vp.solve_w(problem(), THETA, DATA))
+
+
+# Samples alone, and derivatives
+
+TIMES = np.linspace(0, 6, 33, dtype=np.float32)
+RATES = np.array([0.3, 1.1], np.float32)
+
+
+def decays(rates, t):
+    return jnp.exp(-t[:, None] * rates)
+
+
+def convolved(rates, t):
+    """The response of a filter that starts from zero."""
+    kernel = jnp.exp(-jnp.arange(9, dtype=t.dtype))
+    columns = [jnp.convolve(column, kernel)[: len(t)] for column in decays(rates, t).T]
+    return jnp.stack(columns, 1)
+
+
+def solved(rates, t):
+    """y' = −rate · y by Euler's method over the grid of all times."""
+    step = lambda y, dt: (y - dt * rates * y,) * 2  # noqa: E731
+    return jax.lax.scan(step, jnp.ones_like(rates), jnp.diff(t, prepend=t[:1]))[1]
+
+
+def normalised(rates, t):
+    z = decays(rates, t)
+    return (z - z.mean(0)) / z.std(0)
+
+
+def attention(rates, t):
+    return jax.nn.softmax(-((t[:, None] - t) ** 2)) @ decays(rates, t)
+
+
+def gated(theta, t):
+    rates, gate = theta
+    return decays(rates, t) + gate * jnp.cumsum(decays(rates, t), 0)
+
+
+def of_fixed_length(rates, t):
+    return decays(rates, t) * jnp.linspace(0, 1, 33, dtype=t.dtype)[:, None]
+
+
+def in_groups(rates, t):
+    z = decays(rates, t).reshape(3, 11, -1)
+    return (z - z[:, :1]).reshape(33, -1)
+
+
+def squares_by_the_largest(rates, t):
+    z = ((t - 3)[:, None] * rates) ** 2  # both ends have the largest
+    return z / z.max(0)
+
+
+COUPLED = {
+    "convolution": convolved,
+    "against time": lambda rates, t: convolved(rates, t[::-1])[::-1],
+    "equation solved": solved,
+    "normalisation": normalised,
+    "mean": lambda rates, t: decays(rates, t) - decays(rates, t).mean(0),
+    "largest": lambda rates, t: decays(rates, t) / decays(rates, t).max(0),
+    "largest at both ends": squares_by_the_largest,
+    "first": lambda rates, t: decays(rates, t) - decays(rates, t)[:1],
+    "cumulative": lambda rates, t: jnp.cumsum(decays(rates, t), 0),
+    "differences": lambda rates, t: jnp.diff(decays(rates, t), axis=0, append=1),
+    "sorted": lambda rates, t: jnp.sort(decays(rates, t), 0),
+    "transformed": lambda rates, t: jnp.fft.fft(decays(rates, t), axis=0).real,
+    "attention": attention,
+    "length of the batch": lambda rates, t: decays(rates, t) / len(t),
+    "fixed length": of_fixed_length,
+    "groups": in_groups,
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", COUPLED)
+def test_features_that_couple_samples_are_found(name, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        found = treats_samples_alone(
+            problem(COUPLED[name]), RATES.astype(dtype), TIMES.astype(dtype)
+        )
+    assert found is False
+
+
+def test_a_coupling_is_found_that_vanishes_at_the_start():
+    theta = (RATES, np.zeros((), np.float32))
+    assert treats_samples_alone(problem(gated), theta, TIMES) is False
+    nothing = jax.tree.map(np.zeros_like, theta)
+    assert treats_samples_alone(problem(gated), nothing, TIMES) is False
+
+
+def with_rounding(theta, inputs):
+    """A column that is nothing but rounding, and one that loses half the digits."""
+    z = features(theta, inputs)
+    big = jnp.finfo(z.dtype).eps ** -0.3
+    return jnp.concatenate([z, 3 * z[:, :1] - z[:, :1] - 2 * z[:, :1], (z[:, :1] + big) - big], 1)
+
+
+ALONE = {
+    "network": features,
+    "rounding": with_rounding,
+    "mapped": lambda theta, y: jax.vmap(lambda y: features(theta, y[None])[0])(y),
+    "zero": lambda theta, y: 0 * features(theta, y),
+    "undefined": lambda theta, y: features(theta, y) / 0,
+    "undefined in part": lambda theta, y: jnp.sqrt(features(theta, y)),
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("name", ALONE)
+def test_features_that_treat_samples_alone_are_taken(name, dtype):
+    with jax.enable_x64(dtype == np.float64):
+        theta = initial_theta(dtype=dtype)
+        inputs, _ = make_data("least_squares", 2, samples=300, dtype=dtype)
+        assert treats_samples_alone(problem(ALONE[name]), theta, inputs) is True
+
+
+def test_a_start_next_to_where_features_are_undefined_is_looked_at_itself():
+    """√θ from zero: half of the shifted weights are negative."""
+    fn = lambda theta, t: jnp.sqrt(theta) * t[:, None]  # noqa: E731
+    start = np.zeros(4, np.float32)
+    assert treats_samples_alone(problem(fn), start, TIMES) is True
+    summed = lambda theta, t: jnp.cumsum(1 + fn(theta, t), 0)  # noqa: E731
+    assert treats_samples_alone(problem(summed), start, TIMES) is False
+
+
+def test_one_sample_is_alone_and_under_trace_nothing_is_known():
+    assert treats_samples_alone(problem(normalised), RATES, TIMES[:1]) is True
+    seen = []
+
+    @jax.jit
+    def traced(rates):
+        seen.append(treats_samples_alone(problem(decays), rates, TIMES))
+        return rates
+
+    traced(RATES)
+    assert seen == [None]
+
+
+@pytest.mark.parametrize("fn", [decays, normalised])
+def test_constants_under_trace_are_looked_at(fn):
+    seen = []
+
+    @jax.jit
+    def traced(x):
+        seen.append(treats_samples_alone(problem(fn), RATES, TIMES))
+        return x
+
+    traced(1.0)
+    assert seen == [fn is decays]
+
+
+@jax.custom_vjp
+def one_way(x):
+    return jnp.tanh(x)
+
+
+one_way.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g / jnp.cosh(x) ** 2,))
+
+
+def looped(rates, t):
+    """A loop whose length is a value."""
+    y = jax.lax.while_loop(lambda y: y.max() > 10, lambda y: y / 2, jnp.exp(rates))
+    return t[:, None] * y
+
+
+def called_back(rates, t):
+    z = decays(rates, t)
+    return jax.pure_callback(np.asarray, jax.ShapeDtypeStruct(z.shape, z.dtype), z)
+
+
+@pytest.mark.parametrize(
+    "fn, expected",
+    [
+        (decays, (True, True)),
+        (solved, (True, True)),
+        (lambda rates, t: one_way(decays(rates, t)), (False, True)),
+        (looped, (True, False)),
+        (called_back, (False, False)),
+    ],
+    ids=["both", "scan", "custom_vjp", "while_loop", "callback"],
+)
+def test_which_derivatives_there_are(fn, expected):
+    assert derivatives(problem(fn), RATES, TIMES) == expected
+    seen = []
+
+    @jax.jit
+    def traced(rates):
+        seen.append(derivatives(problem(fn), rates, TIMES))
+        return rates
+
+    traced(RATES)
+    assert seen == [expected]

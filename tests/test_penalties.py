@@ -93,9 +93,50 @@ def test_penalties_follow_the_dtype(penalty, x64):
     assert penalty(THETA).dtype == jnp.float64
 
 
+@pytest.mark.parametrize("promotion", ["strict", "standard"])
+@pytest.mark.parametrize(
+    "number", [np.float64(0.1), np.array(0.1), jnp.float32(0.1), 1, np.int8(1)]
+)
+def test_numbers_of_any_kind_take_the_dtype_of_theta(number, promotion, x64):
+    """So do functions whose value has another dtype."""
+    single = jax.tree.map(lambda leaf: leaf.astype(np.float32), THETA)
+    model = vp.Separable(lambda theta, inputs: inputs)
+    double = lambda theta: jnp.sum(theta["a"] ** 2).astype(jnp.float64)  # noqa: E731
+    with jax.numpy_dtype_promotion(promotion):
+        penalties = (number, vp.tikhonov(number), vp.smoothness_in_time(number, number), double)
+        for penalty in penalties:
+            problem = vp.Problem(model, vp.least_squares(), penalty, number)
+            value, gradient = jax.jit(jax.value_and_grad(problem.penalty))(single)
+            exact = vp.Problem(model, vp.least_squares(), penalty).penalty(THETA)
+            assert value.dtype == jnp.float32 and exact.dtype == jnp.float64
+            assert abs(float(value) - float(exact)) < 1e-6 * exact
+            assert {leaf.dtype for leaf in jax.tree.leaves(gradient)} == {jnp.dtype("float32")}
+        w = np.ones((2, 3), np.float32)
+        of_w = problem.penalty_on_w(w)
+        assert of_w.dtype == jnp.float32 and abs(float(of_w) - 3 * float(number)) < 1e-6
+
+
+@pytest.mark.parametrize("promotion", ["strict", "standard"])
+def test_a_weight_under_trace_takes_the_dtype_of_theta(promotion, x64):
+    single = jax.tree.map(lambda leaf: leaf.astype(np.float32), THETA)
+    with jax.numpy_dtype_promotion(promotion):
+        for build in (vp.tikhonov, lambda alpha: vp.smoothness_in_time(alpha, alpha)):
+            value = jax.jit(lambda alpha, build=build: build(alpha)(single))(np.float64(0.3))
+            assert (
+                value.dtype == jnp.float32 and abs(float(value) - float(build(0.3)(single))) < 1e-5
+            )
+
+
 @pytest.mark.parametrize(
     "build, error, named, came",
     [
+        (lambda: vp.tikhonov(True), TypeError, "alpha", "True"),
+        (lambda: vp.tikhonov(np.bool_(False)), TypeError, "alpha", "False"),
+        (lambda: vp.tikhonov(1j), TypeError, "alpha", "1j"),
+        (lambda: vp.tikhonov(np.complex64(1)), TypeError, "alpha", "1+0j"),
+        (lambda: vp.tikhonov(b"1"), TypeError, "alpha", "b'1'"),
+        (lambda: vp.tikhonov(np.timedelta64(1)), TypeError, "alpha", "timedelta"),
+        (lambda: vp.tikhonov(10**400), ValueError, "alpha", "1000"),
         (lambda: vp.tikhonov(-1.0), ValueError, "alpha", "-1.0"),
         (lambda: vp.tikhonov(float("nan")), ValueError, "alpha", "nan"),
         (lambda: vp.tikhonov(float("inf")), ValueError, "alpha", "inf"),

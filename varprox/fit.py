@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from varprox.checks import check_integer
+from varprox.checks import check_flag, check_integer
 from varprox.gnvpro import gnvpro
 from varprox.lbfgsvpro import lbfgsvpro
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, predict
+from varprox.precision import full_products
 from varprox.quadratic import KrylovNorm
+from varprox.threads import one_blas_thread
 
 BAR = "{desc} [{elapsed}, {rate_fmt}]"
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
@@ -50,7 +52,29 @@ class Solution(NamedTuple):
     problem: Problem
     state: Any = None
 
+    def __repr__(self) -> str:
+        """How the run ended, in a few lines; the arrays are left to those who ask for them."""
+        last = {name: column[-1] for name, column in self.history.items() if len(column)}
+        steps = max(max(map(len, self.history.values()), default=0) - 1, 0)
+        theta = jax.tree.leaves(self.theta)
+        size = sum(map(np.size, theta))
+        spent = [
+            f"{last['work_units']:.6g} work units" if "work_units" in last else "",
+            f"{last['seconds']:.3g} seconds" if "seconds" in last else "",
+            f"{self.compile_seconds:.3g} seconds to compile",
+        ]
+        return "\n".join(
+            [
+                f"Solution: {self.status.name}. {self.status.message}",
+                f"  objective {last.get('objective', math.nan):.6g} after {steps} steps",
+                f"  {', '.join(filter(None, spent))}",
+                f"  theta: {size} weights in {len(theta)} arrays; w: {np.shape(self.w)}",
+                f"  history: {', '.join(self.history)}",
+            ]
+        )
 
+
+@one_blas_thread()
 def fit(
     method: Method | Problem,
     theta: Any,
@@ -79,15 +103,19 @@ def fit(
     `train_<name>` and `validation_<name>`. These and the validation loss are evaluated at the
     start, after every `evaluate_every` steps, or epochs, and at the end, and are NaN elsewhere.
 
-    A step, or epoch, that has to be compiled is run twice, as the first one mostly has. Bad data
-    raise TypeError or ValueError before anything runs. The end of the budget, a stall and a
-    non-finite objective are statuses, not exceptions; the last good weights come back.
+    A step, or epoch, that has to be compiled is run twice, as the first one mostly has. On CPU the
+    threads of BLAS are limited to one while `fit` runs (see `varprox.threads`). Bad data raise
+    TypeError or ValueError before anything runs, and so does a state that is taken up, by a method
+    that sees all of the data in every step, with other data or penalties than it was made with. The
+    end of the budget, a stall and a non-finite objective are statuses, not exceptions; the last
+    good weights come back.
     """
     if isinstance(method, Problem):
         method = _default_method(method, theta, data)
     if not isinstance(method, Method):
         raise TypeError(
-            f"method: expected one such as varprox.gnvpro(problem), or a problem, got {method!r}"
+            f"method: expected one such as varprox.gnvpro(problem), or a problem, "
+            f"got {method!r:.80}"
         )
     budgets = {"max_work": max_work, "max_seconds": max_seconds, "epochs": epochs}
     limits = {name: _limit(name, value) for name, value in budgets.items()}
@@ -101,9 +129,12 @@ def fit(
         sets["validation"] = validation
     metrics = _check_metrics(metrics)
     evaluate_every = check_integer("evaluate_every", evaluate_every, least=1)
+    progress = check_flag("progress", progress)
 
-    key = jax.random.key(seed)
+    key = jax.random.key(check_integer("seed", seed, least=0))
     state, seconds, compile_seconds = _timed_apart(method.init, theta, data, key)
+    if not _is_own(method.init):
+        _check_state(method, theta, data, state)
     table: list[dict] = []
 
     def enter(state, info):
@@ -273,13 +304,23 @@ def _evaluations(problem, state, sets, metrics):
         predictions = _predict(problem, state.theta, state.w, inputs)
         if name == "validation":
             row["validation_loss"] = _loss(problem, predictions, targets)
-        row |= {f"{name}_{metric}": fn(predictions, targets) for metric, fn in metrics.items()}
+        for metric, fn in metrics.items():
+            row[f"{name}_{metric}"] = _scalar(metric, fn(predictions, targets))
     return {name: float(value) for name, value in row.items()}
+
+
+def _scalar(metric, value):
+    try:
+        if np.shape(value) == ():
+            return float(value)
+    except (TypeError, ValueError):
+        pass
+    raise TypeError(f"metrics: expected a number from {metric!r}, got {value!r:.80}")
 
 
 @jax.jit
 def _penalties(problem, theta, w):
-    return problem.penalty(theta) + 0.5 * problem.w_penalty * jnp.sum(w**2)
+    return problem.penalty(theta) + problem.penalty_on_w(w)
 
 
 @jax.jit
@@ -287,7 +328,7 @@ def _loss(problem, predictions, targets):
     return problem.loss.value(predictions, targets)
 
 
-_predict = jax.jit(predict)
+_predict = jax.jit(full_products(predict))
 
 
 def _summary(row, limits):
@@ -312,9 +353,53 @@ def _check_metrics(metrics):
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics: expected a mapping of names to functions, got {metrics!r}")
     for name, metric in (metrics or {}).items():
+        if not isinstance(name, str) or name == "loss":
+            raise ValueError(
+                f"metrics: expected names other than 'loss', which the history has, got {name!r}"
+            )
         if not callable(metric):
             raise TypeError(f"metrics: expected a function for {name!r}, got {metric!r}")
     return dict(metrics or {})
+
+
+def _is_own(init):
+    """Does a function of the package make the state from what it is given?"""
+    return getattr(getattr(init, "func", None), "__module__", "").startswith("varprox.")
+
+
+def _check_state(method, theta, data, state):
+    """Refuses a state that belongs to other data or to another problem."""
+    if _shapes(state.theta) != _shapes(theta):
+        raise ValueError(
+            "theta: expected arrays like those of the state that is taken up, got others"
+        )
+    if method.epoch is not None or state.status == Status.NON_FINITE:
+        return
+    try:
+        fits = _shapes(jax.eval_shape(method.step, state, data)[0]) == _shapes(state)
+    except (TypeError, ValueError):
+        fits = False
+    if not fits:
+        raise ValueError("data: expected shapes as those of the state that is taken up, got others")
+    inputs, targets = data
+    predictions = _predict(method.problem, state.theta, state.w, inputs)
+    now = float(_loss(method.problem, predictions, targets))
+    now += float(_penalties(method.problem, state.theta, state.w))
+    zero = float(_loss(method.problem, jnp.zeros_like(targets), targets))
+    then = float(state.objective)
+    # Where the rows are badly conditioned, rounding may move predictions by √eps of the targets,
+    # and the objective by twice the geometric mean of itself and of eps times that for W = 0.
+    rounding = float(jnp.finfo(predictions.dtype).eps) * max(map(abs, (zero, now, then)))
+    tolerance = 2 * math.sqrt(rounding * max(abs(now), abs(then))) + rounding
+    if not (math.isfinite(now) and abs(now - then) <= tolerance):
+        raise ValueError(
+            "data: expected those of the state that is taken up, and the same problem; with these "
+            f"its objective is {now:g}, got a state that says {then:g}"
+        )
+
+
+def _shapes(tree):
+    return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
 def _check_validation(method, theta, data, validation):

@@ -13,7 +13,7 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from varprox import quadratic, trust_region
-from varprox.checks import check_integer, check_number
+from varprox.checks import check_flag, check_integer, check_number
 from varprox.krylov import norm
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem, derivatives, treats_samples_alone
@@ -135,10 +135,11 @@ def gnvpro(
         )
     rank = check_integer("rank", rank, least=1)
     memory = check_integer("memory", memory, least=0)
-    check_number("flat", flat, below=1)
-    if tolerance is not None:
-        tolerance = float(check_number("tolerance", tolerance))
-    options = Options(float(flat), tolerance, hand_over)
+    flat = check_number("flat", flat, below=1)
+    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
+    kaufman = None if kaufman is None else check_flag("kaufman", kaufman)
+    whiten, w_curvature = check_flag("whiten", whiten), check_flag("w_curvature", w_curvature)
+    options = Options(flat, tolerance, check_flag("hand_over", hand_over))
     static = {"rank": rank, "kaufman": kaufman}
     init = partial(_init, problem, curvature=curvature, memory=memory, whiten=whiten, **static)
     step = partial(_step, problem, options, w_curvature=w_curvature, **static)

@@ -2,21 +2,25 @@
 
 Predictions and targets are (batch, outputs); every loss is a mean over the batch, so its gradient
 and its Hessian carry the factor 1 / batch. Losses are hashable, and equal when built alike, which
-lets compiled functions be reused. Imports nothing of the package.
+lets compiled functions be reused. Imports checks.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from varprox.checks import called
 
 
 class Loss:
     """What every loss has; the curvature of all of them comes from their gradient."""
 
     quadratic = False  # is the Hessian the identity / batch?
+    hint = ""  # how to come by targets, where others than those of the right form are given
 
     def value(self, predictions, targets):
         """The loss, a scalar."""
@@ -57,10 +61,51 @@ class ConvexLoss(Loss):
         return jnp.squeeze(q @ rooted[..., None], -1)
 
     def check(self, targets):
-        one = jax.ShapeDtypeStruct(targets.shape[1:], targets.dtype)
-        shape = jnp.shape(jax.eval_shape(self.fn, one, one))
-        if shape != ():
-            raise TypeError(f"fn: expected a scalar for one prediction and target, got {shape}")
+        dtype = jnp.result_type(targets)
+        one = jax.ShapeDtypeStruct(targets.shape[1:], dtype)
+        value = called("fn", jax.eval_shape, self.fn, one, one)
+        came = getattr(value, "shape", type(value).__name__)
+        if came != ():
+            raise TypeError(f"fn: expected a scalar for one prediction and target, got {came}")
+        if value.dtype != dtype:
+            raise TypeError(f"fn: expected dtype {dtype}, that of the targets, got {value.dtype}")
+        samples = np.linspace(0, len(targets) - 1, 4).astype(int)
+        with jax.ensure_compile_time_eval():  # the targets may be constants under a trace
+            convex, lowest, highest = _curvatures(self.fn, targets[samples])
+        if not convex:
+            raise ValueError(
+                "fn: expected a function that is convex in the prediction, got one with second "
+                f"derivatives from {lowest:g} to {highest:g} at predictions near the targets"
+            )
+
+
+@partial(jax.jit, static_argnums=0)
+def _curvatures(fn, targets):
+    """Are the second derivatives of `fn` along lines through the targets ≥ 0 up to rounding? And
+    the lowest and the highest of them.
+
+    The lines go along the first outputs alone, and along random signs of all, which tell products
+    of any two outputs. The points are up to 3 standard deviations from the targets, and up to 3.
+    """
+    outputs = targets.shape[1]
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], (8, outputs))
+    lines = jnp.asarray(np.vstack([np.eye(outputs)[:8], signs]), targets.dtype)
+    size = jnp.std(targets)
+    size = jnp.where(size > 0, size, jnp.maximum(jnp.max(jnp.abs(targets)), 1))
+    steps = jnp.asarray([-3, -1, -0.3, 0.3, 1, 3], targets.dtype)
+    places = jnp.concatenate([size * steps, steps])
+
+    def along(target, line, place):
+        value = lambda s: fn(target + s * line, target)  # noqa: E731
+        return jax.grad(jax.grad(value))(place), value(place)
+
+    for axes in ((None, None, 0), (None, 0, None), (0, None, None)):
+        along = jax.vmap(along, axes)
+    second, values = (jnp.where(jnp.isfinite(x), x, 0) for x in along(targets, lines, places))
+    # Second derivatives may be sums of much larger terms, hence not eps itself.
+    rounding = jnp.abs(values) / places**2
+    tolerance = jnp.finfo(second.dtype).eps ** 0.5 * jnp.maximum(jnp.max(second), rounding)
+    return jnp.all(second >= -tolerance), jnp.min(second), jnp.max(second)
 
 
 @dataclass(frozen=True)
@@ -83,6 +128,8 @@ class LeastSquares(Loss):
 class SoftmaxCrossEntropy(Loss):
     """−mean Σ target · log softmax(prediction): see `softmax_cross_entropy`."""
 
+    hint = "jax.nn.one_hot(labels, classes) makes one-hot rows of integer labels"
+
     def value(self, predictions, targets):
         return -jnp.sum(targets * jax.nn.log_softmax(predictions)) / len(predictions)
 
@@ -100,8 +147,8 @@ class SoftmaxCrossEntropy(Loss):
         if targets.min() < 0 or not np.allclose(total, 1, atol=1e-5):
             raise ValueError(
                 "targets: expected one-hot rows or probabilities (entries ≥ 0, rows summing to 1; "
-                "jax.nn.one_hot makes them of integer labels), got entries from "
-                f"{targets.min():g} and row sums from {total.min():g} to {total.max():g}"
+                f"{self.hint}), got entries from {targets.min():g} and row sums from "
+                f"{total.min():g} to {total.max():g}"
             )
 
 

@@ -2,11 +2,12 @@
 
 Both are pytrees whose leaves are the numbers in them (penalty weights, constants bound to the
 features), so a compiled function takes a problem as an argument and serves for all values of these.
-Imports heads, losses and penalties.
+Imports heads, losses, penalties, checks and precision.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial, register_pytree_node
 
-from varprox.checks import check_number
+from varprox.checks import called, check_number
 from varprox.heads import ConvHead, Head, dense
 from varprox.losses import Loss
 from varprox.penalties import as_penalty
+from varprox.precision import full_products
 
 
 @dataclass(frozen=True, init=False)
@@ -104,11 +106,16 @@ class Problem:
     def penalty(self, theta) -> jax.Array:
         """R(θ), a scalar of θ's dtype."""
         dtype = jnp.result_type(*jax.tree.leaves(theta))
-        return sum((p(theta) for p in self.theta_penalty), start=jnp.zeros((), dtype))
+        values = (jnp.asarray(p(theta), dtype) for p in self.theta_penalty)
+        return sum(values, start=jnp.zeros((), dtype))
+
+    def penalty_on_w(self, w) -> jax.Array:
+        """½ w_penalty ‖W‖², a scalar of W's dtype."""
+        return 0.5 * jnp.asarray(self.w_penalty, jnp.result_type(w)) * jnp.sum(w**2)
 
     def w_objective(self, w, rows, targets) -> jax.Array:
         """The part of Φ that sees W: loss(rows W, targets) + ½ w_penalty ‖W‖²."""
-        return self.loss.value(rows @ w, targets) + 0.5 * self.w_penalty * jnp.sum(w**2)
+        return self.loss.value(rows @ w, targets) + self.penalty_on_w(w)
 
 
 def _register(cls, children, static):
@@ -144,19 +151,132 @@ def objective(problem: Problem, theta, w, data) -> jax.Array:
 def predict(problem: Problem, theta, w, inputs) -> jax.Array:
     """The model's predictions (batch, outputs), or (batch, height, width, outputs) for a
     convolutional head; under cross entropy these are logits."""
-    head, z = problem.model.head, problem.model.features(theta, inputs)
+    check_problem(problem)
+    for name, leaves in (
+        ("theta", jax.tree.leaves(theta)),
+        ("w", [w]),
+        ("inputs", jax.tree.leaves(inputs)),
+    ):
+        for leaf in leaves:
+            _check_array(name, leaf)
+    head, z = problem.model.head, called("features", problem.model.features, theta, inputs)
     columns = jax.eval_shape(head.rows, z).shape[1]
     if jnp.ndim(w) != 2 or len(w) != columns:
         raise ValueError(
             f"w: expected shape ({columns}, outputs), as the rows ask for, got {jnp.shape(w)}"
         )
+    if jnp.result_type(w) != z.dtype:
+        raise TypeError(f"w: expected dtype {z.dtype}, that of the features, got {w.dtype}")
     return head.apply(z, w)
+
+
+def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
+    """Are the features of a sample the same without the rest of the batch? None under trace.
+
+    The first, the middle and the last sample are compared. A coupling along the batch in one
+    direction, such as a convolution, a solution in time or a cumulative sum, leaves only the sample
+    at one end as it is alone; one by a mean, a sum or a norm leaves none but those that happen to
+    be the mean, and one by an extremum those that are extremal, of which two may be at the ends,
+    hence the third.
+
+    The weights are shifted by about a tenth of their size for this, so that a coupling is seen that
+    vanishes at θ, as with a weight that starts at zero. A coupling that depends on the weights
+    analytically vanishes almost nowhere or everywhere; so where the features agree at such a place,
+    their derivatives do. Where the shift leads to what is not a number, θ itself is tried.
+
+    Batches of another size are added up in another order, so features may differ by rounding: by
+    eps^½ of the largest in their column, which forgives cancellation of half the digits, plus
+    eps^¾ of the largest of all, for columns that are nothing but rounding. The cost is a pass over
+    the data and its compilation.
+    """
+    leaves = jax.tree.leaves((problem, theta, inputs))
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        return None
+    batch = len(jax.tree.leaves(inputs)[0])
+    if batch == 1:
+        return True
+    chosen = np.array([0, batch // 2, batch - 1])
+    for at in (_shifted(theta), theta):
+        try:
+            with jax.ensure_compile_time_eval():  # a caller's jit may hold all of this as constants
+                both = _features_alone(problem.model.features, at, inputs, chosen)
+            z, alone = map(np.asarray, both)
+        except Exception:  # features may raise anything for a shape that they do not expect
+            return False
+        together = z[chosen][:, None]
+        if alone.shape != together.shape:
+            return False
+        sizes = np.where(np.isfinite(z), np.abs(z), 0)
+        eps = float(jnp.finfo(z.dtype).eps)
+        tolerance = eps**0.5 * np.max(sizes, axis=0) + eps**0.75 * np.max(sizes)
+        if not np.all(np.isclose(alone, together, rtol=0, atol=tolerance, equal_nan=True)):
+            return False
+        if np.isfinite(together).all():
+            break
+    return True
+
+
+@jax.jit
+@full_products
+def _features_alone(features, theta, inputs, chosen):
+    """The features of all samples, and those of the chosen ones alone."""
+    samples = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], inputs)
+    alone = jax.vmap(lambda x: features(theta, jax.tree.map(lambda leaf: leaf[None], x)))
+    return features(theta, inputs), alone(samples)
+
+
+def _shifted(theta):
+    """θ with every weight moved by 5 to 15 % of the root mean square of its array, up or down; of
+    the largest of all where the array is zero."""
+    leaves, structure = jax.tree.flatten(theta)
+    leaves = [np.asarray(leaf) for leaf in leaves]
+    sizes = [float(np.sqrt(np.mean(np.square(leaf, dtype=float)))) for leaf in leaves]
+    rng = np.random.default_rng(0)
+
+    def shifted(leaf, size):
+        way = rng.choice([-1, 1], leaf.shape) * rng.uniform(0.05, 0.15, leaf.shape)
+        return (leaf + (size or max(sizes) or 1.0) * way).astype(leaf.dtype)
+
+    return structure.unflatten(map(shifted, leaves, sizes))
+
+
+def derivatives(problem: Problem, theta, inputs) -> tuple[bool, bool]:
+    """Can the rows be differentiated in forward mode, and in reverse mode? Nothing is computed.
+
+    Functions with a rule for one mode only, such as `jax.custom_vjp`, and loops whose length
+    depends on what they compute, such as `jax.lax.while_loop`, lack one of them.
+    """
+
+    def forward(model, theta, inputs):
+        return jax.jvp(lambda theta: model.rows(theta, inputs), (theta,), (theta,))
+
+    def reverse(model, theta, inputs):
+        rows, pullback = jax.vjp(lambda theta: model.rows(theta, inputs), theta)
+        return pullback(rows)
+
+    types = jax.tree.map(_type, (problem.model, theta, inputs))
+    # That `custom_vjp` has no forward mode is not found before the function is lowered.
+    ways = partial(jax.jit(forward).lower, *types), partial(jax.eval_shape, reverse, *types)
+    return _succeeds(ways[0]), _succeeds(ways[1])
+
+
+def _type(x):
+    x = jax.typeof(x)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type)
+
+
+def _succeeds(fn):
+    try:
+        fn()
+    except Exception:  # a function of the user may raise anything
+        return False
+    return True
 
 
 def check_problem(problem: Any) -> None:
     """Refuses what is not a problem with a TypeError."""
     if not isinstance(problem, Problem):
-        raise TypeError(f"problem: expected a varprox.Problem, got {problem!r}")
+        raise TypeError(f"problem: expected a varprox.Problem, got {problem!r:.80}")
 
 
 def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
@@ -165,6 +285,7 @@ def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
     Convolutional heads, and images as targets, are for methods that say they take `images`. Raises
     TypeError or ValueError naming the argument, what was expected and what came.
     """
+    check_problem(problem)
     of_images = isinstance(problem.model.head, ConvHead)
     if of_images and not images:
         raise TypeError(
@@ -173,26 +294,48 @@ def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
         )
     if not (isinstance(data, tuple | list) and len(data) == 2):
         count = f" of {len(data)}" if isinstance(data, tuple | list) else ""
+        hint = "; weights of samples are not supported" if count == " of 3" else ""
         raise TypeError(
-            f"data: expected a pair (inputs, targets), got {type(data).__name__}{count}"
+            f"data: expected a pair (inputs, targets), got {type(data).__name__}{count}{hint}"
         )
     inputs, targets = data
-    leaves = {
-        "theta": jax.tree.leaves(theta),
-        "inputs": jax.tree.leaves(inputs),
-        "targets": [targets],
-    }
-    if not leaves["theta"]:
+    dtype = _check_arrays(problem, theta, inputs, targets)
+    _check_targets(problem, targets, of_images)
+    _check_inputs(inputs, len(targets))
+    _check_features(problem, theta, inputs, targets, dtype, of_images)
+    _check_penalties(problem, theta, dtype)
+    if not isinstance(targets, jax.core.Tracer):
+        problem.loss.check(np.asarray(targets))
+
+
+def _check_arrays(problem, theta, inputs, targets):
+    """Refuses what is no array of numbers. The dtype of theta and the targets."""
+    weights = jax.tree.leaves(theta)
+    if not weights:
         raise ValueError("theta: expected a pytree with at least one array, got an empty one")
-    for name, arrays in leaves.items():
-        for leaf in arrays:
-            _check_array(name, leaf)
-    dtypes = {str(jnp.asarray(leaf).dtype) for leaf in [*leaves["theta"], targets]}
+    for leaf in weights:
+        _check_floating("theta", leaf)
+        if jnp.size(leaf) == 0:
+            raise ValueError(f"theta: expected arrays with entries, got shape {jnp.shape(leaf)}")
+    for leaf in jax.tree.leaves(inputs):
+        _check_array("inputs", leaf)
+        _check_finite("inputs", leaf)
+    _check_floating("targets", targets, problem.loss.hint)
+    dtypes = sorted({str(jnp.result_type(leaf)) for leaf in [*weights, targets]})
     if len(dtypes) > 1:
         raise TypeError(
-            f"theta, targets: expected one floating dtype throughout, got {sorted(dtypes)}; "
+            f"theta, targets: expected one floating dtype throughout, got {dtypes}; "
             "cast the data to the dtype of theta"
         )
+    if dtypes[0] not in ("float32", "float64"):
+        raise TypeError(
+            f"theta, targets: expected float32 or float64, got {dtypes[0]}; cast them to float32, "
+            "as there are no factorisations in other precisions"
+        )
+    return jnp.dtype(dtypes[0])
+
+
+def _check_targets(problem, targets, of_images):
     if of_images and jnp.ndim(targets) != 4:
         raise ValueError(
             f"targets: expected shape (batch, height, width, outputs), got {jnp.shape(targets)}"
@@ -200,28 +343,34 @@ def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
     if not of_images and jnp.ndim(targets) != 2:
         raise ValueError(
             f"targets: expected shape (batch, outputs), got {jnp.shape(targets)}; "
-            "a single output wants targets[:, None]"
+            + (problem.loss.hint or "a single output wants targets[:, None]")
         )
-    batch = len(targets)
-    if batch == 0:
+    if len(targets) == 0:
         raise ValueError("targets: expected at least one sample, got none")
-    if targets.shape[-1] == 0:
+    if 0 in targets.shape:
         raise ValueError(f"targets: expected at least one output, got shape {targets.shape}")
-    for leaf in leaves["inputs"]:
+
+
+def _check_inputs(inputs, batch):
+    for leaf in jax.tree.leaves(inputs):
         if jnp.ndim(leaf) == 0 or len(leaf) != batch:
             raise ValueError(
                 f"inputs: expected {batch} samples along the first axis, as targets have, "
                 f"got shape {jnp.shape(leaf)}"
             )
-    z = jax.eval_shape(problem.model.features, theta, inputs)
+
+
+def _check_features(problem, theta, inputs, targets, dtype, of_images):
+    batch = len(targets)
+    z = called("features", jax.eval_shape, problem.model.features, theta, inputs)
     shape: tuple = getattr(z, "shape", ())
     came = getattr(z, "shape", type(z).__name__)
     if len(shape) != (4 if of_images else 2) or shape[0] != batch or shape[-1] == 0:
         expected = "height, width, channels), channels ≥ 1" if of_images else "m), m ≥ 1"
         raise ValueError(f"features: expected an array of shape ({batch}, {expected}, got {came}")
-    if str(z.dtype) not in dtypes:
+    if z.dtype != dtype:
         raise TypeError(
-            f"features: expected dtype {dtypes.pop()}, that of theta and targets, got {z.dtype}"
+            f"features: expected dtype {dtype}, that of theta and targets, got {z.dtype}"
         )
     predicted = jax.eval_shape(_predictions_like, problem, z, targets)
     if predicted.shape != targets.shape:
@@ -229,11 +378,27 @@ def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
             f"targets: expected shape {predicted.shape}, that of the predictions, "
             f"got {targets.shape}"
         )
-    penalty = jax.eval_shape(problem.penalty, theta)
-    if penalty.shape != ():
-        raise TypeError(f"theta_penalty: expected a scalar function, got shape {penalty.shape}")
-    if not isinstance(targets, jax.core.Tracer):
-        problem.loss.check(np.asarray(targets))
+
+
+def _check_penalties(problem, theta, dtype):
+    """Refuses numbers that the dtype does not hold, and functions that are no penalties."""
+    limits, w_penalty = jnp.finfo(dtype), problem.w_penalty
+    for name in ("w_penalty", "theta_penalty"):
+        for number in jax.tree.leaves(getattr(problem, name)):
+            if isinstance(number, float) and number > float(limits.max):
+                raise ValueError(f"{name}: expected a number that {dtype} holds, got {number!r}")
+    vanishes = isinstance(w_penalty, float) and w_penalty < float(limits.tiny)
+    if vanishes and not problem.loss.quadratic:
+        raise ValueError(
+            f"w_penalty: expected a positive number that {dtype} holds, got {w_penalty!r}"
+        )
+    for penalty in problem.theta_penalty:
+        value = called("theta_penalty", jax.eval_shape, penalty, theta)
+        came = getattr(value, "shape", type(value).__name__)
+        if came != ():
+            raise TypeError(f"theta_penalty: expected a scalar function, got {came}")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"theta_penalty: expected a floating number, got dtype {value.dtype}")
 
 
 def _predictions_like(problem, z, targets):
@@ -247,48 +412,34 @@ def zero_w(problem: Problem, z: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _check_array(name, leaf):
-    if isinstance(leaf, jax.core.Tracer):
+    """Refuses what is no array that JAX takes."""
+    if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
+        raise TypeError(
+            f"{name}: expected arrays of NumPy or JAX, got {type(leaf).__name__}; numpy.asarray "
+            "makes them of lists and tables"
+        )
+    try:
+        jax.typeof(leaf)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"{name}: expected arrays that JAX takes, got {type(leaf).__name__} of {leaf.dtype}"
+        ) from None
+
+
+def _check_floating(name, leaf, hint=""):
+    _check_array(name, leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        hint = hint or "cast them to float32"
+        raise TypeError(f"{name}: expected floating numbers, got dtype {leaf.dtype}; {hint}")
+    _check_finite(name, leaf)
+
+
+def _check_finite(name, leaf):
+    dtype = jax.typeof(leaf).dtype
+    if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
         return
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-        raise TypeError(f"{name}: expected arrays, got {type(leaf).__name__}")
-    if name != "inputs" and not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise TypeError(f"{name}: expected floating numbers, got dtype {leaf.dtype}")
-    if jnp.issubdtype(leaf.dtype, jnp.floating) and not np.isfinite(np.asarray(leaf)).all():
-        count = int((~np.isfinite(np.asarray(leaf))).sum())
-        raise ValueError(f"{name}: expected finite numbers, got {count} NaN or Inf")
-
-
-def derivatives(problem: Problem, theta, inputs) -> tuple[bool, bool]:
-    """Can the rows be differentiated in forward mode, and in reverse mode?"""
-    rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
-
-    def possible(fn):
-        try:
-            jax.eval_shape(fn, theta)
-        except (TypeError, ValueError, NotImplementedError):
-            return False
-        return True
-
-    def reverse(theta):
-        rows, pullback = jax.vjp(rows_at, theta)
-        return pullback(rows)
-
-    return possible(lambda theta: jax.jvp(rows_at, (theta,), (theta,))), possible(reverse)
-
-
-def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
-    leaves = jax.tree.leaves((theta, inputs, problem))
-    if any(isinstance(x, jax.core.Tracer) for x in leaves):
-        return None
-    whole = problem.model.rows(theta, inputs)
-    for i in (0, len(whole) // 2, len(whole) - 1):
-        one = jax.tree.map(lambda x: x[i : i + 1], inputs)
-        try:
-            row = problem.model.rows(theta, one)
-        except (TypeError, ValueError):
-            return False
-        if row.shape != (1, whole.shape[1]):
-            return False
-        if not np.allclose(row[0], whole[i], rtol=1e-3, atol=1e-4 * np.abs(whole).max(), equal_nan=True):
-            return False
-    return True
+    with np.errstate(over="ignore"):  # where JAX makes single precision of double
+        finite = np.isfinite(np.asarray(leaf).astype(dtype))
+    if not finite.all():
+        count = finite.size - np.count_nonzero(finite)
+        raise ValueError(f"{name}: expected finite numbers, got {count} NaN or Inf in {dtype}")

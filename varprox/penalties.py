@@ -36,7 +36,8 @@ def smoothness_in_time(
     time between two of their entries. Weights of the other layers want a penalty of their own, such
     as `tikhonov`: `Problem` takes a tuple of penalties. Source: arXiv:2007.13171, section 4.
     """
-    if check_number("step", step) == 0:
+    step = check_number("step", step)
+    if not isinstance(step, jax.core.Tracer) and step == 0:
         raise ValueError(f"step: expected a positive number, got {step!r}")
     return Partial(_smoothness, _where(where), check_number("alpha", alpha), step)
 
@@ -68,9 +69,15 @@ def _where(where):
 
 
 def _tikhonov(where, alpha, theta):
-    return 0.5 * alpha * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(where(theta)))
+    leaves = jax.tree.leaves(where(theta))
+    return 0.5 * sum(_like(alpha, leaf) * jnp.sum(leaf**2) for leaf in leaves)
 
 
 def _smoothness(where, alpha, step, theta):
-    slopes = [jnp.diff(leaf, axis=0) / step for leaf in jax.tree.leaves(where(theta))]
-    return 0.5 * alpha * sum(jnp.sum(slope**2) for slope in slopes)
+    slopes = [jnp.diff(leaf, axis=0) / _like(step, leaf) for leaf in jax.tree.leaves(where(theta))]
+    return 0.5 * sum(_like(alpha, slope) * jnp.sum(slope**2) for slope in slopes)
+
+
+def _like(number, leaf):
+    """A number that may be under trace, or come from a file, in another precision."""
+    return jnp.asarray(number, jnp.result_type(leaf))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from varprox.model import Problem, check_data
+from varprox.model import Problem, check_data, check_problem
 from varprox.projection import Factor, factorise, hessian_map, project, start_projection
 
 DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
@@ -129,6 +129,7 @@ def reduced_objective(problem: Problem) -> Callable:
     By the envelope theorem its gradient costs one reverse pass of the features and no solve; second
     derivatives use the implicit derivative of W. Source: arXiv:2007.13171, section 2.
     """
+    check_problem(problem)
 
     def reduced(theta, data):
         check_data(problem, theta, data)

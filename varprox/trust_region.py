@@ -53,6 +53,7 @@ def spectral_step(eigenvalues: jax.Array, gradient: jax.Array, radius: jax.Array
     unconstrained minimiser, or where there is none the step with |λ| in place of λ. Source: Conn,
     Gould, Toint, Trust-Region Methods, chapters 5 and 7.
     """
+    radius = jnp.asarray(radius, gradient.dtype)
     return _in_units(_spectral_step, eigenvalues, gradient, radius, jnp.zeros_like(radius))
 
 
