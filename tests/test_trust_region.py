@@ -250,7 +250,7 @@ def test_a_convex_quadratic_is_minimised_in_one_step(x64):
     np.testing.assert_allclose(run.result.x, np.linalg.solve(matrix, b), rtol=1e-9)
     assert run.result.accepted and run.result.trials == 1 and run.products == SIZE
     assert abs(run.result.ratio - 1) < 1e-9
-    assert abs(run.result.predicted - (run.start - run.end)) < 1e-9 * abs(run.start)
+    assert abs(run.result.promise - (run.start - run.end)) < 1e-9 * abs(run.start)
     assert abs(run.result.aux - run.result.x.sum()) < 1e-12
 
 

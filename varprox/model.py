@@ -171,7 +171,9 @@ def predict(problem: Problem, theta, w, inputs) -> jax.Array:
 
 
 def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
-    """Are the features of a sample the same without the rest of the batch? None under trace.
+    """Are the features of a sample the same without the rest of the batch?
+
+    Where θ or inputs are traced, random ones in their place tell; None where the problem is.
 
     The first, the middle and the last sample are compared. A coupling along the batch in one
     direction, such as a convolution, a solution in time or a cumulative sum, leaves only the sample
@@ -189,9 +191,9 @@ def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
     eps^¾ of the largest of all, for columns that are nothing but rounding. The cost is a pass over
     the data and its compilation.
     """
-    leaves = jax.tree.leaves((problem, theta, inputs))
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(problem)):
         return None
+    theta, inputs = jax.tree.map(_concrete, (theta, inputs))
     batch = len(jax.tree.leaves(inputs)[0])
     if batch == 1:
         return True
@@ -214,6 +216,16 @@ def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
         if np.isfinite(together).all():
             break
     return True
+
+
+def _concrete(leaf):
+    """The array itself, or where it is traced a random one of its shape and dtype."""
+    if not isinstance(leaf, jax.core.Tracer):
+        return leaf
+    rng = np.random.default_rng(0)
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return rng.normal(size=leaf.shape).astype(leaf.dtype)
+    return rng.integers(0, 2, leaf.shape).astype(leaf.dtype)
 
 
 @jax.jit
