@@ -174,7 +174,7 @@ def test_proportional_keeps_down_the_leverage_of_a_row_among_many_weights(x64):
 FITS = {
     "sgcv": (vp.sgcv(), lambda r, t, n: r / (n - t) ** 2 if t < n else np.inf),
     "supre": (vp.supre(0.3), lambda r, t, n: r + 2 * 0.3 * t - n * 0.3),
-    "sdp": (vp.sdp(0.3), lambda r, t, n: (r - n * 0.3) ** 2),
+    "sdp": (vp.sdp(0.3), lambda r, t, n: abs(r - n * 0.3)),
 }
 
 

@@ -92,7 +92,7 @@ def test_an_epoch_takes_every_sample_once_but_for_an_unfilled_batch(batch_size, 
     state = method.init(theta, data)
     state, info = method.epoch(state, data, batch_size=batch_size)
     steps = SAMPLES // batch_size
-    (counts,) = state.problem.model.features.args
+    (counts,) = state.learned
     assert sorted(counts) == [0] * (SAMPLES - steps * batch_size) + [1] * (steps * batch_size)
     assert info.objective.shape == (steps,)
     np.testing.assert_allclose(state.objective, np.mean(info.objective), rtol=1e-12)
@@ -117,7 +117,7 @@ def test_an_epoch_is_shuffled_anew_and_fixed_by_its_seed(x64):
     state = method.init(theta, data)
     for _ in range(6):
         state, _ = method.epoch(state, data, batch_size=5)
-    (counts,) = state.problem.model.features.args
+    (counts,) = state.learned
     assert counts.min() >= 1  # the one left out was not always the same
 
 
@@ -221,7 +221,9 @@ def test_steps_with_convolutions_are_not_scanned_on_cpu_and_come_to_the_same(x64
     chex.assert_trees_all_close(infos, expected, rtol=1e-7, atol=1e-9)
     jax.effects_barrier()
     assert len(calls) == 4
-    assert minibatches.steps_one_by_one(*method.epoch.args, state, data, batch_size=3)
+    assert minibatches.steps_one_by_one(
+        slimtrain._step, *method.epoch.args, state, data, batch_size=3
+    )
 
 
 def test_constant_features_leave_w_finite(x64):

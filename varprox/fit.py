@@ -21,6 +21,7 @@ from varprox.lbfgsvpro import lbfgsvpro
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, predict
 from varprox.quadratic import KrylovNorm
+from varprox.slimtrain import with_learned
 
 BAR = "{desc} [{elapsed}, {rate_fmt}]"
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
@@ -218,7 +219,10 @@ def _by_epochs(method, batch_size):
 
 
 def _problem(method, state):
-    return method.problem if method.epoch is None else state.problem
+    """That of the method, with what its features have learned."""
+    if method.epoch is None:
+        return method.problem
+    return with_learned(method.problem, state.learned)
 
 
 def _default_method(problem, theta, data):
