@@ -215,3 +215,8 @@ def centre_and_unit(targets: jax.Array, bias: bool) -> tuple[jax.Array, jax.Arra
     spread = jnp.sqrt(jnp.mean((shares - centre) ** 2))
     constant = spread <= 4 * jnp.finfo(spread.dtype).eps
     return largest * centre, largest * jnp.where(constant, 1, spread)
+
+
+def raised(w: jax.Array, centre: jax.Array) -> jax.Array:
+    """W whose predictions are higher by the centre, which is zero where there is no bias."""
+    return jnp.asarray(w).at[..., -1, :].add(centre)

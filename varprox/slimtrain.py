@@ -19,7 +19,7 @@ from varprox.model import Problem, Separable, check_data, check_problem, zero_w
 from varprox.precision import full_products
 from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import centre_and_unit, checked, start_tikhonov, tikhonov_step
+from varprox.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 
 
 class State(NamedTuple):
@@ -42,12 +42,11 @@ class State(NamedTuple):
     @property
     def w(self) -> jax.Array:
         """The weights of the last layer, (columns, outputs)."""
-        return jnp.asarray(self.tikhonov.w).at[..., -1, :].add(self.centre)
+        return raised(self.tikhonov.w, self.centre)
 
     def with_w(self, w: jax.Array) -> "State":
         """The state at other weights of the last layer."""
-        w = jnp.asarray(w).at[..., -1, :].add(-self.centre)
-        return self._replace(tikhonov=self.tikhonov._replace(w=w))
+        return self._replace(tikhonov=self.tikhonov._replace(w=raised(w, -self.centre)))
 
 
 class Info(NamedTuple):

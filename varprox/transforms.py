@@ -16,7 +16,7 @@ from varprox.model import Problem
 from varprox.precision import full_products
 from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import centre_and_unit, checked, start_tikhonov, tikhonov_step
+from varprox.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 
 
 class SlimTikState(NamedTuple):
@@ -72,7 +72,7 @@ def slimtik(
             tikhonov=start_tikhonov(options, last.w),
             batches=jnp.zeros((), jnp.int32),
             centre=jnp.zeros_like(last.w[-1]),
-            unit=jnp.ones((), last.w.dtype),
+            unit=jnp.zeros((), last.w.dtype),
         )
 
     @full_products
@@ -85,20 +85,22 @@ def slimtik(
         centre, _ = centre_and_unit(targets, has_bias(last.layer))
         centre = jnp.where(first, centre, state.centre)
         centred = targets - centre
-        _, unit = centre_and_unit(centred, bias=False)
+        unit = jnp.where(jnp.any(centred != 0), centre_and_unit(centred, bias=False)[1], 0)
         unit = jnp.hypot(state.unit * jnp.sqrt(seen), unit) / jnp.sqrt(seen + 1)
+        divisor = jnp.where(unit > 0, unit, 1)
 
-        w = last.w.at[-1].add(-centre)
+        w = raised(last.w, -centre)
         lost = jnp.sum((last.layer.apply(features, w) - centred) ** 2) > jnp.sum(centred**2)
         before = state.tikhonov._replace(w=jnp.where(first & lost, 0, w))
         moments = last.layer.moments(features, before.w, centred).scaled(1 / len(targets))
         tikhonov, chosen = tikhonov_step(options, before, moments, targets.size)
 
         others = optax.with_extra_args_support(optax.masked(optimizer, last.others))
-        scaled = jax.tree.map(lambda gradient: gradient / unit / unit, gradients)
+        scaled = jax.tree.map(lambda gradient: gradient / divisor / divisor, gradients)
         updates, inner = others.update(scaled, state.optimizer, params, **extra)
-        moves = [u for u, other in zip(*map(jax.tree.leaves, (updates, last.others))) if other]
-        finite = chosen.finite & jnp.stack([jnp.isfinite(move).all() for move in moves]).all()
+        others = zip(*map(jax.tree.leaves, (updates, last.others)), strict=True)
+        moves = [jnp.isfinite(move).all() for move, other in others if other]
+        finite = jnp.stack([chosen.finite, *moves]).all()
 
         def choose(condition, new, old):
             return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
@@ -108,7 +110,7 @@ def slimtik(
             choose(finite & ~first, inner, state.optimizer),
             *choose(finite, (tikhonov, state.batches + 1, centre, unit), state[1:]),
         )
-        change = jnp.where(finite, tikhonov.w.at[-1].add(centre) - last.w, 0)
+        change = jnp.where(finite, raised(tikhonov.w, centre) - last.w, 0)
         return last.put(updates, change), after
 
     return optax.GradientTransformationExtraArgs(init, update)
