@@ -23,8 +23,9 @@ def epoch(
 
     `fixed` is hashable and `options` a pytree. The state has a `key`, as data, an `objective` and a
     `status`, the info an `objective` and `finite`. After the epoch the objective is the mean of
-    those of its finite batches. It has failed where no more than half of them are: a method that
-    goes back to good weights and is thrown off them again is finite every other time.
+    those of its finite batches. It has failed where there are none, or where more of them were
+    followed by one that is not finite than by one that is: steps that throw a method off, from
+    which it goes back.
 
     The steps are scanned. On CPU, XLA brings convolutions into the form that its fast kernels take
     only outside of loops (JAX issue 12868): there steps with convolutions are called one by one,
@@ -59,9 +60,10 @@ def _begun(state, samples, batch_size):
 
 @jax.jit
 def _ended(state, infos):
-    finite = infos.finite
+    finite, before = infos.finite, infos.finite[:-1]
+    followed = jnp.where(before, jnp.where(finite[1:], 1, -1), 0)
+    well = finite.any() & (followed.sum() >= 0)
     mean = jnp.mean(infos.objective, where=finite)
-    well = 2 * jnp.sum(finite) > len(finite)
     status = jnp.where(well, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32)
     return state._replace(objective=jnp.where(finite.any(), mean, state.objective), status=status)
 

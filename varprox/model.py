@@ -167,8 +167,8 @@ def check_data(
     Convolutional heads, and images as targets, are for methods that say they take `images`. A
     `full_batch` method is refused features that learn from the batches they see, to which it shows
     none. Where the function of the features' `Partial` has a `varprox_check(*args, theta, inputs,
-    targets)`, it is called with the arguments there. Raises TypeError or ValueError naming the argument, what
-    was expected and what came.
+    targets)`, it is called with the arguments there. Raises TypeError or ValueError naming the
+    argument, what was expected and what came.
     """
     of_images = isinstance(problem.model.head, ConvHead)
     if of_images and not images:
