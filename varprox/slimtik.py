@@ -173,6 +173,9 @@ def _in_eigenbasis(total, batch, w, ridge):
     eigenvalues, v = jnp.linalg.eigh(total, symmetrize_input=False)
     eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
     gradient, weights = v.T @ batch.gradient, v.T @ w
+    # Nor has the gradient a part where M is zero to rounding; divided by a small ΣΛ it would drift.
+    zero = eigenvalues <= 4 * jnp.finfo(w.dtype).eps * jnp.trace(total)
+    gradient = jnp.where(zero, 0, gradient)
     diagonal = jnp.sum(v * (batch.gram @ v), axis=0)[:, None]
 
     def change(lambda_):
