@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+import varprox as vp
 from varprox import networks
+from varprox.model import check_data
 from varprox.nnx import initial_w, merge, split
 
 
@@ -35,6 +37,16 @@ class Tied(nnx.Module):
 
     def __call__(self, y):
         return self.head(jnp.tanh(self.first(y)))
+
+
+class LowRank(nnx.Module):
+    """A network whose head is an `nnx.Linear` by name, and adds something to it."""
+
+    def __init__(self, rngs):
+        self.head = nnx.LoRALinear(2, 2, lora_rank=1, rngs=rngs)
+
+    def __call__(self, y):
+        return self.head(y)
 
 
 def dense(rngs):
@@ -206,6 +218,121 @@ def test_other_convolutions_are_refused(options):
         split(convolution(**({"kind": nnx.Conv} | options)))
 
 
+# What comes after the head
+
+
+class Around(nnx.Module):
+    """A network whose call is any function of it, of what its head takes, and of the inputs."""
+
+    def __init__(self, call):
+        rngs = nnx.Rngs(0)
+        self.hidden, self.head = nnx.Linear(2, 3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)
+        self.scale, self.drop = nnx.Param(jnp.ones(())), nnx.Dropout(0.5, rngs=rngs)
+        self.norm = nnx.BatchNorm(3, rngs=rngs)
+        self.call = call
+
+    def __call__(self, y):
+        return self.call(self, jnp.tanh(self.hidden(y)), y)
+
+
+LAST = "head: expected a network whose last operation is its layer 'head', got one that changes"
+ONCE = "head: expected a network that calls its layer 'head' once, got one that "
+AROUND = {
+    "scaled": (lambda net, z, y: 2 * net.head(z), LAST),
+    "scaled by a weight of one": (lambda net, z, y: net.scale[...] * net.head(z), LAST),
+    "skip": (lambda net, z, y: net.head(z) + y[:, :1], LAST),
+    "clipped": (lambda net, z, y: jnp.clip(net.head(z), -10, 10), LAST),
+    "relu": (lambda net, z, y: jax.nn.relu(net.head(z)), LAST),
+    "softmax": (lambda net, z, y: jax.nn.softmax(net.head(z)), LAST),
+    "reshaped": (lambda net, z, y: net.head(z).reshape(-1, 1, 3), LAST),
+    "rounded": (lambda net, z, y: net.head(z).astype(jnp.bfloat16), LAST),
+    "a pair": (lambda net, z, y: (net.head(z), z), LAST),
+    "normalised": (lambda net, z, y: net.norm(net.head(z)), LAST),
+    "dropped out": (lambda net, z, y: net.drop(net.head(z)), LAST + " the output of this layer in"),
+    "another layer": (lambda net, z, y: net.hidden(net.head(z)), LAST),
+    "twice": (lambda net, z, y: net.head(net.head(z)), ONCE + "calls it 2 times"),
+    "a difference": (lambda net, z, y: net.head(z) - net.head(2 * z), ONCE + "calls it 2 times"),
+    "never": (lambda net, z, y: z, ONCE + "never does"),
+    "its weights": (
+        lambda net, z, y: z @ net.head.kernel[...],
+        "inputs: expected what the network",
+    ),
+}
+PLAIN = {
+    "plain": lambda net, z, y: net.head(z),
+    "normalised before": lambda net, z, y: net.head(net.drop(net.norm(z))),
+    "by keyword": lambda net, z, y: net.head(inputs=z),
+    "checkpointed": lambda net, z, y: nnx.remat(lambda head, z: head(z))(net.head, z),
+    "jitted": lambda net, z, y: nnx.jit(lambda net, z: net.head(z))(net, z),
+}
+
+
+def checked(net, head="head", y=None, targets=3, **options):
+    theta, model = split(net, head)
+    y = inputs() if y is None else y
+    data = y, jnp.zeros((len(y), targets))
+    check_data(vp.Problem(model, vp.least_squares()), theta, data, **options)
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_not_its_heads_output_is_refused(name):
+    call, message = AROUND[name]
+    with pytest.raises(ValueError) as caught:
+        checked(Around(call))
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_networks_that_end_in_their_heads_pass(name):
+    checked(Around(PLAIN[name]))
+
+
+def test_a_head_within_a_sequential_is_refused():
+    net = sequential(nnx.Rngs(0))
+    checked(net)
+    with pytest.raises(ValueError, match="last operation is its layer 'layers.0'"):
+        checked(net, "layers.0")
+
+
+def test_fit_refuses_it_and_so_does_init_under_jit():
+    theta, model = split(Around(AROUND["skip"][0]))
+    problem, data = vp.Problem(model, vp.least_squares()), (inputs(), jnp.zeros((6, 3)))
+    with pytest.raises(ValueError, match=LAST):
+        vp.fit(vp.lbfgsvpro(problem), theta, data, epochs=1)
+    with pytest.raises(ValueError, match=LAST):
+        jax.jit(lambda: vp.solve_w(problem, theta, data))()
+    jax.eval_shape(lambda theta: vp.solve_w(problem, theta, data), theta)  # has no numbers to see
+
+
+def test_inputs_that_the_network_cannot_take_are_told():
+    with pytest.raises(
+        ValueError, match=r"inputs: expected what the network takes up to its layer"
+    ):
+        checked(Around(PLAIN["plain"]), y=jnp.ones((6, 5)))
+
+
+def test_a_network_for_all_samples_at_once_is_checked_with_all():
+    fixed = Around(lambda net, z, y: net.head(jnp.ones((6, 6)) @ z))
+    checked(fixed)
+    with pytest.raises(ValueError, match=LAST):
+        checked(Around(lambda net, z, y: 2 * net.head(jnp.ones((6, 6)) @ z)))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_full_batch_method_is_refused_what_learns_from_batches(name):
+    """Batch norm, whose statistics would not see the data; not what draws random numbers alone."""
+    call = PLAIN[name]
+    if name != "normalised before":
+        checked(Around(call), full_batch=True)
+        checked(Around(lambda net, z, y: net.head(net.drop(z))), full_batch=True)
+        return
+    with pytest.raises(TypeError, match="problem: expected features that are functions of theta"):
+        checked(Around(call), full_batch=True)
+    theta, model = split(Around(call))
+    kept = vp.Problem(vp.Separable(model.features, model.head), vp.least_squares())
+    check_data(kept, theta, (inputs(), jnp.zeros((6, 3))), full_batch=True)
+
+
 # State that learns from batches
 
 
@@ -313,6 +440,7 @@ def test_features_can_be_mapped_over_thetas(x64):
         (sequential, "layers.3", ValueError, "head: expected .* of Sequential, got 'layers.3'"),
         (Nested, "mean", TypeError, "head: expected an nnx.Linear, .* at 'mean', got BatchStat"),
         (Tied, "head", ValueError, "head: expected a layer with weights of its own"),
+        (LowRank, "head", TypeError, "head: expected an nnx.Linear, .* at 'head', got LoRALinear"),
     ],
 )
 def test_split_refuses(net, head, error, message):

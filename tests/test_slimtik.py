@@ -174,7 +174,7 @@ def test_proportional_keeps_down_the_leverage_of_a_row_among_many_weights(x64):
 FITS = {
     "sgcv": (vp.sgcv(), lambda r, t, n: r / (n - t) ** 2 if t < n else np.inf),
     "supre": (vp.supre(0.3), lambda r, t, n: r + 2 * 0.3 * t - n * 0.3),
-    "sdp": (vp.sdp(0.3), lambda r, t, n: (r - n * 0.3) ** 2),
+    "sdp": (vp.sdp(0.3), lambda r, t, n: abs(r - n * 0.3)),
 }
 
 
@@ -208,6 +208,78 @@ def test_sgcv_keeps_away_from_beyond_its_pole():
     beyond = Fit(jnp.array(1.0), jnp.array(33.0))
     assert selections._sgcv(beyond, 32) == np.inf
     assert np.isfinite(selections._sgcv(beyond, 34))
+
+
+@pytest.mark.parametrize("margin", [-3.0, 0.0, 1e-6])
+def test_where_the_trace_leaves_no_freedom_the_largest_change_is_taken(margin):
+    """Beyond the pole at every Λ, or as near to it as rounding: more regularisation leads away."""
+    fit = lambda lambda_: Fit(jnp.float32(1e-3), 32 - jnp.float32(margin) + 0 * lambda_)  # noqa: E731
+    select = vp.sgcv()
+    lambda_, _ = select(fit, 32, jnp.float32(0.5), 1e-7)
+    np.testing.assert_allclose(lambda_, 0.25, rtol=1e-6)
+
+
+@pytest.mark.parametrize("make", [vp.sgcv, vp.proportional, lambda: vp.constant(0.1)])
+@pytest.mark.parametrize("scale", [2.0**-33, 2.0**33])
+def test_w_is_in_proportion_to_targets_of_any_size_in_single_precision(make, scale):
+    """From ΣΛ as it begins to one that lets each batch be interpolated; times powers of two."""
+    rows, targets = (x.astype(np.float32) for x in batches(8))
+    method = vp.slimtik(2, make())
+    states = [method.init(jnp.zeros((5, 2), jnp.float32)) for _ in range(2)]
+    for a, c in zip(rows, targets, strict=True):
+        for k, factor in enumerate((1, np.float32(scale))):
+            states[k], info = method.update(states[k], a, factor * c)
+            assert info.finite
+    np.testing.assert_allclose(states[1].w / np.float32(scale), states[0].w, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(states[1].lambda_sum, states[0].lambda_sum, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sdp", "supre"])
+@pytest.mark.parametrize("scale", [2.0**-33, 2.0**33])
+def test_a_variance_in_the_same_units_gives_the_same_choice(name, scale):
+    rows, targets = (x.astype(np.float32) for x in batches(1))
+    chosen = []
+    for factor in (1.0, scale):
+        method = vp.slimtik(0, getattr(vp, name)(0.3 * factor**2), initial=0.5)
+        state = method.init(jnp.zeros((5, 2), jnp.float32))
+        _, info = method.update(state, rows[0], np.float32(factor) * targets[0])
+        chosen.append(info.lambda_)
+    np.testing.assert_allclose(*chosen, rtol=1e-4)
+
+
+@pytest.mark.parametrize("make", [vp.sgcv, vp.proportional, lambda: vp.constant(0.1)])
+@pytest.mark.parametrize("lowest", [0.0, 1e-7])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_zero_rows_leave_w_alone_and_copies_of_a_column_share_its_weight(make, lowest, dtype):
+    """Also if ΣΛ begins at nothing."""
+    with jax.enable_x64(dtype is np.float64):
+        method = vp.slimtik(1, make(), initial=lowest, lower_bound=lowest)
+        state = method.init(jnp.zeros((4, 1), dtype))
+        state, info = method.update(state, np.zeros((6, 4), dtype), np.ones((6, 1), dtype))
+        assert info.finite and not state.w.any()
+        rng = np.random.default_rng(0)
+        for _ in range(6):
+            some = rng.normal(size=(30, 2))
+            rows = np.column_stack([some, some]).astype(dtype)
+            state, info = method.update(state, rows, rows @ np.ones((4, 1), dtype))
+            assert info.finite
+        w = np.asarray(state.w)
+        np.testing.assert_allclose(w[:2], w[2:], atol=2e-3)
+
+
+@pytest.mark.parametrize("make", [vp.sgcv, lambda: vp.constant(0.0)])
+def test_a_batch_that_is_fitted_to_rounding_is_fitted_in_single_precision(make):
+    """Its residual is a difference that rounding may make negative, which is no reason to take the
+    smallest Λ."""
+    rng = np.random.default_rng(1)
+    exact = rng.normal(size=(5, 1)).astype(np.float32)
+    method = vp.slimtik(2, make())
+    state = method.init(jnp.zeros((5, 1), jnp.float32))
+    for _ in range(12):
+        rows = rng.normal(size=(20, 5)).astype(np.float32)
+        state, info = method.update(state, rows, rows @ exact)
+        assert info.finite and info.residual >= 0
+    np.testing.assert_allclose(state.w, exact, atol=1e-3)
 
 
 @pytest.mark.parametrize("selection", [None, vp.constant(0.1)], ids=["sgcv", "constant"])

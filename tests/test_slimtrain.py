@@ -1,6 +1,7 @@
 """slimTrain against its definition, its closed form, and what it promises of an epoch."""
 
 import functools
+import pickle
 
 import chex
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.tree_util import Partial
 from problems import features, initial_theta, make_data
 
@@ -27,6 +29,12 @@ def make(dtype=np.float64, **options):
 
 def batches(data, size=BATCH):
     return list(zip(*(np.split(x, SAMPLES // size) for x in data), strict=True))
+
+
+def plain_units(targets):
+    """The mean of targets and their variance about it, over all outputs."""
+    centre = targets.mean(axis=0)
+    return centre, np.mean((targets - centre) ** 2)
 
 
 def counting(counts, theta, inputs):
@@ -50,18 +58,20 @@ def counting_task(samples=SAMPLES, dtype=np.float64):
 
 
 def test_a_step_is_slimtik_and_the_gradient_at_the_new_w(x64):
-    """Three steps, so that memory and ΣΛ matter; the objective is that at the new W and old θ."""
+    """Three steps, so that memory and ΣΛ matter; the objective is that at the new W and old θ. The
+    optimizer sees the gradient in the units of the targets, about whose mean W is found."""
     problem, method, theta, data = make(memory=1, selection=vp.sgcv())
-    tikhonov = vp.slimtik(1)
+    tikhonov, centre, variance = vp.slimtik(1), *plain_units(data[1])
     state, plain = method.init(theta, data), tikhonov.init(np.zeros((4, 2)))
     for batch in batches(data)[:3]:
         state, info = method.step(state, batch)
         rows = problem.model.rows(theta, batch[0]) / BATCH**0.5
-        plain, expected = tikhonov.update(plain, rows, batch[1] / BATCH**0.5)
-        value, gradient = jax.value_and_grad(objective, 1)(problem, theta, plain.w, batch)
-        theta = jax.tree.map(lambda x, g: x - RATE * g, theta, gradient)
+        plain, expected = tikhonov.update(plain, rows, (batch[1] - centre) / BATCH**0.5)
+        w = plain.w.at[-1].add(centre)
+        value, gradient = jax.value_and_grad(objective, 1)(problem, theta, w, batch)
+        theta = jax.tree.map(lambda x, g: x - RATE * g / variance, theta, gradient)
         chex.assert_trees_all_close(state.theta, theta, rtol=1e-10)
-        np.testing.assert_allclose(state.w, plain.w, rtol=1e-10)
+        np.testing.assert_allclose(state.w, w, rtol=1e-10)
         np.testing.assert_allclose([info.objective, state.objective], value, rtol=1e-10)
         np.testing.assert_allclose(info.lambda_sum, expected.lambda_sum, rtol=1e-9)
         assert info.finite
@@ -80,7 +90,9 @@ def test_one_epoch_with_full_memory_solves_the_whole_problem(x64):
         state, _ = method.epoch(state, data, batch_size=BATCH)
         rows = np.asarray(problem.model.rows(theta, data[0]))
         matrix = rows.T @ rows / BATCH + 0.3 * np.eye(4)
-        expected = np.linalg.solve(matrix, rows.T @ data[1] / BATCH)
+        centre, _ = plain_units(data[1])
+        expected = np.linalg.solve(matrix, rows.T @ (data[1] - centre) / BATCH)
+        expected[-1] += centre
         np.testing.assert_allclose(state.w, expected, atol=1e-10)
 
 
@@ -92,7 +104,7 @@ def test_an_epoch_takes_every_sample_once_but_for_an_unfilled_batch(batch_size, 
     state = method.init(theta, data)
     state, info = method.epoch(state, data, batch_size=batch_size)
     steps = SAMPLES // batch_size
-    (counts,) = state.problem.model.features.args
+    (counts,) = state.learned
     assert sorted(counts) == [0] * (SAMPLES - steps * batch_size) + [1] * (steps * batch_size)
     assert info.objective.shape == (steps,)
     np.testing.assert_allclose(state.objective, np.mean(info.objective), rtol=1e-12)
@@ -117,7 +129,7 @@ def test_an_epoch_is_shuffled_anew_and_fixed_by_its_seed(x64):
     state = method.init(theta, data)
     for _ in range(6):
         state, _ = method.epoch(state, data, batch_size=5)
-    (counts,) = state.problem.model.features.args
+    (counts,) = state.learned
     assert counts.min() >= 1  # the one left out was not always the same
 
 
@@ -131,25 +143,317 @@ def test_an_epoch_is_its_steps(x64):
     np.testing.assert_allclose(after.w, stepped.w, rtol=1e-8)
 
 
+# What is not finite
+
+
+def same_weights(state, theta, w):
+    chex.assert_trees_all_equal(state.theta, jax.tree.map(jnp.asarray, theta))
+    np.testing.assert_array_equal(state.w, w)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_batch_that_is_not_finite_is_passed_over(bad, x64):
+def test_nothing_is_learned_from_a_batch_that_is_not_finite(bad, x64):
+    """θ is then the one that a batch was last finite at, and W the one of this batch."""
     problem, theta, data = counting_task()
     method = vp.slimtrain(problem, optax.sgd(0.01, momentum=0.9))
-    before, _ = method.step(method.init(theta, data), batches(data)[0])
+    first, *others = batches(data)
+    before, _ = method.step(method.init(theta, data), first)
     inputs = data[0].copy()
     inputs[5, 1] = bad
     state, info = method.step(before, batches((inputs, data[1]))[1])
     assert not info.finite and state.status == vp.Status.NON_FINITE
-    kept = ("problem", "theta", "tikhonov", "optimizer", "objective")
-    for name in kept:
+    for name in ("tikhonov", "optimizer", "learned", "objective"):
         chex.assert_trees_all_equal(getattr(state, name), getattr(before, name))
+    same_weights(state, theta, before.w)
+    after, info = method.step(state, others[0])
+    assert info.finite and after.status == vp.Status.RUNNING
     state, info = method.epoch(before, (inputs, data[1]), batch_size=4)
     assert sorted(info.finite) == [False, True, True, True]
     assert state.status == vp.Status.RUNNING and np.isfinite(state.objective)
     everything = jax.tree.map(lambda x: np.full_like(x, bad), data)
     state, _ = method.epoch(before, everything, batch_size=4)
     assert state.status == vp.Status.NON_FINITE
-    chex.assert_trees_all_equal(state.theta, before.theta)
+    same_weights(state, theta, before.w)
+
+
+def exponentials(theta, inputs):
+    return jnp.exp(inputs @ theta["rates"])
+
+
+def overflowing(rate, dtype, optimizer=optax.adam, samples=24):
+    """Exponential features, whose rates a rate of learning as large as this throws off."""
+    rng = np.random.default_rng(0)
+    inputs = rng.uniform(1, 2, (samples, 2)).astype(dtype)
+    data = inputs, np.exp(-inputs[:, :1])
+    theta = {"rates": -rng.uniform(0.5, 1.5, (2, 3)).astype(dtype)}
+    problem = vp.Problem(vp.Separable(exponentials), vp.least_squares())
+    return vp.slimtrain(problem, optimizer(rate)), theta, data
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("optimizer", [optax.adam, functools.partial(optax.sgd, momentum=0.9)])
+@pytest.mark.parametrize("epochs", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [6, 8])
+def test_good_weights_come_back_from_a_rate_that_is_far_too_large(
+    optimizer, dtype, epochs, batch_size, standard_promotion
+):
+    """Four batches an epoch or three: every step is thrown off and taken back, and this ends."""
+    with jax.enable_x64(dtype is np.float64):
+        method, theta, data = overflowing(1e3, dtype, optimizer)
+        solution = vp.fit(method, theta, data, epochs=epochs, batch_size=batch_size)
+        predictions = vp.predict(solution.problem, solution.theta, solution.w, data[0])
+    assert np.isfinite(predictions).all()
+    # Momentum may throw the rates off to where their features are zero, which is finite.
+    assert optimizer is not optax.adam or solution.status == vp.Status.NON_FINITE
+
+
+def test_weights_that_leave_all_bounds_in_one_step_are_not_taken(x64):
+    """The gradient and its update are finite; the sum of weights and update is not."""
+    method, theta, data = overflowing(1.0, np.float64, lambda _: far_away)
+    state, info = method.step(method.init(theta, data), data)
+    assert not info.finite and state.status == vp.Status.NON_FINITE
+    same_weights(state, theta, np.vstack([np.zeros((3, 1)), data[1].mean(axis=0)]))
+
+
+def far_towards(updates, state, params=None):
+    return jax.tree.map(lambda x: jnp.where(x == x, -1.7e308, x), updates), state
+
+
+def far_from(params):
+    return optax.EmptyState()
+
+
+far_away = optax.chain(
+    optax.GradientTransformation(far_from, far_towards),
+    optax.GradientTransformation(
+        far_from,
+        lambda updates, state, params=None: (jax.tree.map(lambda x: 10 * x, updates), state),
+    ),
+)
+
+
+def test_statistics_that_overflow_are_not_kept(x64):
+    """Also where features make something finite of them."""
+
+    def learn(fn, theta, inputs):
+        return fn(theta, inputs), Partial(counting, fn.args[0] + jnp.sum(inputs**2))
+
+    model = vp.Separable(Partial(counting, jnp.zeros(())), training=learn)
+    method = vp.slimtrain(vp.Problem(model, vp.least_squares()), optax.sgd(0.0))
+    inputs = np.random.default_rng(0).normal(size=(4, 3))
+    theta, data = {"scale": np.ones(2)}, (inputs, inputs[:, :1])
+    state = method.init(theta, data)
+    inputs = inputs.copy()
+    inputs[0, 2] = 1e200
+    after, info = method.step(state, (inputs, data[1]))
+    assert not info.finite
+    chex.assert_trees_all_equal(after.learned, state.learned)
+
+
+# Units
+
+
+HEADS = {
+    "dense": (features, vp.dense(), (2,), (2,)),
+    "dense without bias": (features, vp.dense(bias=False), (2,), (2,)),
+    "convolution": (
+        lambda theta, y: jnp.tanh(theta["opening"][0, 0] * y),
+        vp.conv((2, 2)),
+        (3, 3, 1),
+        (2, 2, 2),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    ("dtype", "scale", "shift"),
+    [
+        (np.float64, 1e-6, 0),
+        (np.float64, 1e6, 1e10),
+        (np.float32, 2.0**-33, 0),
+        (np.float32, 2.0**33, 0),
+        (np.float32, 2.0**-60, 0),
+        (np.float32, 2.0**60, 0),
+        (np.float32, 1, 64),
+    ],
+)
+def test_the_units_of_targets_make_no_difference_to_theta(
+    name, dtype, scale, shift, standard_promotion
+):
+    """W goes with the scale, and its bias with the shift; powers of two change no rounding."""
+    fn, head, of_inputs, of_targets = HEADS[name]
+    shift = 0 if name == "dense without bias" else shift
+    with jax.enable_x64(dtype is np.float64):
+        rng = np.random.default_rng(0)
+        inputs = rng.normal(size=(12, *of_inputs)).astype(dtype)
+        targets = np.round(rng.normal(1, 2, size=(12, *of_targets)), 2).astype(dtype)
+        method = vp.slimtrain(vp.Problem(vp.Separable(fn, head), vp.least_squares()), ADAM)
+        ends = []
+        for factor, offset in ((1, 0), (scale, shift)):
+            data = inputs, (factor * targets + offset).astype(dtype)
+            state = method.init(initial_theta(dtype=dtype), data)
+            for _ in range(2):
+                state, _ = method.epoch(state, data, batch_size=4)
+            assert state.status == vp.Status.RUNNING
+            w = np.asarray(state.w, float) - np.vstack(
+                [np.zeros_like(state.w[1:]), np.full(2, offset)]
+            )
+            ends.append((state.theta, w / factor))
+            assert method.step(state, data)[1].finite
+        rounding = np.finfo(dtype).eps * (1 + abs(shift / scale))
+        chex.assert_trees_all_close(*ends, rtol=1e3 * rounding, atol=1e3 * rounding)
+
+
+ADAM = optax.adam(1e-2)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.1, 1e15])
+@pytest.mark.parametrize("bias", [True, False])
+def test_targets_that_are_constant_are_predicted(value, bias, standard_promotion):
+    def fn(theta, inputs):
+        return jnp.column_stack([features(theta, inputs), jnp.ones(len(inputs))])
+
+    problem = vp.Problem(vp.Separable(fn, vp.dense(bias)), vp.least_squares())
+    inputs, targets = make_data("", 2, dtype=np.float32)
+    data = inputs, np.full_like(targets, value)
+    method = vp.slimtrain(problem, ADAM, selection=vp.sgcv())
+    solution = vp.fit(method, initial_theta(dtype=np.float32), data, epochs=10, batch_size=4)
+    predictions = vp.predict(problem, solution.theta, solution.w, inputs)
+    assert solution.status == vp.Status.BUDGET
+    np.testing.assert_allclose(predictions, data[1], rtol=1e-6 if bias else 0.1)
+
+
+def test_the_penalty_counts_as_much_as_in_the_objective(x64):
+    """Its gradient is divided by the square of the unit as that of the loss is."""
+    problem, method, theta, data = make()
+    data = data[0], 1e3 * data[1]
+    state, _ = method.step(method.init(theta, data), data)
+    _, gradient = jax.value_and_grad(objective, 1)(problem, theta, state.w, data)
+    moved = jax.tree.map(lambda a, b: (a - b) / RATE, theta, state.theta)
+    scaled = jax.tree.map(lambda g: g / plain_units(data[1])[1], gradient)
+    chex.assert_trees_all_close(moved, scaled, rtol=1e-8)
+
+
+# States
+
+
+class Learning(nnx.Module):
+    """Batch norm and dropout: statistics, and keys of random numbers."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.hidden, self.norm = nnx.Linear(2, 4, rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+        self.drop, self.head = nnx.Dropout(0.2, rngs=rngs), nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, y):
+        return self.head(self.drop(jnp.tanh(self.norm(self.hidden(y)))))
+
+
+@pytest.mark.parametrize("optimizer", [ADAM, optax.inject_hyperparams(optax.adam)(1e-2)])
+def test_a_state_is_kept_and_taken_up_again(optimizer, standard_promotion):
+    """As arrays in a file, the run going on as if it had never stopped."""
+    theta, model = vp.nnx.split(Learning())
+    data = make_data("", 2, dtype=np.float32)
+    method = vp.slimtrain(vp.Problem(model, vp.least_squares()), optimizer)
+    options = {"batch_size": 4, "epochs": 2}
+    solution = vp.fit(method, theta, data, **options)
+    kept = pickle.dumps((solution.theta, solution.w, solution.state))
+    theta, w, state = pickle.loads(kept)  # noqa: S301
+    assert all(type(leaf) is type(w) for leaf in jax.tree.leaves(state))
+    same_weights(state, theta, w)
+    resumed = vp.fit(method._replace(init=lambda *_: state), theta, data, **options)
+    direct = vp.fit(method, model_theta(), data, batch_size=4, epochs=4)
+    chex.assert_trees_all_close(resumed.theta, direct.theta, rtol=1e-5, atol=1e-6)
+    predict = lambda found: vp.predict(found.problem, found.theta, found.w, data[0])  # noqa: E731
+    np.testing.assert_allclose(predict(resumed), predict(direct), rtol=1e-4, atol=1e-5)
+    fresh = vp.predict(method.problem, resumed.theta, resumed.w, data[0])
+    assert np.abs(fresh - predict(resumed)).max() > 1e-2  # statistics have been learned
+
+
+def model_theta():
+    return vp.nnx.split(Learning())[0]
+
+
+def test_other_weights_of_the_last_layer_may_be_put_in(x64):
+    _, method, theta, data = make()
+    w = np.random.default_rng(0).normal(size=(4, 2))
+    np.testing.assert_allclose(method.init(theta, data).with_w(w).w, w, rtol=1e-14)
+
+
+# Products
+
+
+def precisions(fn, *args):
+    """Those of all products and convolutions of a function, in jaxprs within jaxprs too."""
+    found = []
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                found.append(equation.params["precision"])
+            inner = jax.tree.leaves(
+                list(equation.params.values()),
+                is_leaf=lambda value: hasattr(value, "eqns") or hasattr(value, "jaxpr"),
+            )
+            for value in inner:
+                if hasattr(value, "eqns"):
+                    walk(value)
+                elif hasattr(value, "jaxpr"):
+                    walk(value.jaxpr)
+
+    walk(jax.make_jaxpr(fn)(*args).jaxpr)
+    return found
+
+
+def full(precision):
+    return precision == (jax.lax.Precision.HIGHEST,) * 2
+
+
+TRANSPOSED = vp.conv_transpose((2, 2), stride=(2, 2))
+
+
+@pytest.mark.parametrize("name", ["dense", "sgcv", "conv", "transposed"])
+def test_every_product_is_in_full_precision_but_for_features_that_are_told(name, x64):
+    rng = np.random.default_rng(0)
+    images = name in ("conv", "transposed")
+    if images:
+        kernel = rng.normal(size=(3, 3, 1, 2))
+        model = vp.Separable(
+            lambda theta, y: jax.lax.conv_general_dilated(
+                y, theta["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            ),
+            vp.conv((2, 2)) if name == "conv" else TRANSPOSED,
+        )
+        size = 3 if name == "conv" else 8
+        theta, data = {"kernel": kernel}, (np.ones((4, 4, 4, 1)), np.ones((4, size, size, 1)))
+        of_features = 2  # forward, and reverse to the kernel
+    else:
+        model, theta, data = vp.Separable(features), initial_theta(), make_data("", 2)
+        of_features = 8  # three forward; reverse to three weights and two states
+    selection = vp.sgcv() if name == "sgcv" else None
+    for chosen in ("highest", "default", None):
+        method = vp.slimtrain(
+            vp.Problem(model, vp.least_squares(), 1e-3),
+            optax.sgd(0.1),
+            selection=selection,
+            feature_precision=chosen,
+        )
+        found = precisions(method.step, method.init(theta, data), data)
+        less = [precision for precision in found if not full(precision)]
+        assert len(less) == (0 if chosen == "highest" else of_features)
+        assert len(found) > of_features
+
+
+def test_those_of_slimtik_alone_and_of_the_transformation_are_too(x64):
+    tikhonov = vp.slimtik()
+    found = precisions(tikhonov.update, tikhonov.init(np.ones((3, 2))), np.ones((4, 3)), ONES)
+    assert found and all(map(full, found))
+    tx = vp.transforms.slimtik(optax.sgd(0.1))
+    params = {"a": np.ones(3), "head": np.ones((3, 2))}
+    update = functools.partial(tx.update, features=np.ones((4, 3)), targets=ONES)
+    found = precisions(update, params, tx.init(params), params)
+    assert found and all(map(full, found))
 
 
 def test_it_learns_in_single_precision_with_adam(standard_promotion):
@@ -221,7 +525,9 @@ def test_steps_with_convolutions_are_not_scanned_on_cpu_and_come_to_the_same(x64
     chex.assert_trees_all_close(infos, expected, rtol=1e-7, atol=1e-9)
     jax.effects_barrier()
     assert len(calls) == 4
-    assert minibatches.steps_one_by_one(*method.epoch.args, state, data, batch_size=3)
+    assert minibatches.steps_one_by_one(
+        method.step.func, *method.epoch.args, state, data, batch_size=3
+    )
 
 
 def test_constant_features_leave_w_finite(x64):
@@ -250,6 +556,13 @@ def with_data(inputs=ONES, targets=ONES, head=None):
     vp.slimtrain(problem, optax.sgd(0.1)).init(initial_theta(), (inputs, targets))
 
 
+def with_batch(inputs=ONES, targets=ONES):
+    problem = vp.Problem(vp.Separable(features), vp.least_squares())
+    method = vp.slimtrain(problem, optax.sgd(0.1))
+    state = method.init(initial_theta(), (ONES, ONES))
+    jax.jit(method.step)(state, (inputs, targets))
+
+
 def of_batches(size):
     _, method, theta, data = make()
     method.epoch(method.init(theta, data), data, batch_size=size)
@@ -264,6 +577,46 @@ def of_batches(size):
             lambda: vp.slimtrain(make()[0], 1e-3),
             TypeError,
             "optimizer: expected one of optax, such as optax.adam(1e-3), got 0.001",
+        ),
+        (
+            lambda: make(feature_precision="low"),
+            ValueError,
+            "feature_precision: expected None or a name that jax.default_matmul_precision takes,",
+        ),
+        (
+            lambda: with_batch(targets=np.ones(4)),
+            ValueError,
+            "targets: expected float64[4, 2], as `init` has seen, got float64[4]",
+        ),
+        (
+            lambda: with_batch(targets=np.ones((4, 1))),
+            ValueError,
+            "targets: expected float64[4, 2], as `init` has seen, got float64[4, 1]",
+        ),
+        (
+            lambda: with_batch(np.ones((4, 3))),
+            ValueError,
+            "inputs: expected float64[4, 2], as `init` has seen, got float64[4, 3]",
+        ),
+        (
+            lambda: with_batch(np.ones((3, 2))),
+            ValueError,
+            "inputs: expected float64[4, 2], as `init` has seen, got float64[3, 2]",
+        ),
+        (
+            lambda: with_batch(targets=np.ones((4, 2), np.float32)),
+            ValueError,
+            "targets: expected float64[4, 2], as `init` has seen, got float32[4, 2]",
+        ),
+        (
+            lambda: with_batch({"a": ONES}),
+            TypeError,
+            "inputs: expected PyTreeDef(*), as `init` has seen, got PyTreeDef({'a': *})",
+        ),
+        (
+            lambda: with_batch(np.ones((0, 2)), np.ones((0, 2))),
+            ValueError,
+            "targets: expected at least one sample, got shape (0, 2)",
         ),
         (lambda: make(memory=-1), ValueError, "memory: expected an integer ≥ 0, got -1"),
         (lambda: make(selection=3), TypeError, "selection: expected one such as"),

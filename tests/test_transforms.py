@@ -142,23 +142,43 @@ def test_it_composes_with_chain(name, x64):
 # slimTik
 
 
-def test_theta_takes_the_optimizer_and_the_head_slimtik(x64):
-    params = params_with_head()
+def start(w, rows, targets, bias):
+    """What slimTik begins from: W about the mean of the targets, or zero if that predicts worse."""
+    centre = targets.reshape(-1, w.shape[1]).mean(axis=0) * bias
+    w = np.asarray(w) - np.vstack([np.zeros_like(w[1:]), centre])
+    centred = targets.reshape(-1, w.shape[1]) - centre
+    worse = np.sum((rows @ w - centred) ** 2) > np.sum(centred**2)
+    return centre, np.zeros_like(w) if worse else w
+
+
+@pytest.mark.parametrize("good", [False, True])
+def test_theta_takes_the_optimizer_and_the_head_slimtik(good, x64):
+    """From the second batch on, by gradients in the units of the targets so far."""
+    params, (inputs, targets) = params_with_head(), data()
+    rows = np.column_stack([features(params["body"], inputs), np.ones(16)])
+    if good:
+        w = np.linalg.lstsq(rows, targets)[0]
+        params["net"]["head"] = {"kernel": w[:-1], "bias": w[-1]}
     tx = slimtik(initial=0.3)
     reference = vp.slimtik(1, vp.proportional(), initial=0.3)
     last = params["net"]["head"]
-    state, plain = tx.init(params), reference.init(np.vstack([last["kernel"], last["bias"]]))
-    for k in (0, 8):
-        batch = jax.tree.map(lambda x: x[k : k + 8], data())  # noqa: B023
+    w = np.vstack([last["kernel"], last["bias"]])
+    centre, begin = start(w, rows[:6], targets[:6], bias=True)
+    assert begin.any() == good
+    state, plain, squares = tx.init(params), reference.init(begin), []
+    for k in (0, 5, 10):
+        batch = inputs[k : k + 6], targets[k : k + 6]
+        squares.append(np.mean((batch[1] - centre) ** 2))
         gradient = jax.grad(loss)(params, batch)["body"]
-        body = jax.tree.map(lambda x, g: x - RATE * g, params["body"], gradient)
-        rows = np.column_stack([features(params["body"], batch[0]), np.ones(8)])
-        plain, _ = reference.update(plain, rows / 8**0.5, batch[1] / 8**0.5)
+        rate = 0 if k == 0 else RATE / np.mean(squares)
+        body = jax.tree.map(lambda x, g: x - rate * g, params["body"], gradient)  # noqa: B023
+        rows = np.column_stack([features(params["body"], batch[0]), np.ones(6)])
+        plain, _ = reference.update(plain, rows / 6**0.5, (batch[1] - centre) / 6**0.5)
         params, state = slimtik_step(tx, params, state, batch)
         chex.assert_trees_all_close(params["body"], body, rtol=1e-10)
         last = params["net"]["head"]
         np.testing.assert_allclose(last["kernel"], plain.w[:-1], rtol=1e-8)
-        np.testing.assert_allclose(last["bias"], plain.w[-1], rtol=1e-8)
+        np.testing.assert_allclose(last["bias"], plain.w[-1] + centre, rtol=1e-8)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -170,7 +190,8 @@ def test_the_head_may_be_an_array_or_a_kernel_alone(bias, x64):
     zero = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zero, tx.init(params), params, features=z, targets=c)
     reference = vp.slimtik(selection=vp.proportional())
-    expected, _ = reference.update(reference.init(w), z / 6**0.5, c / 6**0.5)
+    _, begin = start(w, z, c, bias=False)
+    expected, _ = reference.update(reference.init(begin), z / 6**0.5, c / 6**0.5)
     found = updates["head"] if bias else updates["head"]["kernel"]
     np.testing.assert_allclose(w + found, expected.w, rtol=1e-9)
 
@@ -185,10 +206,14 @@ def test_a_convolutional_head_in_the_layout_of_flax(x64):
     updates, state = tx.update(params, tx.init(params), params, features=z, targets=c)
     new = optax.apply_updates(params, updates)["head"]
     reference = vp.slimtik(selection=vp.proportional())
-    rows, targets = layer.rows(z) / 5**0.5, c.reshape(-1, 2) / 5**0.5
-    expected, _ = reference.update(reference.init(layer.pack(kernel, bias)), rows, targets)
-    np.testing.assert_allclose(layer.pack(new["kernel"], new["bias"]), expected.w, rtol=1e-7)
-    np.testing.assert_allclose(state.tikhonov.w, expected.w, rtol=1e-7)
+    rows = np.asarray(layer.rows(z))
+    centre, begin = start(layer.pack(kernel, bias), rows, c, bias=True)
+    plain = rows / 5**0.5, (c.reshape(-1, 2) - centre) / 5**0.5
+    expected, _ = reference.update(reference.init(begin), *plain)
+    found = np.asarray(layer.pack(new["kernel"], new["bias"]))
+    np.testing.assert_allclose(state.tikhonov.w, expected.w, rtol=1e-7, atol=1e-12)
+    np.testing.assert_allclose(found[:-1], expected.w[:-1], rtol=1e-7, atol=1e-12)
+    np.testing.assert_allclose(found[-1], expected.w[-1] + centre, rtol=1e-7)
 
 
 def test_it_composes_with_multi_transform_schedules_and_injected_rates(x64):
@@ -197,10 +222,68 @@ def test_it_composes_with_multi_transform_schedules_and_injected_rates(x64):
     labels = {"body": "rest", "net": "last"}
     split = optax.multi_transform({"last": slimtik(), "rest": optax.sgd(RATE)}, labels)
     found, _ = slimtik_step(split, params, split.init(params), data())
-    chex.assert_trees_all_close(found, plain, rtol=1e-9)
+    chex.assert_trees_all_close(found["net"], plain["net"], rtol=1e-9)
+    gradient = jax.grad(loss)(params, data())["body"]
+    body = jax.tree.map(lambda x, g: x - RATE * g, params["body"], gradient)
+    chex.assert_trees_all_close(found["body"], body, rtol=1e-9)
+
+    def twice(tx):
+        once, state = slimtik_step(tx, params, tx.init(params), data())
+        return slimtik_step(tx, once, state, data())[0]
+
     scheduled = slimtik(optax.sgd(optax.constant_schedule(RATE)))
-    found, _ = slimtik_step(scheduled, params, scheduled.init(params), data())
-    chex.assert_trees_all_close(found, plain, rtol=1e-9)
+    chex.assert_trees_all_close(twice(scheduled), twice(slimtik()), rtol=1e-9)
+
+
+UNITS = [(np.float64, 1e-6, 0), (np.float64, 1e10, 1e14), (np.float32, 2.0**-33, 0)]
+
+
+@pytest.mark.parametrize(("dtype", "scale", "offset"), [*UNITS, (np.float32, 2.0**33, 0)])
+def test_the_units_of_targets_make_no_difference_to_theta(dtype, scale, offset, standard_promotion):
+    """With Adam from a W drawn at random, which fits targets in none of these units."""
+    with jax.enable_x64(dtype is np.float64):
+        tx, ends = slimtik(optax.adam(1e-2)), []
+        step = jax.jit(functools.partial(slimtik_step, tx))
+        for factor, shift in ((1, 0), (scale, offset)):
+            inputs, targets = data(dtype)
+            targets = (factor * targets + shift).astype(dtype)
+            params = params_with_head(dtype)
+            zero = jax.tree.map(lambda leaf: 0 * leaf, params["net"])
+            params = jax.tree.map(jnp.asarray, params | {"net": zero})
+            state = tx.init(params)
+            for k in (0, 8) * 4:
+                params, state = step(params, state, (inputs[k : k + 8], targets[k : k + 8]))
+            ends.append((params["body"], params["net"]["head"]["kernel"] / factor))
+        tolerance = 1e-6 if dtype is np.float64 else 1e-5
+        chex.assert_trees_all_close(*ends, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0])
+def test_targets_that_are_constant_are_predicted(value, x64):
+    params, (inputs, targets) = params_with_head(), data()
+    tx = slimtik()
+    state = tx.init(params)
+    for _ in range(3):
+        params, state = slimtik_step(tx, params, state, (inputs, np.full_like(targets, value)))
+    chex.assert_trees_all_close(params["body"], initial_theta(), rtol=1e-12)
+    np.testing.assert_allclose(params["net"]["head"]["kernel"], 0, atol=1e-12)
+    np.testing.assert_allclose(params["net"]["head"]["bias"], value, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("features", "targets", "message"),
+    [
+        (np.ones((4, 3)), np.ones(4), "targets: expected shape (4, 2), that of the predictions, "),
+        (np.ones((4, 3)), np.ones((4, 1)), "targets: expected shape (4, 2), that of the"),
+        (np.ones((4, 3)), np.ones((3, 2)), "targets: expected shape (4, 2), that of the"),
+        (np.ones((4, 2)), np.ones((4, 2)), "features: expected as many as the last layer takes, 4"),
+    ],
+)
+def test_batches_that_do_not_fit_the_head_are_refused(features, targets, message, x64):
+    params = params_with_head()
+    with pytest.raises(ValueError) as caught:
+        slimtik().update(params, slimtik().init(params), params, features=features, targets=targets)
+    assert str(caught.value).startswith(message)
 
 
 def test_numbers_can_be_injected(x64, standard_promotion):
@@ -217,11 +300,13 @@ def test_numbers_can_be_injected(x64, standard_promotion):
     assert np.abs(found["net"]["head"]["kernel"] - plain["net"]["head"]["kernel"]).max() > 0.1
 
 
-def test_a_batch_that_is_not_finite_leaves_the_head(x64):
+def test_a_batch_that_is_not_finite_moves_nothing(x64):
     params = params_with_head()
-    batch = jax.tree.map(lambda x: np.full_like(x, np.nan), data())
-    found, _ = slimtik_step(slimtik(), params, slimtik().init(params), batch)
-    chex.assert_trees_all_equal(found["net"], jax.tree.map(jnp.asarray, params["net"]))
+    tx = slimtik(optax.sgd(RATE, momentum=0.9))
+    params, state = slimtik_step(tx, params, tx.init(params), data())
+    inputs, targets = data()
+    for batch in ((inputs * np.nan, targets), (inputs, targets * np.nan)):
+        chex.assert_trees_all_equal(slimtik_step(tx, params, state, batch), (params, state))
 
 
 def test_it_trains_a_flax_module(standard_promotion):

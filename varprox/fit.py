@@ -22,6 +22,7 @@ from varprox.method import Method, Status
 from varprox.model import Problem, check_data, predict
 from varprox.precision import full_products
 from varprox.quadratic import KrylovNorm
+from varprox.slimtrain import with_learned
 from varprox.threads import one_blas_thread
 
 BAR = "{desc} [{elapsed}, {rate_fmt}]"
@@ -249,7 +250,10 @@ def _by_epochs(method, batch_size):
 
 
 def _problem(method, state):
-    return method.problem if method.epoch is None else state.problem
+    """That of the method, with what its features have learned."""
+    if method.epoch is None:
+        return method.problem
+    return with_learned(method.problem, state.learned)
 
 
 def _default_method(problem, theta, data):

@@ -204,6 +204,11 @@ class ConvTransposeHead(ConvHead):
         return shifts, places, both.reshape(taps, taps, -1, len(shifts))
 
 
+def has_bias(head: Head) -> bool:
+    """Is the last row of w added to all predictions?"""
+    return isinstance(head, DenseHead | ConvHead) and head.bias
+
+
 def _overlaps(n, k, s, p):
     """Along an axis: the places of features from which pixels are cut off, and how often the block
     of two taps has each product, (k, k, shifts, 1 + places)."""

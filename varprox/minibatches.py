@@ -21,9 +21,11 @@ def epoch(
     """The state after the steps `step(fixed, options, state, batch)` of an epoch, and their infos
     along a leading axis.
 
-    `fixed` is hashable and `options` a pytree. The state has a `key`, an `objective` and a
+    `fixed` is hashable and `options` a pytree. The state has a `key`, as data, an `objective` and a
     `status`, the info an `objective` and `finite`. After the epoch the objective is the mean of
-    those of its finite batches; it has failed only where there are none.
+    those of its finite batches. It has failed where there are none, or where more of them were
+    followed by one that is not finite than by one that is: steps that throw a method off, from
+    which it goes back.
 
     The steps are scanned. On CPU, XLA brings convolutions into the form that its fast kernels take
     only outside of loops (JAX issue 12868): there steps with convolutions are called one by one,
@@ -50,18 +52,20 @@ def epoch(
 @partial(jax.jit, static_argnums=(1, 2))
 def _begun(state, samples, batch_size):
     """The state with its next key, and the samples of every batch, (batches, batch_size)."""
-    key, used = jax.random.split(state.key)
+    key, used = jax.random.split(jax.random.wrap_key_data(state.key))
     batches = samples // batch_size
     order = jax.random.permutation(used, samples)[: batches * batch_size]
-    return state._replace(key=key), order.reshape(batches, batch_size)
+    return state._replace(key=jax.random.key_data(key)), order.reshape(batches, batch_size)
 
 
 @jax.jit
 def _ended(state, infos):
-    learned = infos.finite.any()
-    mean = jnp.mean(infos.objective, where=infos.finite)
-    status = jnp.where(learned, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32)
-    return state._replace(objective=jnp.where(learned, mean, state.objective), status=status)
+    finite, before = infos.finite, infos.finite[:-1]
+    followed = jnp.where(before, jnp.where(finite[1:], 1, -1), 0)
+    well = finite.any() & (followed.sum() >= 0)
+    mean = jnp.mean(infos.objective, where=finite)
+    status = jnp.where(well, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32)
+    return state._replace(objective=jnp.where(finite.any(), mean, state.objective), status=status)
 
 
 @partial(jax.jit, static_argnums=(0, 1))

@@ -291,11 +291,16 @@ def check_problem(problem: Any) -> None:
         raise TypeError(f"problem: expected a varprox.Problem, got {problem!r:.80}")
 
 
-def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
+def check_data(
+    problem: Problem, theta, data, *, images: bool = False, full_batch: bool = False
+) -> None:
     """Refuses data that the problem cannot be solved for; passes in silence under trace.
 
-    Convolutional heads, and images as targets, are for methods that say they take `images`. Raises
-    TypeError or ValueError naming the argument, what was expected and what came.
+    Convolutional heads, and images as targets, are for methods that say they take `images`. A
+    `full_batch` method is refused features that learn from the batches they see, to which it shows
+    none. Where the function of the features' `Partial` has a `varprox_check(*args, theta, inputs,
+    targets)`, it is called with the arguments there. Raises TypeError or ValueError naming the
+    argument, what was expected and what came.
     """
     check_problem(problem)
     of_images = isinstance(problem.model.head, ConvHead)
@@ -314,6 +319,9 @@ def check_data(problem: Problem, theta, data, *, images: bool = False) -> None:
     dtype = _check_arrays(problem, theta, inputs, targets)
     _check_targets(problem, targets, of_images)
     _check_inputs(inputs, len(targets))
+    leaves = jax.tree.leaves((problem, theta, data))
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        _check_values(problem.model, theta, data, full_batch)
     _check_features(problem, theta, inputs, targets, dtype, of_images)
     _check_penalties(problem, theta, dtype)
     if not isinstance(targets, jax.core.Tracer):
@@ -411,6 +419,28 @@ def _check_penalties(problem, theta, dtype):
             raise TypeError(f"theta_penalty: expected a scalar function, got {came}")
         if not jnp.issubdtype(value.dtype, jnp.floating):
             raise TypeError(f"theta_penalty: expected a floating number, got dtype {value.dtype}")
+
+
+def _check_values(model, theta, data, full_batch):
+    """What needs numbers to be seen, in features that others than the user have made."""
+    inputs, targets = data
+    with jax.ensure_compile_time_eval():
+        if hasattr(model.features.func, "varprox_check"):
+            model.features.func.varprox_check(*model.features.args, theta, inputs, targets)
+        if full_batch and model.training is not None and _learns(model, theta, inputs):
+            raise TypeError(
+                "problem: expected features that are functions of theta and the inputs alone, got "
+                "some that learn from training batches, such as batch norm; a full-batch method "
+                "shows them none. Train them with varprox.slimtrain, or keep what they have "
+                "learned with varprox.Separable(model.features, model.head)"
+            )
+
+
+@jax.jit
+def _learns(model, theta, inputs):
+    """Do the features of the same inputs differ after a training batch?"""
+    _, after = model.train(theta, inputs)
+    return jnp.any(model.features(theta, inputs) != after.features(theta, inputs))
 
 
 def _predictions_like(problem, z, targets):

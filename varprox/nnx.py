@@ -4,7 +4,8 @@ Imports flax, model and heads.
 """
 
 from collections.abc import MutableSequence
-from functools import reduce
+from dataclasses import dataclass
+from functools import partial, reduce
 from typing import Any
 
 import jax
@@ -22,7 +23,8 @@ def split(net: nnx.Module, head: str = "head") -> tuple[Any, Separable]:
     The last operation of `net(inputs)` must be the layer at the attribute path `head`, such as
     "head", "decoder.out" or "layers.2"; in an `nnx.Sequential` the default is its last layer. It
     may be an `nnx.Linear`, or an `nnx.Conv` or `nnx.ConvTranspose` over images, whose padding is
-    the same on both sides.
+    the same on both sides. Whether it is the last, and called once, can be seen only with inputs at
+    hand: methods and `solve_w` look, and raise ValueError where it is not.
 
     Returns `theta`, nested dicts of the `nnx.Param` arrays of everything but the head (the entries
     of an `nnx.List` under integer keys), and `model`, a `Separable` whose `features(theta, inputs)`
@@ -40,10 +42,7 @@ def split(net: nnx.Module, head: str = "head") -> tuple[Any, Separable]:
     body.eval()
     parent, name, layer = _find(body, head)
     last = _head_of(layer, head)
-    if isinstance(parent, MutableSequence):
-        parent[int(name)] = _Identity()
-    else:
-        setattr(parent, name, _Identity())
+    _put(parent, name, _Identity())
     if any(node is layer.kernel or node is layer.bias for node in _variables(body)):
         raise ValueError(
             f"head: expected a layer with weights of its own, got {head!r}, "
@@ -52,7 +51,7 @@ def split(net: nnx.Module, head: str = "head") -> tuple[Any, Separable]:
     graphdef, *states = nnx.split(body, nnx.Param, ...)
     theta, state = map(nnx.to_pure_dict, states)
     training = _training if state else None
-    return theta, Separable(Partial(_features, graphdef, state), last, training)
+    return theta, Separable(Partial(_FEATURES, graphdef, state), last, training)
 
 
 def merge(
@@ -149,12 +148,107 @@ def _padding(name, size, stride, transposed):
 class _Identity(nnx.Module):
     """What stands in the head's place, called as `nnx.Linear` is."""
 
-    def __call__(self, z, out_sharding=None):
-        return z
+    def __call__(self, inputs, out_sharding=None):
+        return inputs
 
 
-def _features(graphdef, state, theta, inputs):
-    return nnx.merge(graphdef, theta, state)(inputs)
+class _Answer(nnx.Module):
+    """What answers in the head's place with numbers of its own, and counts how often."""
+
+    def __init__(self, answer):
+        self.answer = nnx.Variable(answer)
+        self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
+
+    def __call__(self, inputs, out_sharding=None):
+        self.calls[...] = self.calls[...] + 1
+        return self.answer[...]
+
+
+@dataclass(frozen=True)
+class _Features:
+    """A network without its head."""
+
+    def __call__(self, graphdef, state, theta, inputs):
+        return nnx.merge(graphdef, theta, state)(inputs)
+
+    def varprox_check(self, graphdef, state, theta, inputs, targets):
+        """Refuses a network that does not call its head once, or does anything after it.
+
+        `varprox.model.check_data` asks for this, with targets shaped like the predictions. In the
+        head's place stands what answers with numbers of its own: these are to come out, in
+        evaluation and in training, whatever θ and the inputs are.
+        """
+        run = partial(_answered, graphdef, state, theta)
+        for training in (False, True) if jax.tree.leaves(state) else (False,):
+            try:  # two samples say it; a network that couples samples may want them all
+                calls, same = run(*_first((inputs, targets)), training=training)
+            except Exception:
+                calls, same = run(inputs, targets, training=training)
+            if calls == 1 and same:
+                continue
+            path, layer = _place(nnx.merge(graphdef, theta, state))
+            if calls != 1:
+                came = f"one that calls it {calls} times" if calls > 1 else "one that never does"
+                raise ValueError(
+                    f"head: expected a network that calls its layer {path!r} once, got {came}"
+                )
+            raise ValueError(_AFTER.format(path=path, came=" in training" if training else ""))
+
+
+_FEATURES = _Features()
+_AFTER = (
+    "head: expected a network whose last operation is its layer {path!r}, got one that changes "
+    "the output of this layer{came}; leave out of the network what comes after it, or have it done "
+    "to the targets"
+)
+
+
+@partial(jax.jit, static_argnames="training")
+def _answered(graphdef, state, theta, inputs, targets, *, training):
+    """How often the network calls its head, and whether it gives the head's answer as it is."""
+
+    def drawn(leaf):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return leaf
+        return leaf + jnp.cos(jnp.arange(1, leaf.size + 1, dtype=leaf.dtype)).reshape(leaf.shape)
+
+    # Of either sign and many sizes, so that no range of an activation has them all; and weights and
+    # inputs are not as they came, which may be special, such as a scale of one after the head.
+    answer = drawn(jnp.zeros_like(targets))
+    answer = 10 ** (3 * jnp.sin(1e4 * answer)) * answer
+    theta, inputs = jax.tree.map(drawn, (theta, inputs))
+    net = nnx.merge(graphdef, theta, state)
+    if training:
+        net.train()
+    path, _ = _place(net)
+    head = _Answer(answer)
+    begin = head.calls[...]
+    _put(*_parent(net, path), head)
+    try:
+        out = net(inputs)
+    except Exception as error:
+        if head.calls[...] is not begin:
+            raise ValueError(_AFTER.format(path=path, came="")) from error
+        raise ValueError(
+            f"inputs: expected what the network takes up to its layer {path!r}, got "
+            f"{jax.tree.map(jnp.shape, inputs)} as shapes: {type(error).__name__}: {error}"
+        ) from error
+    like = jax.tree.map(jax.typeof, out) == jax.typeof(answer)
+    return head.calls[...], jnp.all(out == answer) if like else False
+
+
+def _place(net):
+    """The path of what stands in the head's place, and this."""
+    return next(
+        (".".join(map(str, path)), node)
+        for path, node in nnx.iter_graph(net)
+        if isinstance(node, _Identity)
+    )
+
+
+def _first(tree):
+    """The first two samples."""
+    return jax.tree.map(lambda leaf: leaf[:2], tree)
 
 
 def _state(model):
@@ -167,7 +261,7 @@ def _training(features, theta, inputs):
     net.train()
     z = net(inputs)
     state = nnx.to_pure_dict(nnx.state(net, nnx.Not(nnx.Param)))
-    return z, Partial(_features, graphdef, state)
+    return z, Partial(_FEATURES, graphdef, state)
 
 
 def _clone(net):
@@ -182,20 +276,36 @@ def _find(net, head):
         raise TypeError(f"head: expected an attribute path, got {head!r}")
     if isinstance(net, nnx.Sequential) and head == "head" and not hasattr(net, head):
         head = f"layers.{len(net.layers) - 1}"
-    *path, name = head.split(".")
     try:
-        parent = reduce(_child, path, net)
+        parent, name = _parent(net, head)
         layer = _child(parent, name)
     except (AttributeError, IndexError, ValueError):
         raise ValueError(
             f"head: expected the path of an attribute of {type(net).__name__}, got {head!r}"
         ) from None
-    if not isinstance(layer, nnx.Linear | nnx.Conv | nnx.ConvTranspose):
+    # A subclass that computes something else is another layer.
+    if not any(type(layer).__call__ is kind.__call__ for kind in _LAYERS):
         raise TypeError(
             f"head: expected an nnx.Linear, nnx.Conv or nnx.ConvTranspose at {head!r}, "
             f"got {type(layer).__name__}"
         )
     return parent, name, layer
+
+
+_LAYERS = nnx.Linear, nnx.Conv, nnx.ConvTranspose
+
+
+def _parent(net, path):
+    """The module or list that holds what is at a path, and its name or index there."""
+    *path, name = path.split(".")
+    return reduce(_child, path, net), name
+
+
+def _put(parent, name, node):
+    if isinstance(parent, MutableSequence):
+        parent[int(name)] = node
+    else:
+        setattr(parent, name, node)
 
 
 def _child(node, name):

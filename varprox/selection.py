@@ -70,7 +70,8 @@ def supre(noise_variance: float) -> Partial:
 
 
 def sdp(noise_variance: float) -> Partial:
-    """The sampled discrepancy principle: (‖A w − c‖² − N σ²)²."""
+    """The sampled discrepancy principle: |‖A w − c‖² − N σ²|, where the paper has the square of
+    it, which is least at the same Λ."""
     return minimise(Partial(_sdp, check_number("noise_variance", noise_variance)))
 
 
@@ -80,7 +81,8 @@ def constant(value: float) -> Partial:
 
 
 def minimise(criterion: Callable) -> Partial:
-    """A selection that takes the Λ with the least `criterion(fit, count)`, NaN counting as never.
+    """A selection that takes the Λ with the least `criterion(fit, count)`, NaN counting as never,
+    and the largest Λ if this is infinite for all of them.
 
     Tried are first `GRID` magnitudes from 1e-16 to half of ΣΛ for either sign, as in the authors'
     code, then as many values between the neighbours of the best, `REFINEMENTS` times.
@@ -94,8 +96,9 @@ def tries(selection: Partial) -> bool:
 
 
 def candidates(lambda_sum: jax.Array) -> jax.Array:
-    """±logspace(−16, log₁₀(ΣΛ/2), GRID), in ascending order."""
-    sizes = jnp.logspace(-16, jnp.log10(lambda_sum / 2), GRID, dtype=lambda_sum.dtype)
+    """±logspace(−16, log₁₀(ΣΛ/2), GRID), in ascending order; of a smaller ΣΛ they are all 1e-16."""
+    largest = jnp.log10(jnp.maximum(lambda_sum / 2, 1e-16))
+    sizes = jnp.logspace(-16, largest, GRID, dtype=lambda_sum.dtype)
     return jnp.concatenate([-sizes[::-1], sizes])
 
 
@@ -104,8 +107,8 @@ def _minimise(criterion, fit, count, lambda_sum, lower_bound):
         tried = jnp.maximum(tried, lower_bound - lambda_sum)
         values = jax.vmap(lambda lambda_: criterion(fit(lambda_), count))(tried)
         values = jnp.where(jnp.isnan(values), jnp.inf, values)
-        place = jnp.argmin(values)
         last = len(tried) - 1
+        place = jnp.where(jnp.isinf(values).all(), last, jnp.argmin(values))
         around = tried[jnp.maximum(place - 1, 0)], tried[jnp.minimum(place + 1, last)]
         return tried[place], values[place], around
 
@@ -118,9 +121,11 @@ def _minimise(criterion, fit, count, lambda_sum, lower_bound):
 
 
 def _sgcv(fit, count):
-    # Beyond its pole, where the trace exceeds the number of residuals, the function means nothing.
+    # Beyond its pole, where the trace exceeds the number of residuals, the function means nothing,
+    # nor where their difference is rounding error.
     freedom = count - fit.trace
-    return jnp.where(freedom > 0, fit.residual / freedom**2, jnp.inf)
+    rounding = 4 * jnp.finfo(freedom.dtype).eps * count
+    return jnp.where(freedom > rounding, fit.residual / freedom**2, jnp.inf)
 
 
 def _supre(variance, fit, count):
@@ -128,7 +133,7 @@ def _supre(variance, fit, count):
 
 
 def _sdp(variance, fit, count):
-    return (fit.residual - count * variance) ** 2
+    return jnp.abs(fit.residual - count * variance)
 
 
 def _proportional(factor, fit, count, lambda_sum, lower_bound):

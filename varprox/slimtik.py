@@ -2,8 +2,8 @@
 
 It follows the solution of a ridge regression whose rows arrive in batches, and chooses the
 regularisation parameter on the way. Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002,
-section 3; Chung, Chung, Slagel, Tenorio, Inverse Problems 36 (2020). Imports checks, heads
-and selection.
+section 3; Chung, Chung, Slagel, Tenorio, Inverse Problems 36 (2020). Imports checks, heads,
+precision and selection.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ from jax.tree_util import Partial
 
 from varprox.checks import check_integer, check_number
 from varprox.heads import Moments, dense
+from varprox.precision import full_products
 from varprox.selection import Fit, Trials, sgcv, tries
 
 
@@ -68,6 +69,8 @@ def slimtik(
         W ← W − (M + (ΣΛ + Λ) I)⁻¹ (Aᵀ(A W − c) + Λ W),   ΣΛ ← ΣΛ + Λ,   M = Σ AᵀA in memory
 
     `selection` chooses Λ, which may be negative, as in `varprox.selection`: `sgcv()` by default.
+    All but `supre` and `sdp`, which know the variance of the noise, choose the same one for targets
+    in other units, and W is then in proportion.
     ΣΛ begins at `initial` and is never below `lower_bound`; less than rounding error of M counts as
     that much. Rows (batch, columns) and targets (batch, outputs) are taken as they are. Several
     outputs share one Gram matrix, whose eigenbasis serves all trials of Λ; `constant` and
@@ -119,6 +122,7 @@ def _update(options, state, rows, targets):
 
 
 @jax.jit
+@full_products
 def _update_checked(options, state, rows, targets):
     moments = dense(bias=False).moments(rows, state.w, targets)
     return tikhonov_step(options, state, moments, targets.size)
@@ -129,16 +133,21 @@ def tikhonov_step(options: Options, state: State, batch: Moments, count: int) ->
     w, lambda_sum, lower_bound = state.w, state.lambda_sum, options.lower_bound
     others = jnp.arange(len(state.grams), dtype=jnp.int32) != state.place
     total = batch.gram + jnp.tensordot(others.astype(w.dtype), state.grams, 1)
-    trace = jnp.trace(total)
-    least = 4 * jnp.finfo(w.dtype).eps * trace  # what is added to M and not lost to rounding
-    ridge = lambda lambda_: jnp.maximum(lambda_sum + lambda_, least)  # noqa: E731
+    trace, rounding = jnp.trace(total), 4 * jnp.finfo(w.dtype).eps
+
+    def ridge(lambda_):
+        least = rounding * trace  # what is added to M and not lost to rounding
+        some = jnp.maximum(lambda_sum + lambda_, least)
+        return jnp.where(some > 0, some, 1)  # without any rows there is no gradient to divide
+
     solver = _in_eigenbasis if tries(options.selection) else _by_cholesky
     change, freedom = solver(total, batch, w, ridge)
 
     def fit(lambda_):
         step = change(lambda_)
         residual = batch.square + jnp.sum(step * (batch.gram @ step - 2 * batch.gradient))
-        return Fit(residual, w.shape[1] * freedom(lambda_))
+        # The difference is known to rounding error of what it is taken from, and may be negative.
+        return Fit(jnp.maximum(residual, rounding * batch.square), w.shape[1] * freedom(lambda_))
 
     rows = count / w.shape[1] * len(state.grams)  # in memory, once it is full
     trials = Trials(fit, trace / len(total), trace / rows)
@@ -164,6 +173,9 @@ def _in_eigenbasis(total, batch, w, ridge):
     eigenvalues, v = jnp.linalg.eigh(total, symmetrize_input=False)
     eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
     gradient, weights = v.T @ batch.gradient, v.T @ w
+    # Nor has the gradient a part where M is zero to rounding; divided by a small ΣΛ it would drift.
+    zero = eigenvalues <= 4 * jnp.finfo(w.dtype).eps * jnp.trace(total)
+    gradient = jnp.where(zero, 0, gradient)
     diagonal = jnp.sum(v * (batch.gram @ v), axis=0)[:, None]
 
     def change(lambda_):
@@ -188,3 +200,26 @@ def _by_cholesky(total, batch, w, ridge):
         return jnp.trace(solve(lambda_, batch.gram))
 
     return change, freedom
+
+
+def centre_and_unit(targets: jax.Array, bias: bool) -> tuple[jax.Array, jax.Array]:
+    """What to subtract from targets, (outputs,), and what to divide them by, a scalar.
+
+    The centre is their mean where there is a bias to stand for it, and zero elsewhere. The unit is
+    the root mean square of what is left. Targets that are constant but for rounding are in units of
+    their largest entry, and zeros in units of one.
+    """
+    largest = jnp.max(jnp.abs(targets))
+    largest = jnp.where(largest > 0, largest, 1)
+    shares = targets.reshape(-1, targets.shape[-1]) / largest  # so that no square overflows
+    # The mean of equal numbers is exact this way.
+    mean = shares[0] + jnp.mean(shares - shares[0], axis=0)
+    centre = mean if bias else jnp.zeros_like(mean)
+    spread = jnp.sqrt(jnp.mean((shares - centre) ** 2))
+    constant = spread <= 4 * jnp.finfo(spread.dtype).eps
+    return largest * centre, largest * jnp.where(constant, 1, spread)
+
+
+def raised(w: jax.Array, centre: jax.Array) -> jax.Array:
+    """W whose predictions are higher by the centre, which is zero where there is no bias."""
+    return jnp.asarray(w).at[..., -1, :].add(centre)

@@ -1,6 +1,6 @@
 """slimTrain: minibatch training in which slimTik finds W and any optimizer of optax moves θ.
 
-Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, algorithm 1. Imports slimtik,
+Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, algorithm 1. Imports heads, slimtik,
 minibatches and model.
 """
 
@@ -12,31 +12,41 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from varprox.heads import has_bias
 from varprox.method import Method, Status
 from varprox.minibatches import epoch
-from varprox.model import Problem, check_data, check_problem, zero_w
+from varprox.model import Problem, Separable, check_data, check_problem, zero_w
+from varprox.precision import full_products
 from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import checked, start_tikhonov, tikhonov_step
+from varprox.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 
 
 class State(NamedTuple):
-    """The weights and what the next step starts from."""
+    """The weights and what the next step starts from, all of it arrays."""
 
-    problem: Problem  # its features have seen the batches so far
     theta: Any
-    tikhonov: Tikhonov
+    verified: Any  # the last θ at which a batch was finite
+    tikhonov: Tikhonov  # its W predicts targets less `centre`
+    centre: jax.Array  # (outputs,)
+    unit: jax.Array  # of the targets less `centre`
     optimizer: Any  # the state of the one for θ
+    learned: list  # what features hold that learn from batches, as in `learned_by`
     objective: jax.Array  # Φ of the last batch, or the mean of those of the last epoch
     work_units: jax.Array  # so far
-    unit: jax.Array  # samples that a pass of one work unit goes over
-    key: jax.Array
+    samples: jax.Array  # that a pass of one work unit goes over
+    key: jax.Array  # its data, as in `jax.random.key_data`
     status: jax.Array
+    like: tuple  # no inputs and no targets, shaped as those of a batch are
 
     @property
     def w(self) -> jax.Array:
         """The weights of the last layer, (columns, outputs)."""
-        return self.tikhonov.w
+        return raised(self.tikhonov.w, self.centre)
+
+    def with_w(self, w: jax.Array) -> "State":
+        """The state at other weights of the last layer."""
+        return self._replace(tikhonov=self.tikhonov._replace(w=raised(w, -self.centre)))
 
 
 class Info(NamedTuple):
@@ -46,7 +56,14 @@ class Info(NamedTuple):
     lambda_: jax.Array
     lambda_sum: jax.Array
     selection: jax.Array  # the value of the selection function
-    finite: jax.Array  # False where the batch was not; all weights then stay as they were
+    finite: jax.Array  # False where the batch was not, and nothing was learned from it
+
+
+class _Static(NamedTuple):
+    """What a step is compiled for."""
+
+    optimizer: optax.GradientTransformation
+    feature_precision: str | None
 
 
 def slimtrain(
@@ -57,6 +74,7 @@ def slimtrain(
     *,
     initial: float = 0.05,
     lower_bound: float = 1e-7,
+    feature_precision: str | None = "highest",
 ) -> Method:
     """The method of choice for data that come in minibatches, under least squares.
 
@@ -68,11 +86,27 @@ def slimtrain(
     divided by √batch; `initial` and `lower_bound` are those of ΣΛ, which takes the place of the
     problem's `w_penalty`: this is part of the objective that is reported, and of nothing else.
 
+    The units of the targets do not matter. `init` finds the mean of its targets, at which a bias
+    starts and from which slimTik measures it, and the root mean square of what is left. The
+    gradient that the optimizer sees is that of the objective divided by the square of this unit;
+    for targets of mean zero and in such units it is that of the objective itself. W, the objective
+    and what else is reported are in the units of the targets as they came.
+
     The method has an `epoch(state, data, batch_size=…)` beside `init` and `step`, which passes over
     shuffled batches; samples that do not fill one are left out of this epoch. `init` and `step`
     take any pair (inputs, targets), with targets shaped like the predictions; that of `init` says
-    how many samples make a work unit. Features that learn from the batches they see are kept in
-    `state.problem`. A batch with NaN or Inf changes nothing but `info.finite`.
+    how many samples make a work unit. `step` raises ValueError for a batch with samples of another
+    shape. Features that learn from the batches they see are kept in `state.learned`, and
+    `with_learned(problem, state.learned)` is the problem with them.
+
+    A batch is not finite where its data, its loss, a gradient or the new weights are NaN or
+    infinite. Nothing is learned from it, and θ goes back to where a batch was last finite, while W
+    is that of this batch. So also weights that have grown out of all bounds come back good.
+
+    All products are in full precision, on any device. `feature_precision` is that of the products
+    within the features, forward and reverse, where they name none: any name that
+    `jax.default_matmul_precision` takes, or None for what the device does by default, which on
+    accelerators is fast, and rounds to about three digits.
     """
     check_problem(problem)
     if not problem.loss.quadratic:
@@ -83,75 +117,160 @@ def slimtrain(
         raise TypeError(
             f"optimizer: expected one of optax, such as optax.adam(1e-3), got {optimizer!r}"
         )
+    try:
+        with jax.default_matmul_precision(feature_precision):
+            pass
+    except ValueError:
+        raise ValueError(
+            "feature_precision: expected None or a name that jax.default_matmul_precision takes, "
+            f"such as 'highest' or 'default', got {feature_precision!r}"
+        ) from None
     selection = proportional() if selection is None else selection
-    options = checked(memory, selection, initial, lower_bound)
+    options = problem, checked(memory, selection, initial, lower_bound)
+    static = _Static(optimizer, feature_precision)
     return Method(
-        init=partial(_init, problem, optimizer, options),
-        step=partial(_step, optimizer, options),
+        init=partial(_init, static, options),
+        step=partial(_step, static, options),
         problem=problem,
-        epoch=partial(epoch, _step, optimizer, options),
+        epoch=partial(_epoch, static, options),
     )
 
 
-def _init(problem, optimizer, options, theta, data, key=None):
+def with_learned(problem: Problem, learned: list) -> Problem:
+    """The problem with features that hold what others have learned, as `learned_by` gives it."""
+    model = problem.model
+    if model.training is None:
+        return problem
+    leaves, structure = jax.tree.flatten(model.features)
+    leaves = [
+        jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if _is_key(old) else new
+        for new, old in zip(learned, leaves, strict=True)
+    ]
+    features = jax.tree.unflatten(structure, leaves)
+    return problem.with_model(Separable(features, model.head, model.training))
+
+
+def learned_by(model: Separable) -> list:
+    """The arrays of features that learn from batches, random keys as their data; none of others."""
+    leaves = [] if model.training is None else jax.tree.leaves(model.features)
+    return [jax.random.key_data(x) if _is_key(x) else jnp.asarray(x) for x in leaves]
+
+
+def _is_key(leaf):
+    return jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+
+
+def _init(static, options, theta, data, key=None):
+    problem, tikhonov_options = options
     check_data(problem, theta, data, images=True)
     inputs, targets = data
+    head = problem.model.head
     w = zero_w(problem, jax.eval_shape(problem.model.features, theta, inputs), targets)
-    # Leaves of a problem may be numbers; in a state they are arrays.
-    problem, theta = jax.tree.map(jnp.asarray, (problem, theta))
+    theta, targets = jax.tree.map(jnp.asarray, (theta, targets))
+    centre, unit = centre_and_unit(targets, has_bias(head))
     return State(
-        problem=problem,
         theta=theta,
-        tikhonov=start_tikhonov(options, w),
-        optimizer=optimizer.init(theta),
+        verified=theta,
+        tikhonov=start_tikhonov(tikhonov_options, w),
+        centre=centre,
+        unit=unit,
+        optimizer=static.optimizer.init(theta),
+        learned=learned_by(problem.model),
         objective=jnp.full((), jnp.nan, w.dtype),
         work_units=jnp.zeros((), w.dtype),
-        unit=jnp.full((), len(targets), w.dtype),
-        key=jax.random.key(0) if key is None else key,
+        samples=jnp.full((), len(targets), w.dtype),
+        key=jax.random.key_data(jax.random.key(0) if key is None else key),
         status=jnp.int32(Status.RUNNING),
+        like=jax.tree.map(lambda x: jnp.asarray(x[:0]), (inputs, targets)),
     )
+
+
+def _epoch(static, options, state, data, *, batch_size):
+    """`varprox.minibatches.epoch`; where not all of it was finite, the last θ that a batch has
+    verified comes back."""
+    _check_like(state.like, data)
+    state, infos = epoch(_step, static, options, state, data, batch_size=batch_size)
+    theta = _choose(infos.finite.all(), state.theta, state.verified)
+    return state._replace(theta=theta), infos
 
 
 @partial(jax.jit, static_argnums=0)
-def _step(optimizer, options, state, batch):
+@full_products
+def _step(static, options, state, batch):
+    _check_like(state.like, batch)
     inputs, targets = batch
-    head, loss = state.problem.model.head, state.problem.loss
+    problem, tikhonov_options = options
+    problem = with_learned(problem, state.learned)
+    head, loss, unit = problem.model.head, problem.loss, state.unit
 
-    z, pullback, model = jax.vjp(
-        lambda theta: state.problem.model.train(theta, inputs), state.theta, has_aux=True
-    )
-    moments = head.moments(z, state.w, targets).scaled(1 / len(targets))
-    tikhonov, chosen = tikhonov_step(options, state.tikhonov, moments, targets.size)
+    with jax.default_matmul_precision(static.feature_precision):
+        z, pullback, model = jax.vjp(
+            lambda theta: problem.model.train(theta, inputs), state.theta, has_aux=True
+        )
+    centred = targets - state.centre
+    moments = head.moments(z, state.tikhonov.w, centred).scaled(1 / len(targets))
+    tikhonov, chosen = tikhonov_step(tikhonov_options, state.tikhonov, moments, targets.size)
 
-    value, slope = jax.value_and_grad(lambda z: loss.value(head.apply(z, tikhonov.w), targets))(z)
-    penalty, gradient = jax.value_and_grad(state.problem.penalty)(state.theta)
-    penalty_on_w = 0.5 * state.problem.w_penalty * jnp.sum(tikhonov.w**2)
-    gradient = jax.tree.map(jnp.add, gradient, *pullback(slope))
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.theta)
+    # Of the objective divided by unit², every part before it can overflow.
+    value, slope = jax.value_and_grad(
+        lambda z: loss.value(head.apply(z, tikhonov.w / unit), centred / unit)
+    )(z)
+    penalty, of_penalty = jax.value_and_grad(problem.penalty)(state.theta)
+    with jax.default_matmul_precision(static.feature_precision):
+        (gradient,) = pullback(slope)
+    gradient = jax.tree.map(lambda a, b: a + b / unit / unit, gradient, of_penalty)
+    updates, optimizer = static.optimizer.update(gradient, state.optimizer, state.theta)
+    theta, learned = optax.apply_updates(state.theta, updates), learned_by(model)
 
-    objective = value + penalty + penalty_on_w
-    all_finite = [jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(updates)]
-    finite = chosen.finite & jnp.isfinite(objective) & jnp.stack(all_finite).all()
-
-    def choose(new, old):
-        return jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, old)
-
-    after = State(
-        problem=choose(state.problem.with_model(model), state.problem),
-        theta=choose(optax.apply_updates(state.theta, updates), state.theta),
-        tikhonov=tikhonov,
-        optimizer=choose(optimizer_state, state.optimizer),
-        objective=choose(objective, state.objective),
-        work_units=state.work_units + 2 * len(targets) / state.unit,
-        unit=state.unit,
-        key=state.key,
-        status=choose(jnp.int32(Status.RUNNING), jnp.int32(Status.NON_FINITE)),
+    known = jax.tree.map(lambda new, old: _finite(new) | ~_finite(old), learned, state.learned)
+    parts = [value, penalty, *jax.tree.leaves(theta)]
+    finite = chosen.finite & jnp.stack([*map(_finite, parts), *known]).all()
+    state_after = state._replace(tikhonov=tikhonov)
+    penalty_on_w = 0.5 * problem.w_penalty * jnp.sum(state_after.w**2)
+    objective = value * unit * unit + penalty + penalty_on_w
+    after = state._replace(
+        theta=_choose(finite, theta, state.verified),
+        verified=_choose(finite, state.theta, state.verified),
+        tikhonov=_choose(finite, tikhonov, state.tikhonov),
+        optimizer=_choose(finite, optimizer, state.optimizer),
+        learned=_choose(finite, learned, state.learned),
+        objective=_choose(finite, objective, state.objective),
+        work_units=state.work_units + 2 * len(targets) / state.samples,
+        status=jnp.where(finite, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
     )
     info = Info(
         objective=objective,
         lambda_=chosen.lambda_,
-        lambda_sum=chosen.lambda_sum,
+        lambda_sum=after.tikhonov.lambda_sum,
         selection=chosen.value,
         finite=finite,
     )
     return after, info
+
+
+def _finite(array):
+    return jnp.isfinite(array).all()
+
+
+def _choose(condition, new, old):
+    return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+
+def _check_like(like, batch):
+    """Refuses a batch whose samples are not like those that `init` has seen."""
+    if not (isinstance(batch, tuple | list) and len(batch) == 2):
+        raise TypeError(f"batch: expected a pair (inputs, targets), got {type(batch).__name__}")
+    samples = jnp.shape(batch[1])[:1] or (0,)
+    if samples == (0,):
+        raise ValueError(f"targets: expected at least one sample, got shape {jnp.shape(batch[1])}")
+    for name, expected, came in zip(("inputs", "targets"), like, batch, strict=True):
+        structures = [jax.tree.structure(tree) for tree in (expected, came)]
+        if structures[0] != structures[1]:
+            raise TypeError(
+                f"{name}: expected {structures[0]}, as `init` has seen, got {structures[1]}"
+            )
+        for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(came), strict=True):
+            wanted = f"{one.dtype}{[*samples, *one.shape[1:]]}"
+            got = f"{jnp.result_type(other)}{[*jnp.shape(other)]}"
+            if got != wanted:
+                raise ValueError(f"{name}: expected {wanted}, as `init` has seen, got {got}")

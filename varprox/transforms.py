@@ -11,18 +11,22 @@ import jax.numpy as jnp
 import optax
 
 from varprox.gnvpro import gnvpro as full_batch
-from varprox.heads import ConvHead, DenseHead, dense
+from varprox.heads import ConvHead, DenseHead, dense, has_bias
 from varprox.model import Problem
+from varprox.precision import full_products
 from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import checked, start_tikhonov, tikhonov_step
+from varprox.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 
 
 class SlimTikState(NamedTuple):
     """That of the optimizer for θ and that of slimTik, with W as it was last seen."""
 
     optimizer: Any
-    tikhonov: Tikhonov
+    tikhonov: Tikhonov  # its W predicts targets less `centre`
+    batches: jax.Array  # seen so far
+    centre: jax.Array  # the mean of the targets of the first one, (outputs,), where there is a bias
+    unit: jax.Array  # the root mean square of all targets so far, less `centre`
 
 
 def slimtik(
@@ -40,8 +44,14 @@ def slimtik(
     `update(gradients, state, params, features=z, targets=c)` wants the features z of the batch,
     those that the last layer takes, and its targets, shaped like the predictions. Gradients of θ
     pass through `optimizer`; those of the last layer, which may be anything, make way for the step
-    of `varprox.slimtik` with rows and targets divided by √batch. Where a batch is not finite the
-    last layer stays.
+    of `varprox.slimtik` with rows and targets divided by √batch. Where a batch, a gradient or an
+    update is not finite nothing moves.
+
+    The units of the targets do not matter where the gradients are those of a loss in their square,
+    as a mean of squares is: these are divided by the square of the root mean square of the targets
+    so far, about the mean of the first batch where the last layer has a bias. The first batch only
+    finds W, because gradients at a W that has seen no targets say nothing; a W that predicts this
+    batch worse than their mean, as one drawn at random does, is forgotten.
 
     `head` is the path of the last layer in the parameters, such as "head" or "decoder.out". There
     stand flax's "kernel" and, with bias, "bias", or else an array W (columns, outputs). `layer`
@@ -49,27 +59,59 @@ def slimtik(
     options are those of `varprox.slimtrain`; under `optax.inject_hyperparams`, `memory` is a static
     argument.
 
-    Raises ValueError if there is no such path, or if the last layer has other entries.
+    Raises ValueError if there is no such path, or if the last layer has other entries; `update`
+    does where features or targets do not fit it.
     """
     selection = proportional() if selection is None else selection
     options = checked(memory, selection, initial, lower_bound)
 
     def init(params):
         last = _Last(params, head, layer)
-        inner = optax.masked(optimizer, last.others).init(params)
-        return SlimTikState(inner, start_tikhonov(options, last.w))
+        return SlimTikState(
+            optimizer=optax.masked(optimizer, last.others).init(params),
+            tikhonov=start_tikhonov(options, last.w),
+            batches=jnp.zeros((), jnp.int32),
+            centre=jnp.zeros_like(last.w[-1]),
+            unit=jnp.zeros((), last.w.dtype),
+        )
 
+    @full_products
     def update(gradients, state, params=None, *, features, targets, **extra):
         if params is None:
             raise ValueError("params: expected those that the gradients belong to, got None")
         last = _Last(params, head, layer)
-        others = optax.with_extra_args_support(optax.masked(optimizer, last.others))
-        updates, inner = others.update(gradients, state.optimizer, params, **extra)
+        _check_fit(last, features, targets)
+        first, seen = state.batches == 0, state.batches.astype(last.w.dtype)
+        centre, _ = centre_and_unit(targets, has_bias(last.layer))
+        centre = jnp.where(first, centre, state.centre)
+        centred = targets - centre
+        unit = jnp.where(jnp.any(centred != 0), centre_and_unit(centred, bias=False)[1], 0)
+        unit = jnp.hypot(state.unit * jnp.sqrt(seen), unit) / jnp.sqrt(seen + 1)
+        divisor = jnp.where(unit > 0, unit, 1)
 
-        moments = last.layer.moments(features, last.w, targets).scaled(1 / len(targets))
-        before = state.tikhonov._replace(w=last.w)
-        tikhonov, _ = tikhonov_step(options, before, moments, targets.size)
-        return last.put(updates, tikhonov.w - last.w), SlimTikState(inner, tikhonov)
+        w = raised(last.w, -centre)
+        lost = jnp.sum((last.layer.apply(features, w) - centred) ** 2) > jnp.sum(centred**2)
+        before = state.tikhonov._replace(w=jnp.where(first & lost, 0, w))
+        moments = last.layer.moments(features, before.w, centred).scaled(1 / len(targets))
+        tikhonov, chosen = tikhonov_step(options, before, moments, targets.size)
+
+        others = optax.with_extra_args_support(optax.masked(optimizer, last.others))
+        scaled = jax.tree.map(lambda gradient: gradient / divisor / divisor, gradients)
+        updates, inner = others.update(scaled, state.optimizer, params, **extra)
+        others = zip(*map(jax.tree.leaves, (updates, last.others)), strict=True)
+        moves = [jnp.isfinite(move).all() for move, other in others if other]
+        finite = jnp.stack([chosen.finite, *moves]).all()
+
+        def choose(condition, new, old):
+            return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
+
+        updates = choose(finite & ~first, updates, jax.tree.map(jnp.zeros_like, updates))
+        after = SlimTikState(
+            choose(finite & ~first, inner, state.optimizer),
+            *choose(finite, (tikhonov, state.batches + 1, centre, unit), state[1:]),
+        )
+        change = jnp.where(finite, raised(tikhonov.w, centre) - last.w, 0)
+        return last.put(updates, change), after
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -109,6 +151,22 @@ class _Last:
         for name, place in self.places.items():
             leaves[place] = new[name]
         return jax.tree.unflatten(self.tree, leaves)
+
+
+def _check_fit(last, features, targets):
+    """Refuses features and targets that do not fit the last layer."""
+    columns, outputs = last.w.shape
+    came = jax.eval_shape(last.layer.rows, features).shape[1]
+    if came != columns:
+        raise ValueError(
+            f"features: expected as many as the last layer takes, {columns} design rows' columns, "
+            f"got {came} with features of shape {jnp.shape(features)}"
+        )
+    shape = jax.eval_shape(last.layer.apply, features, last.w).shape
+    if jnp.shape(targets) != shape or shape[0] == 0:
+        raise ValueError(
+            f"targets: expected shape {shape}, that of the predictions, got {jnp.shape(targets)}"
+        )
 
 
 def _name(key):
