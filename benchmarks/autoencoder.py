@@ -22,6 +22,7 @@ from benchmarks import minibatch, plots
 from benchmarks.entrants import Memory
 from benchmarks.experiment import Run, Task, by_method, by_seed, text_table, write
 from varprox.selection import minimise
+from varprox.slimtrain import with_learned
 
 BATCH_SIZE, MEMORY = 32, 5
 SIZES = tuple(2**k for k in range(7, 15))  # images in the limited regime
@@ -200,22 +201,27 @@ def by_parts(method: vp.Method, task: Task, epochs: int) -> vp.Solution:
         state, info, elapsed = train(state, chosen)
         seconds += elapsed
         row = {name: float(np.mean(column)) for name, column in info._asdict().items()}
-        row |= {"validation_loss": validation(state, task), "seconds": seconds}
+        row |= {"validation_loss": validation(method, state, task), "seconds": seconds}
         rows.append(row | {"epoch": count * PART / len(images)})
     history = {name: np.array([row[name] for row in rows]) for name in rows[0]}
     compiling = max(first - history["seconds"][0], 0.0)
     status = vp.Status(int(state.status))
-    return vp.Solution(state.theta, state.w, history, status, compiling, state.problem)
+    return vp.Solution(state.theta, state.w, history, status, compiling, trained(method, state))
 
 
 _predict = jax.jit(vp.predict)
 
 
-def validation(state, task: Task) -> float:
+def trained(method, state) -> vp.Problem:
+    """The problem with what its features have learned."""
+    return with_learned(method.problem, state.learned)
+
+
+def validation(method, state, task: Task) -> float:
     """The problem's loss on the images for validation."""
     images, targets = task.validation
-    predictions = _predict(state.problem, state.theta, state.w, images)
-    return float(state.problem.loss.value(predictions, targets))
+    predictions = _predict(trained(method, state), state.theta, state.w, images)
+    return float(method.problem.loss.value(predictions, targets))
 
 
 def draw(path: Path, task: Task, runs: Mapping[str, Run]) -> None:

@@ -179,7 +179,7 @@ def slimtrain(rate: float, problem: Problem, w: jax.Array | None) -> Method:
     def init(theta, data, key):
         state = method.init(theta, data, key)
         start = going_on(baselines.solved_w, w)(problem, theta, data, key)
-        return state._replace(tikhonov=state.tikhonov._replace(w=start))
+        return state.with_w(start)
 
     return method._replace(init=init)
 

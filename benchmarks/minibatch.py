@@ -14,15 +14,16 @@ import optax
 from varprox import Method, Problem, Status
 from varprox.minibatches import epoch
 from varprox.model import check_data
+from varprox.slimtrain import learned_by, with_learned
 
 
 class State(NamedTuple):
     """The weights and what the next step starts from."""
 
-    problem: Problem
     theta: Any
     w: jax.Array
     optimizer: Any
+    learned: list  # what features hold that learn from batches
     objective: jax.Array
     work_units: jax.Array
     unit: jax.Array
@@ -42,9 +43,9 @@ def jointly(problem: Problem, optimizer: optax.GradientTransformation, start: Ca
     penalties count."""
     return Method(
         init=partial(_init, problem, optimizer, start),
-        step=partial(_step, optimizer, None),
+        step=partial(_step, optimizer, problem),
         problem=problem,
-        epoch=partial(epoch, _step, optimizer, None),
+        epoch=partial(epoch, _step, optimizer, problem),
     )
 
 
@@ -52,25 +53,25 @@ def _init(problem, optimizer, start, theta, data, key):
     check_data(problem, theta, data, images=True)
     drawing, key = jax.random.split(key)
     w = start(problem, theta, data, drawing)
-    problem, theta, w = jax.tree.map(jnp.asarray, (problem, theta, w))
+    theta, w = jax.tree.map(jnp.asarray, (theta, w))
     zero = jnp.zeros((), w.dtype)
     return State(
-        problem=problem,
         theta=theta,
         w=w,
         optimizer=optimizer.init((theta, w)),
+        learned=learned_by(problem.model),
         objective=zero + jnp.nan,
         work_units=zero,
         unit=zero + len(data[1]),
-        key=key,
+        key=jax.random.key_data(key),
         status=jnp.int32(Status.RUNNING),
     )
 
 
 @partial(jax.jit, static_argnums=0)
-def _step(optimizer, _, state, batch):
+def _step(optimizer, problem, state, batch):
     inputs, targets = batch
-    problem = state.problem
+    problem = with_learned(problem, state.learned)
 
     def phi(weights):
         theta, w = weights
@@ -84,10 +85,10 @@ def _step(optimizer, _, state, batch):
     updates, optimizer_state = optimizer.update(gradient, state.optimizer, weights)
     theta, w = optax.apply_updates(weights, updates)
     after = state._replace(
-        problem=problem.with_model(model),
         theta=theta,
         w=w,
         optimizer=optimizer_state,
+        learned=learned_by(model),
         objective=value,
         work_units=state.work_units + 2 * len(targets) / state.unit,
     )

@@ -444,7 +444,7 @@ def test_a_stochastic_method_is_run_by_epochs(x64):
             np.testing.assert_allclose(
                 solution.history[name][entry], np.mean(getattr(info, name)), rtol=1e-9
             )
-        predictions = vp.predict(state.problem, state.theta, state.w, validation[0])
+        predictions = vp.predict(problem, state.theta, state.w, validation[0])
         loss = loss_value("least_squares", np.asarray(predictions), validation[1])
         np.testing.assert_allclose(solution.history["validation_loss"][entry], loss, rtol=1e-9)
     np.testing.assert_allclose(solution.w, state.w, rtol=1e-9)

@@ -147,7 +147,7 @@ def gnvpro(
 
 
 def _init(problem, theta, data, key=None, *, curvature, **static):
-    check_data(problem, theta, data)
+    check_data(problem, theta, data, full_batch=True)
     allowed = quadratic.usable(problem, theta, data[0])
     if curvature != "auto":
         form = Form[curvature.upper()]

@@ -66,7 +66,7 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> 
 
 
 def _init(problem, memory, theta, data, key=None):
-    check_data(problem, theta, data)
+    check_data(problem, theta, data, full_batch=True)
     return _start(problem, theta, data, memory=memory)
 
 

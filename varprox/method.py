@@ -47,8 +47,8 @@ class Method(NamedTuple):
 
     A full-batch method has no `epoch`, and its `data` are all of the data. A stochastic one takes a
     minibatch in every step, and has `state, info = epoch(state, data, batch_size=…)`, whose info
-    holds those of the steps along a leading axis; its state has the field `problem`, the problem
-    with features that have seen the batches, too.
+    holds those of the steps along a leading axis; its state has the field `learned` too, what the
+    features hold that learn from batches, as `varprox.slimtrain.with_learned` takes it.
     """
 
     init: Callable
