@@ -82,6 +82,26 @@ def test_without_penalty_the_minimum_norm_solution_and_the_pseudo_inverse(sample
     np.testing.assert_allclose(root @ root.T, pseudo, rtol=1e-8, atol=1e-12)
 
 
+@pytest.mark.parametrize("rank", [5, 3])
+@pytest.mark.parametrize("alpha", [0.0, 1e-2])
+def test_an_offset_is_part_of_the_targets(rank, alpha, x64):
+    """Where the rows lack full rank, too: w has the minimum norm then."""
+    rows, targets = make(30, rank)
+    offset = np.random.default_rng(3).normal(size=(COLUMNS, OUTPUTS))
+    apart, together = ridge(rows, targets, alpha, offset), ridge(rows, targets + rows @ offset, alpha)
+    np.testing.assert_allclose(apart.w, together.w, rtol=1e-8, atol=1e-10)
+    np.testing.assert_allclose(apart.residual, together.residual, rtol=1e-8, atol=1e-10)
+
+
+def test_an_offset_costs_no_digits():
+    rows, targets = (x.astype(np.float32) for x in make(30))
+    rows[:, -1] = 1
+    offset = np.zeros((COLUMNS, OUTPUTS), np.float32)
+    offset[-1] = 1e5
+    plain, shifted = ridge(rows, targets, 0.0), ridge(rows, targets, 0.0, offset)
+    np.testing.assert_array_equal(shifted.residual, plain.residual)
+
+
 def test_scaling_the_rows_scales_the_solution_inversely(x64):
     """No absolute threshold hides in the rank decision."""
     rows, targets = make(30, rank=3)

@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from varprox import quadratic, trust_region
 from varprox.checks import check_flag, check_integer, check_number
+from varprox.heads import has_bias
 from varprox.krylov import norm
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem, derivatives, treats_samples_alone
@@ -332,6 +333,8 @@ def _rounding(problem, rows, w, value):
     """How well the objective is known, where each prediction is known to eps times the sizes of
     what is summed up for it, and their errors have nothing to do with one another."""
     eps = jnp.finfo(value.dtype).eps
+    if has_bias(problem.model.head):  # targets are centred before W is solved for
+        rows, w = rows[:, :-1], w[:-1]
     sizes = jnp.abs(rows) @ jnp.abs(w)
     error = eps * jnp.sqrt(jnp.sum(sizes**2) / len(rows))
     return eps * jnp.abs(value) + error * (jnp.sqrt(2 * jnp.abs(value) / len(rows)) + error)

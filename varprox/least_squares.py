@@ -44,12 +44,20 @@ def span(rows: jax.Array, alpha) -> Span:
     return Span(jnp.pad(q, ((0, 0), (0, missing))) @ (u * (s * root)), vt.T * root)
 
 
-def ridge(rows: jax.Array, targets: jax.Array, alpha) -> Ridge:
-    """Solves the ridge problem; α = 0 gives the minimum-norm solution.
+def ridge(rows: jax.Array, targets: jax.Array, alpha, offset: jax.Array | float = 0.0) -> Ridge:
+    """Solves the ridge problem for the targets rows · offset + `targets`; α = 0 gives the
+    minimum-norm solution.
 
     The residual is formed without w: where the rows are ill-conditioned w is large, and rows times
-    w is known to rounding of their products only.
+    w is known to rounding of their products only. `offset` (columns, outputs) is for what is large
+    beside the rest of the targets, and known to be spanned by the rows, such as their mean.
     """
     found = span(rows, alpha)
     inside = found.basis.T @ targets
-    return Ridge(found.inverse_root @ inside, found.basis @ inside - targets, found)
+    if jnp.ndim(offset):
+        norms = jnp.linalg.norm(found.inverse_root, axis=0)
+        axes = found.inverse_root / jnp.where(norms > 0, norms, 1)
+        inside = inside - alpha * (found.inverse_root.T @ offset)
+        # Of the minimum norm is only what the rows determine.
+        offset = jnp.where(jnp.all(norms > 0), offset, axes @ (axes.T @ offset))
+    return Ridge(offset + found.inverse_root @ inside, found.basis @ inside - targets, found)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varprox import trust_region
+from varprox.heads import has_bias
 from varprox.least_squares import ridge
 from varprox.model import Problem
 
@@ -130,8 +131,12 @@ def project(
 
 
 def _ridge(problem, rows, targets):
-    scale = len(rows) ** 0.5
-    found = ridge(rows / scale, targets / scale, problem.w_penalty)
+    scale, offset = len(rows) ** 0.5, 0.0
+    if has_bias(problem.model.head):
+        mean = jnp.mean(targets, axis=0)
+        offset = jnp.zeros((rows.shape[1], len(mean)), rows.dtype).at[-1].set(mean)
+        targets = targets - mean
+    found = ridge(rows / scale, targets / scale, problem.w_penalty, offset)
     root = found.span.inverse_root
     value = 0.5 * jnp.sum(found.residual**2) + 0.5 * problem.w_penalty * jnp.sum(found.w**2)
     return Projection(
