@@ -20,7 +20,7 @@ from varprox.whitening import Whitening, whitening
 
 ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
 TOLERANCE = 1e-12  # see `lbfgsvpro`
-ROUNDINGS = 10  # of a prediction, that the objective and its slopes may be off by
+ROUNDINGS = 3  # of the objective, up to which its differences are left to the slopes
 QUIET = 2  # steps in a row
 
 
@@ -158,8 +158,7 @@ def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
     # Each prediction is off by the rounding of the terms that it is the sum of, which cancel where
     # W is large.
     terms = jnp.linalg.norm(jnp.linalg.norm(rows, axis=0) * jnp.linalg.norm(w, axis=1))
-    rounding = _size(at) + jnp.linalg.norm(slopes) * terms
-    rounding = ROUNDINGS * jnp.finfo(rounding.dtype).eps * rounding
+    rounding = jnp.finfo(terms.dtype).eps * jnp.linalg.norm(slopes) * terms
     return at._replace(rounding=rounding), rows
 
 
@@ -198,12 +197,14 @@ def _step(problem, tolerance, state, data, *, memory):
     # A model in which the slope promises more than the whole of the objective bends too little.
     size = _size(start) / unit
     first = jnp.minimum(1, size / jnp.where(promise > 0, promise, 1))
+    noise = state.rounding / unit / data[1].size ** 0.5
+    noise = ROUNDINGS * (jnp.finfo(dtype).eps * size + noise)
     found = search(
         evaluate,
         start,
         slope,
         jnp.where(state.pairs.empty, first, 1),
-        state.rounding / unit,
+        noise,
         jnp.where(state.pairs.empty, FIRST_ENOUGH, ENOUGH),
     )
     at, gain, accepted = found.aux, found.point.gain, found.accepted
@@ -212,11 +213,11 @@ def _step(problem, tolerance, state, data, *, memory):
     ).forget(refresh)
     failures = jnp.select([refresh, ~accepted], [2, state.failures + 1], 0)
 
-    noise = state.rounding / unit
     if tolerance is None:
         tolerance = max(TOLERANCE, 4 * float(jnp.finfo(dtype).eps))
-    little = tolerance * size + noise * (noise / jnp.where(size > 0, size, 1))
-    still = (promise <= little) & (gain <= little)
+    rounding = state.rounding / unit
+    little = tolerance * size + rounding * (rounding / jnp.where(size > 0, size, 1))
+    still = (promise <= jnp.maximum(little, noise)) & (gain <= little)
     quiet = jnp.where(accepted, still, promise <= noise)
     quiet = jnp.where(quiet, state.quiet + 1, jnp.where(accepted, 0, state.quiet))
     quiet = jnp.where(refresh, state.quiet, quiet)
