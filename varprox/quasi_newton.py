@@ -132,6 +132,8 @@ def search(
     zero = jnp.zeros_like(slope)
     infinite = zero + jnp.inf
     here = Point(zero, zero, slope)
+    # A step that is much shorter goes nowhere but by rounding.
+    shortest = jnp.finfo(length.dtype).eps * length
 
     def trial(at):
         gain, new_slope, aux = evaluate(at.length)
@@ -153,7 +155,7 @@ def search(
         )
 
     ended = jax.lax.while_loop(
-        lambda at: ~at.done & (at.trials < MOST_TRIALS),
+        lambda at: ~at.done & (at.trials < MOST_TRIALS) & (at.length > shortest),
         trial,
         _Bracket(
             here,

@@ -44,6 +44,11 @@ def whitening(
     """M for the Gauss–Newton matrix at θ with W held fixed; `rows` are those at θ, by which the
     samples are put in order.
 
+    M is the identity where the features of a bucket are not those that its samples have among all
+    the others, or cannot be had, and where it would not be finite. The comparison is part of what
+    is compiled. M decides over the speed of a run and not over where it ends, so agreement to the
+    root of eps is enough.
+
     Some samples are put into buckets, and each bucket gives one row of a count sketch S of the
     square root of the Gauss–Newton matrix, Gᵀ G ≈ H with G = S √Q J: the derivative of the sum of
     its predictions, weighted by signs, random but the same in every run, and by the root of the
@@ -79,11 +84,11 @@ def whitening(
 
     start = _squares(jax.tree.map(jnp.zeros_like, theta)), jnp.array(True)
     (squares, alone), _ = jax.lax.scan(add, start, (*parts, signs, split(rows)))
-    sizes = [max(leaf.size, 1) for leaf in jax.tree.leaves(theta)]
-    mean = sum(trace for trace, _ in squares) / sum(sizes)
+    sizes = [leaf.size for leaf in jax.tree.leaves(theta)]
+    mean = sum(trace for trace, _ in squares) / max(sum(sizes), 1)
     found = Whitening(
         tuple(
-            _whiten(trace / size, unfolded, mean)
+            _whiten(trace / max(size, 1), unfolded, mean)
             for size, (trace, unfolded) in zip(sizes, squares, strict=True)
         )
     )
