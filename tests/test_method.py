@@ -320,4 +320,5 @@ def test_status_compares_with_numbers():
         "STALLED",
         "NON_FINITE",
         "BUDGET",
+        "FLAT",
     }

@@ -111,7 +111,9 @@ def test_long_axes_are_left_alone(x64):
     assert np.isfinite(whiten(theta)["kernel"]).all()
 
 
-@pytest.mark.parametrize("samples", [1, module.BUCKETS + 1, 2 * module.BUCKETS, module.SAMPLES + 5])
+@pytest.mark.parametrize(
+    "samples", [1, 2, 40, 127, module.BUCKETS + 1, 2 * module.BUCKETS, module.SAMPLES + 5]
+)
 def test_any_number_of_samples(samples, x64):
     """Some may be left over."""
     problem, theta, rows, w, data = make(samples=samples)
@@ -132,3 +134,33 @@ def test_single_precision_is_kept():
     whitened = whitening(problem, theta, rows, w, data)(theta)
     assert {leaf.dtype for leaf in jax.tree.leaves(whitened)} == {jnp.dtype(jnp.float32)}
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(whitened))
+
+
+def coupled(theta, inputs):
+    """Not a number for a single sample."""
+    z = linear(theta, inputs)
+    return (z - z.mean(axis=0)) / z.std(axis=0)
+
+
+def only_whole(theta, inputs):
+    """Cannot be evaluated on a part of the data."""
+    return linear(theta, inputs) + jnp.zeros((40, 1), inputs.dtype)
+
+
+@pytest.mark.parametrize(
+    "samples, fn", [(40, coupled), (127, coupled), (130, coupled), (40, only_whole)]
+)
+def test_features_that_need_all_samples_are_left_as_they_are(samples, fn, x64):
+    _, theta, _, w, data = make(samples=samples)
+    problem = vp.Problem(vp.Separable(fn, vp.dense(bias=False)), vp.least_squares())
+    found = jax.jit(lambda data: whitening(problem, theta, fn(theta, data[0]), w, data))(data)
+    np.testing.assert_array_equal(matrix_of(found, theta), np.eye(20))
+
+
+def test_arrays_without_entries(x64):
+    problem, theta, rows, w, data = make()
+    more = theta | {"none": np.zeros((0, 3)), "nothing": np.zeros((0,))}
+    found = whitening(problem, more, rows, w, data)
+    np.testing.assert_allclose(
+        matrix_of(found, more), matrix_of(whitening(problem, theta, rows, w, data), theta)
+    )

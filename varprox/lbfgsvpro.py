@@ -1,7 +1,6 @@
-"""LBFGSvpro: L-BFGS on the reduced objective in whitened variables, with optax's L-BFGS direction
-and line search.
+"""LBFGSvpro: L-BFGS on the reduced objective in whitened variables.
 
-Source: arXiv:2007.13171, section 3. Imports projection, whitening and model below it.
+Source: arXiv:2007.13171, section 3. Imports projection, quasi_newton, whitening and model below it.
 """
 
 from functools import partial
@@ -9,15 +8,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
+from jax.flatten_util import ravel_pytree
 
 from varprox.checks import check_integer, check_number
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
+from varprox.precision import full_products
 from varprox.projection import Projection, project, start_projection
+from varprox.quasi_newton import ENOUGH, FIRST_ENOUGH, Pairs, no_pairs, search
 from varprox.whitening import Whitening, whitening
 
 ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
+TOLERANCE = 1e-12  # see `lbfgsvpro`
+ROUNDINGS = 10  # that the objective may be off by; with 1, 3 or 10 runs end alike
+QUIET = 2  # steps in a row
 
 
 class State(NamedTuple):
@@ -27,10 +31,13 @@ class State(NamedTuple):
     projection: Projection
     objective: jax.Array
     gradient: Any
-    decrease: jax.Array  # of the objective, in the last step; 0 where that failed
-    lbfgs: optax.OptState
+    rounding: jax.Array  # of the objective, where that of all predictions adds up
+    decrease: jax.Array  # of the objective, in the last step
+    unit: jax.Array  # that objective and gradient are divided by: the size of the first objective
+    pairs: Pairs
     whitening: Whitening
-    position: Any  # θ in whitened variables, from where the run began
+    failures: jax.Array  # 1 after a step that failed, 2 when W has been solved for again
+    quiet: jax.Array  # steps in a row that promised and gained no more than the tolerance
     work_units: jax.Array  # so far
     status: jax.Array
 
@@ -48,11 +55,29 @@ class Info(NamedTuple):
     w_products: jax.Array
 
 
-def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> Method:
+class _At(NamedTuple):
+    """What belongs to a θ."""
+
+    theta: Any
+    projection: Projection
+    objective: jax.Array
+    gradient: Any
+    rounding: jax.Array
+
+
+def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = None) -> Method:
     """L-BFGS with `memory` pairs on the reduced objective; the cheapest full-batch iteration.
 
     It works in variables in which the Gauss–Newton matrix at the start is nearer to the identity:
-    see `varprox.whitening`. The run has converged when the gradient's norm is at most `tolerance`.
+    see `varprox.whitening`. Features that couple samples are not whitened. The features need a
+    reverse rule.
+
+    The run has converged when two steps in a row promised, and gained, no more than the fraction
+    `tolerance` of the objective, or no more than rounding; where a direction is flatter by a factor
+    κ than the model takes it to be, the next gains may add up to κ times that. None stands for
+    1e-12, which allows for κ = 1e6 where a relative gain of 1e-6 is left, and for 4 eps in single
+    precision. A start where the gradient is zero and the objective is not has the status FLAT.
+
     Work units: 2 for the start, 2, an upper bound, for the whitening and 2 a trial point of the
     line search, most steps needing one. Where a step found nothing lower, the next one stays in
     place, solves for W to full accuracy and forgets the pairs; only if the step after that, along
@@ -60,139 +85,154 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float = 0.0) -> 
     """
     check_problem(problem)
     memory = check_integer("memory", memory, least=1)
-    check_number("tolerance", tolerance)
+    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
     step = partial(_step, problem, tolerance, memory=memory)
     return Method(partial(_init, problem, memory), step, problem)
 
 
 def _init(problem, memory, theta, data, key=None):
     check_data(problem, theta, data, full_batch=True)
+    _check_reverse(problem, theta, data[0])
     return _start(problem, theta, data, memory=memory)
 
 
+def _check_reverse(problem, theta, inputs):
+    """Refuses features without a reverse rule with a TypeError."""
+    total = lambda theta: jnp.sum(problem.model.rows(theta, inputs))  # noqa: E731
+    try:
+        jax.eval_shape(jax.grad(total), theta)
+    except Exception as error:
+        raise TypeError(
+            "features: expected a function that JAX can differentiate in reverse, which lbfgsvpro "
+            'needs; vp.gnvpro(problem, curvature="forward") works with a forward rule alone; got '
+            f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+        ) from error
+
+
 @partial(jax.jit, static_argnames="memory")
+@full_products
 def _start(problem, theta, data, *, memory):
     shaped = jax.eval_shape(problem.model.rows, theta, data[0])
     start = start_projection(problem, shaped, data[1])
-    value, gradient, projection, rows = _value_and_gradient(
-        problem, theta, start, data, relative=ACCURACY
+    at, rows = _evaluate(problem, theta, start, data, relative=ACCURACY)
+    size = _size(at)
+    gradient, _ = ravel_pytree(at.gradient)
+    unit = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
+    whiten = whitening(problem, theta, rows, at.projection.w, data)
+    zero = jnp.zeros((), jnp.int32)
+    stationary = jnp.all(gradient == 0)
+    status = jnp.select(
+        [
+            ~jnp.isfinite(size + jnp.sum(gradient / unit)),
+            stationary & (size > ROUNDINGS * at.rounding),
+            stationary,
+        ],
+        [Status.NON_FINITE, Status.FLAT, Status.CONVERGED],
+        Status.RUNNING,
     )
-    finite = jnp.isfinite(value) & jnp.isfinite(optax.tree.norm(gradient))
-    position = jax.tree.map(jnp.zeros_like, theta)
     return State(
-        theta=theta,
-        projection=projection,
-        objective=value,
-        gradient=gradient,
-        decrease=value,
-        lbfgs=_in_dtype(optax.scale_by_lbfgs(memory).init(position), value.dtype),
-        whitening=whitening(problem, theta, rows, projection.w, data),
-        position=position,
+        *at,
+        decrease=at.objective,
+        unit=unit,
+        pairs=no_pairs(memory, gradient),
+        whitening=whiten.scaled(jnp.sqrt(unit)),
+        failures=zero,
+        quiet=zero,
         work_units=jnp.full((), 4, jnp.int32),
-        status=jnp.where(finite, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
+        status=status.astype(jnp.int32),
     )
 
 
-def _in_dtype(tree, dtype):
-    """Floating leaves cast to `dtype`: under x64 optax makes some of single precision double."""
-    return jax.tree.map(
-        lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree
-    )
-
-
-def _value_and_gradient(problem, theta, start, data, tolerance=0.0, relative=0.0):
-    """Φ_red(θ), its gradient, the projection and the rows, by one forward and one reverse pass of
-    the features."""
+def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
+    """What belongs to θ, and the rows, by one forward and one reverse pass of the features."""
     inputs, targets = data
     rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
     projection = project(problem, rows, targets, start, tolerance, relative)
     w = projection.w
-    (gradient,) = pullback(problem.loss.gradient(rows @ w, targets) @ w.T)
+    (gradient,) = pullback(projection.slopes @ w.T)
     penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)
     gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
-    return projection.value + penalty, gradient, projection, rows
+    at = _At(theta, projection, projection.value + penalty, gradient, jnp.zeros_like(penalty))
+    # Each prediction is off by the rounding of the terms that it is the sum of, which cancel where
+    # W is large.
+    terms = jnp.linalg.norm(jnp.linalg.norm(rows, axis=0) * jnp.linalg.norm(w, axis=1))
+    rounding = jnp.finfo(terms.dtype).eps * jnp.linalg.norm(projection.slopes) * terms
+    return at._replace(rounding=rounding), rows
+
+
+def _size(at):
+    """That of the objective, whose parts may cancel."""
+    loss = at.projection.value
+    return jnp.abs(loss) + jnp.abs(at.objective - loss)
 
 
 @partial(jax.jit, static_argnames="memory")
+@full_products
 def _step(problem, tolerance, state, data, *, memory):
-    # optax's line search takes a function of one argument and keeps its gradient at the point it
-    # chooses, and nothing else of that point. So the objective gets a second argument, which it
-    # ignores, and its derivative along this is declared to be what belongs to W(θ).
-    start = state.projection
+    unit, start = state.unit, _At(*state[:5])
+    dtype = unit.dtype
+    _, unravel = ravel_pytree(state.theta)
 
-    @jax.custom_vjp
-    def reduced(point):
-        return reduced_forward(point)[0]
+    def whitened(tree):
+        return ravel_pytree(state.whitening(jax.tree.map(lambda leaf: leaf / unit, tree)))[0]
 
-    def reduced_forward(point):
-        theta = _in_dtype(point[0], state.objective.dtype)
-        accuracy = ACCURACY * jnp.minimum(state.decrease, expected)
-        value, gradient, found, _ = _value_and_gradient(problem, theta, start, data, accuracy)
-        return value, (gradient, belongings(found))
+    gradient = whitened(start.gradient)
+    # After a failure the step stays in place and solves for W to full accuracy.
+    refresh = state.failures == 1
+    descent = jnp.where(refresh, 0, -state.pairs.solve(gradient))
+    direction = state.whitening(unravel(descent))
+    slope = gradient @ descent
+    promise = -0.5 * slope
+    accuracy = ACCURACY * jnp.minimum(state.decrease, promise * unit)
+    accuracy = jnp.where(state.failures == 0, accuracy, 0)
 
-    def belongings(projection):
-        kept = (projection.w, projection.rows, projection.factor)
-        counts = (projection.products, projection.spent)
-        return kept, jax.tree.map(lambda x: x.astype(state.objective.dtype), counts)
+    def evaluate(length):
+        theta = jax.tree.map(lambda x, d: x + length * d, state.theta, direction)
+        at, _ = _evaluate(problem, theta, state.projection, data, accuracy)
+        change = whitened(at.gradient)
+        return (state.objective - at.objective) / unit, change @ descent, at
 
-    reduced.defvjp(
-        reduced_forward, lambda derivative, scale: (jax.tree.map(lambda d: scale * d, derivative),)
+    # A model in which the slope promises more than the whole of the objective bends too little.
+    size = _size(start) / unit
+    first = jnp.minimum(1, size / jnp.where(promise > 0, promise, 1))
+    noise = state.rounding / unit / data[1].size ** 0.5
+    noise = ROUNDINGS * (jnp.finfo(dtype).eps * size + noise)
+    found = search(
+        evaluate,
+        start,
+        slope,
+        jnp.where(state.pairs.empty, first, 1),
+        noise,
+        jnp.where(state.pairs.empty, FIRST_ENOUGH, ENOUGH),
     )
+    at, gain, accepted = found.aux, found.point.gain, found.accepted
+    pairs = state.pairs.add(
+        found.point.length * descent, whitened(at.gradient) - gradient, accepted & ~refresh
+    ).forget(refresh)
+    failures = jnp.select([refresh, ~accepted], [2, state.failures + 1], 0)
 
-    ignored = jax.tree.map(jnp.zeros_like, belongings(start))
-    point = (state.theta, ignored)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and int64 under x64
-        whitened, lbfgs = optax.scale_by_lbfgs(memory).update(
-            state.whitening(state.gradient), state.lbfgs, state.position
-        )
-        whitened, lbfgs = _in_dtype((whitened, lbfgs), state.objective.dtype)
-        # Where the last step failed, this one stays, solves for W to full accuracy and forgets the
-        # pairs, which may have come from where the objective bends otherwise.
-        refresh = state.decrease == 0
-        whitened = jax.tree.map(lambda d: jnp.where(refresh, 0, d), whitened)
-        lbfgs = lbfgs._replace(
-            count=jnp.where(refresh, 0, lbfgs.count),
-            weights_memory=jnp.where(refresh, 0, lbfgs.weights_memory),
-        )
-        direction = state.whitening(whitened)
-        expected = 0.5 * jnp.abs(optax.tree.vdot(direction, state.gradient))
-        search = optax.scale_by_zoom_linesearch(20, initial_guess_strategy="one")
-        updates, found = search.update(
-            (jax.tree.map(jnp.negative, direction), ignored),
-            search.init(point),
-            point,
-            value=state.objective,
-            grad=(state.gradient, ignored),
-            value_fn=reduced,
-        )
-    lower = found.value < state.objective
-    better = lower | refresh
-    new = optax.apply_updates(state.theta, updates[0]), found.value, *found.grad
-    old = state.theta, state.objective, state.gradient, belongings(start)
-    theta, value, gradient, ((w, rows, factor), counts) = jax.tree.map(
-        lambda n, o: jnp.where(better, n, o), new, old
-    )
-    length = jnp.where(lower, found.learning_rate, 0)
-    position = jax.tree.map(lambda x, d: x - length * d, state.position, whitened)
-    products, spent = (count.astype(jnp.int32) for count in counts)
-    projection = Projection(w, rows, factor, value, products, spent)
-    gradient_norm = optax.tree.norm(gradient)
-    exact = jnp.finfo(value.dtype).tiny  # the decrease noted after a refreshment
-    stalled = ~better & (state.decrease == exact)
+    if tolerance is None:
+        tolerance = max(TOLERANCE, 4 * float(jnp.finfo(dtype).eps))
+    rounding = ROUNDINGS * state.rounding / unit
+    little = tolerance * size + rounding * (rounding / jnp.where(size > 0, size, 1))
+    still = (promise <= jnp.maximum(little, noise)) & (gain <= little)
+    still = still | (size <= rounding)  # the residual is that of rounding
+    quiet = jnp.where(accepted, still, promise <= noise)
+    quiet = jnp.where(quiet, state.quiet + 1, jnp.where(accepted, 0, state.quiet))
+    quiet = jnp.where(refresh, state.quiet, quiet)
     status = jnp.select(
-        [gradient_norm <= tolerance, stalled], [Status.CONVERGED, Status.STALLED], Status.RUNNING
+        [quiet >= QUIET, failures > 2], [Status.CONVERGED, Status.STALLED], Status.RUNNING
     )
-    trials = found.info.num_linesearch_steps
-    state = State(
-        theta=theta,
-        projection=projection,
-        objective=value,
-        gradient=gradient,
-        decrease=jnp.select([refresh, lower], [exact, state.objective - value], 0),
-        lbfgs=lbfgs,
+    norm = unit * jnp.linalg.norm(ravel_pytree(at.gradient)[0] / unit)
+    new = State(
+        *at,
+        decrease=jnp.where(accepted, gain * unit, state.decrease),
+        unit=unit,
+        pairs=pairs,
         whitening=state.whitening,
-        position=position,
-        work_units=state.work_units + 2 * trials.astype(jnp.int32),
+        failures=failures.astype(jnp.int32),
+        quiet=quiet.astype(jnp.int32),
+        work_units=state.work_units + 2 * found.trials,
         status=status.astype(jnp.int32),
     )
-    return state, Info(value, gradient_norm, trials, products)
+    return new, Info(at.objective, norm, found.trials, at.projection.products)

@@ -5,6 +5,7 @@ steep in a few of their directions and flat in most. Found once, at the start of
 sketch of the Gauss–Newton matrix. Imports model.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +33,21 @@ class Whitening(NamedTuple):
         arrays = zip(leaves, self.arrays, strict=True)
         return jax.tree.unflatten(structure, [_transform(x, *array) for x, array in arrays])
 
+    def scaled(self, factor: jax.Array) -> "Whitening":
+        """`factor` times M."""
+        return Whitening(tuple((factor * scale, roots) for scale, roots in self.arrays))
+
 
 def whitening(
     problem: Problem, theta: Any, rows: jax.Array, w: jax.Array, data: tuple
 ) -> Whitening:
     """M for the Gauss–Newton matrix at θ with W held fixed; `rows` are those at θ, by which the
     samples are put in order.
+
+    M is the identity where the features of a bucket are not those that its samples have among all
+    the others, or cannot be had, and where it would not be finite. The comparison is part of what
+    is compiled. M decides over the speed of a run and not over where it ends, so agreement to the
+    root of eps is enough.
 
     Some samples are put into buckets, and each bucket gives one row of a count sketch S of the
     square root of the Gauss–Newton matrix, Gᵀ G ≈ H with G = S √Q J: the derivative of the sum of
@@ -59,21 +69,61 @@ def whitening(
     def split(x):
         return jnp.asarray(x)[chosen].reshape(size, buckets, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total, bucket):
-        x, c, sign = bucket
+    parts = jax.tree.map(split, data)
+    if not _can_be_parted(problem, theta, parts[0], (size, rows.shape[1])):
+        return _identity(theta)
+    near = jnp.finfo(rows.dtype).eps ** 0.5 * jnp.max(jnp.abs(rows))
+
+    def add(carry, bucket):
+        total, alone = carry
+        x, c, sign, whole = bucket
         z, pullback = jax.vjp(lambda theta: problem.model.rows(theta, x), theta)
         cotangent = problem.loss.curvature_root(z @ w, c, sign / buckets**0.5) @ w.T
-        return jax.tree.map(jnp.add, total, _squares(*pullback(cotangent))), None
+        total = jax.tree.map(jnp.add, total, _squares(*pullback(cotangent)))
+        return (total, alone & jnp.all(jnp.abs(z - whole) <= near)), None
 
-    nothing = _squares(jax.tree.map(jnp.zeros_like, theta))
-    squares, _ = jax.lax.scan(add, nothing, (*jax.tree.map(split, data), signs))
+    start = _squares(jax.tree.map(jnp.zeros_like, theta)), jnp.array(True)
+    (squares, alone), _ = jax.lax.scan(add, start, (*parts, signs, split(rows)))
     sizes = [leaf.size for leaf in jax.tree.leaves(theta)]
-    mean = sum(trace for trace, _ in squares) / sum(sizes)
-    arrays = [
-        _whiten(trace / size, unfolded, mean)
-        for size, (trace, unfolded) in zip(sizes, squares, strict=True)
-    ]
-    return Whitening(tuple(arrays))
+    mean = sum(trace for trace, _ in squares) / max(sum(sizes), 1)
+    found = Whitening(
+        tuple(
+            _whiten(trace / max(size, 1), unfolded, mean)
+            for size, (trace, unfolded) in zip(sizes, squares, strict=True)
+        )
+    )
+    good = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(found)]).all()
+    return _where(alone & good, found)
+
+
+def _can_be_parted(problem, theta, inputs, shape):
+    """Can the features be evaluated on a bucket of these inputs?"""
+    one = jax.tree.map(lambda x: x[0], inputs)
+    try:
+        return jax.eval_shape(problem.model.rows, theta, one).shape == shape
+    except Exception:  # whatever the features raise for another number of samples
+        return False
+
+
+def _identity(theta):
+    """M = 1."""
+    dtype = jnp.result_type(*jax.tree.leaves(theta))
+    return Whitening(tuple((jnp.ones((), dtype), ()) for _ in jax.tree.leaves(theta)))
+
+
+def _where(good, found):
+    """`found`, or the identity."""
+
+    def root(matrix):
+        return (
+            matrix
+            if matrix is None
+            else jnp.where(good, matrix, jnp.eye(len(matrix), dtype=matrix.dtype))
+        )
+
+    return Whitening(
+        tuple((jnp.where(good, scale, 1), tuple(map(root, roots))) for scale, roots in found.arrays)
+    )
 
 
 def _transform(x, scale, roots):
@@ -87,8 +137,9 @@ def _squares(tree):
     """For each array its sum of squares, and its square along each axis that is not too long."""
 
     def squares(x):
-        unfolded = (jnp.moveaxis(x, axis, 0).reshape(n, -1) for axis, n in enumerate(x.shape))
-        return jnp.sum(x**2), [u @ u.T if len(u) <= LONGEST else None for u in unfolded]
+        others = [math.prod(x.shape[:k] + x.shape[k + 1 :]) for k in range(x.ndim)]
+        unfolded = (jnp.moveaxis(x, k, 0).reshape(x.shape[k], m) for k, m in enumerate(others))
+        return jnp.sum(x**2), [u @ u.T if 0 < len(u) <= LONGEST else None for u in unfolded]
 
     return [squares(leaf) for leaf in jax.tree.leaves(tree)]
 
