@@ -14,13 +14,18 @@ from jax.flatten_util import ravel_pytree
 
 from varprox import quadratic, trust_region
 from varprox.checks import check_flag, check_integer, check_number
-from varprox.heads import has_bias
 from varprox.krylov import norm
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem, derivatives, treats_samples_alone
 from varprox.penalties import tikhonov_weight
 from varprox.precision import full_products
-from varprox.projection import Projection, factorise, project, start_projection
+from varprox.projection import (
+    Projection,
+    factorise,
+    project,
+    rounding_of_predictions,
+    start_projection,
+)
 from varprox.quadratic import Form
 from varprox.reduced import hessian_factor
 
@@ -330,14 +335,11 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
 
 
 def _rounding(problem, rows, w, value):
-    """How well the objective is known, where each prediction is known to eps times the sizes of
-    what is summed up for it, and their errors have nothing to do with one another."""
-    eps = jnp.finfo(value.dtype).eps
-    if has_bias(problem.model.head):  # targets are centred before W is solved for
-        rows, w = rows[:, :-1], w[:-1]
-    sizes = jnp.abs(rows) @ jnp.abs(w)
-    error = eps * jnp.sqrt(jnp.sum(sizes**2) / len(rows))
-    return eps * jnp.abs(value) + error * (jnp.sqrt(2 * jnp.abs(value) / len(rows)) + error)
+    """How well the objective is known, where errors of predictions have nothing to do with one
+    another."""
+    error = rounding_of_predictions(problem, rows, w)
+    loss = jnp.sqrt(2 * jnp.abs(value) / len(rows))
+    return jnp.finfo(value.dtype).eps * jnp.abs(value) + error * (loss + error)
 
 
 def _by_gradients(problem, form, trial, step, inputs, solved, gradient):

@@ -14,7 +14,7 @@ from varprox.checks import check_integer, check_number
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
 from varprox.precision import full_products
-from varprox.projection import Projection, project, start_projection
+from varprox.projection import Projection, project, rounding_of_predictions, start_projection
 from varprox.quasi_newton import ENOUGH, FIRST_ENOUGH, Pairs, no_pairs, search
 from varprox.whitening import Whitening, whitening
 
@@ -153,10 +153,8 @@ def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
     penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)
     gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
     at = _At(theta, projection, projection.value + penalty, gradient, jnp.zeros_like(penalty))
-    # Each prediction is off by the rounding of the terms that it is the sum of, which cancel where
-    # W is large.
-    terms = jnp.linalg.norm(jnp.linalg.norm(rows, axis=0) * jnp.linalg.norm(w, axis=1))
-    rounding = jnp.finfo(terms.dtype).eps * jnp.linalg.norm(projection.slopes) * terms
+    error = rounding_of_predictions(problem, rows, w)
+    rounding = error * jnp.linalg.norm(projection.slopes) * len(rows) ** 0.5
     return at._replace(rounding=rounding), rows
 
 

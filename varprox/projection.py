@@ -271,6 +271,15 @@ def _newton(problem, rows, targets, start, tolerance, relative):
     )
 
 
+def rounding_of_predictions(problem: Problem, rows, w) -> jax.Array:
+    """Eps times the size of the terms that predictions are sums of, which cancel where W is large;
+    the root of its mean square. The bias takes no part: targets are centred before W is found."""
+    if has_bias(problem.model.head):
+        rows, w = rows[:, :-1], w[:-1]
+    sizes = jnp.abs(rows) @ jnp.abs(w)
+    return jnp.finfo(w.dtype).eps * jnp.sqrt(jnp.mean(jnp.sum(sizes**2, axis=1)))
+
+
 def carry_over(problem: Problem, start: Projection, rows) -> Projection:
     """`start` for other rows of the same samples.
 
