@@ -134,6 +134,7 @@ def forget() -> None:
 
 @lru_cache(maxsize=4)
 def _prepare(name, seed, x64):
+    """The start in the precision that JAX is set to, which `x64` tells the cache."""
     case = BY_NAME[name]
     made = start(case, seed)
     w = _solved_w(made)
