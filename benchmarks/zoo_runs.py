@@ -36,6 +36,7 @@ class Budget(NamedTuple):
 
 
 AFTERWARDS = Budget(60, 1.0)  # for the search of lower points near the end of a run
+NEARBY = 0.1  # of θ's norm
 
 
 class Job(NamedTuple):
@@ -70,8 +71,7 @@ class Record(NamedTuple):
     work_units: np.ndarray
     seconds: np.ndarray
     compile_seconds: float
-    gain: float  # of SciPy's from a converged run's end, relative to the objective
-    distance: float  # of the weights then, relative to their norm
+    gain: float  # that a converged run leaves nearby, relative to its value
 
 
 class Prepared(NamedTuple):
@@ -99,9 +99,9 @@ def run(job: Job) -> Record:
     history = solution.history
     values = np.maximum(np.nan_to_num(history["objective"], nan=np.inf), end)
     values[-1] = end
-    gain = distance = 0.0
+    gain = 0.0
     if solution.status == vp.Status.CONVERGED and "SciPy" not in job.method:
-        gain, distance = _left(prepared, solution, end)
+        gain = _left(prepared, solution, end)
     return Record(
         job,
         solution.status.name,
@@ -114,7 +114,6 @@ def run(job: Job) -> Record:
         history["seconds"],
         solution.compile_seconds,
         gain,
-        distance,
     )
 
 
@@ -123,7 +122,7 @@ def without_end(job: Job, status: str, message: str, prepared: Prepared | None =
     value, floor = (np.nan, np.nan) if prepared is None else (prepared.value, prepared.floor)
     none = np.empty(0)
     message = message.partition("\n")[0][:160]
-    return Record(job, status, message, value, floor, np.nan, none, none, none, 0.0, 0.0, 0.0)
+    return Record(job, status, message, value, floor, np.nan, none, none, none, 0.0, 0.0)
 
 
 def forget() -> None:
@@ -134,6 +133,7 @@ def forget() -> None:
 
 @lru_cache(maxsize=4)
 def _prepare(name, seed, x64):
+    """The start in the precision that JAX is set to, which `x64` tells the cache."""
     case = BY_NAME[name]
     made = start(case, seed)
     w = _solved_w(made)
@@ -166,14 +166,19 @@ _objective = jax.jit(objective)
 
 
 def _left(prepared, solution, end):
-    """What SciPy gains from the end of a run, and how far it goes."""
+    """What a run leaves, relative to its value: what W(θ) gains nearby, on the way to where SciPy
+    goes from its end."""
     at = prepared.start._replace(theta=solution.theta)
     peer = trust_region_reflective if at.problem.loss.quadratic else l_bfgs_b
     found = peer(prepared._replace(start=at, w=solution.w), AFTERWARDS)
-    value = _value(at.problem, found.theta, found.w, at.data)
-    weights = [ravel_pytree((s.theta, s.w))[0] for s in (solution, found)]
-    distance = float(jnp.linalg.norm(weights[1] - weights[0]) / jnp.linalg.norm(weights[0]))
-    return (end - value - prepared.floor) / max(end, prepared.floor), distance
+    (here, unravel), (there, _) = (ravel_pytree(s.theta) for s in (solution, found))
+    way = there - here
+    # A long step may end in another valley.
+    length = jnp.linalg.norm(way)
+    reach = NEARBY * jnp.linalg.norm(here)
+    theta = unravel(here + way * jnp.minimum(1, reach / jnp.where(length > 0, length, 1)))
+    value = _value(at.problem, theta, _solved_w(at._replace(theta=theta)), at.data)
+    return (end - value - prepared.floor) / max(end, prepared.floor)
 
 
 # The methods.
