@@ -21,6 +21,7 @@ from test_method import METHODS, finish, losses, make, make_problem, plain_probl
 import varprox as vp
 from varprox import trust_region
 from varprox.model import objective
+from varprox.quadratic import KernelNorm
 
 
 @losses
@@ -67,7 +68,7 @@ def test_gain_ratio_is_actual_over_predicted_and_accepts(name, loss):
     _, _, states, infos, *_ = run(name, loss)
     for before, after, info in zip(states, states[1:], infos, strict=False):
         if info.accepted:
-            assert after.objective < before.objective and info.ratio > 0
+            assert after.objective <= before.objective * (1 + 1e-15) and info.ratio > 0
         assert info.objective == after.objective
 
 
@@ -85,7 +86,9 @@ def test_gradient_norm_is_that_of_the_weights_before_the_step(name, loss, x64):
 def length(step, norm):
     """Of a step, in the norm of the dense form, whose state this is, or in that of θ."""
     flat = ravel_pytree(step)[0]
-    return np.sqrt(np.sum((norm + norm.mean()) * flat**2)) if norm.size else np.linalg.norm(flat)
+    if isinstance(norm, KernelNorm):
+        return np.linalg.norm(flat)
+    return np.sqrt(np.sum((norm.diagonal + norm.diagonal.mean()) * flat**2))
 
 
 @pytest.mark.parametrize("name, slack", [("gnvpro-kernel", 1 + 1e-8), ("gnvpro-dense", 1.1)])
@@ -126,8 +129,8 @@ def test_the_minimum_is_that_of_scipy(name, x64):
 
     found = minimize(value_and_gradient, start, jac=True, method="BFGS", options={"gtol": 1e-9})
     problem = make_problem(penalty=0.1)
-    method = METHODS[name](problem, tolerance=1e-7)
-    states = finish(method, initial_theta(), case.data, 150)
+    method = METHODS[name](problem, tolerance=1e-13)
+    states = finish(method, initial_theta(), case.data, 250)
     assert states[-1].status == vp.Status.CONVERGED
     assert abs(states[-1].objective - found.fun) < 1e-8 * found.fun
 
@@ -239,7 +242,9 @@ def ellipse_run(seed):
         ({"tolerance": -1e-3}, ValueError, "tolerance", "-0.001"),
         ({"tolerance": float("nan")}, ValueError, "tolerance", "nan"),
         ({"tolerance": "a"}, TypeError, "tolerance", "'a'"),
-        ({"tolerance": None}, TypeError, "tolerance", "None"),
+        ({"whiten": "yes"}, TypeError, "whiten", "'yes'"),
+        ({"hand_over": 1}, TypeError, "hand_over", "1"),
+        ({"kaufman": "no"}, TypeError, "kaufman", "'no'"),
     ],
 )
 def test_bad_options_are_refused(options, error, named, came):

@@ -70,7 +70,7 @@ class Run(NamedTuple):
 
 
 @functools.cache
-def run(name, loss, steps=200, tolerance=1e-6):
+def run(name, loss, steps=200, tolerance=1e-13):
     with jax.enable_x64(True):
         theta, data = make(loss)
         method = METHODS[name](make_problem(loss), tolerance=tolerance)
@@ -303,13 +303,15 @@ def test_a_gradient_that_is_not_finite_ends_the_run(name, x64):
 
 
 @methods
-def test_a_stationary_start_has_converged(name, x64):
-    """Nothing to gain: features that do not depend on θ and no penalty."""
+def test_a_start_where_the_rows_do_not_move_is_told(name, x64):
+    """Features that do not depend on θ, and a start from which all derivatives vanish."""
     theta, data = make()
-    problem = plain_problem(lambda theta, inputs: jnp.tanh(inputs), None)
-    states = finish(METHODS[name](problem), theta, data)
-    assert len(states) <= 2 and states[-1].status == vp.Status.CONVERGED
-    jax.tree.map(np.testing.assert_array_equal, states[-1].theta, theta)
+    still = jax.tree.map(np.zeros_like, theta)
+    for fn, start in ((lambda theta, inputs: jnp.tanh(inputs), theta), (features, still)):
+        states = finish(METHODS[name](plain_problem(fn, None)), start, data)
+        assert len(states) <= 2 and states[-1].status == vp.Status.FLAT
+        jax.tree.map(np.testing.assert_array_equal, states[-1].theta, start)
+    assert "start from other weights" in vp.Status.FLAT.message
 
 
 def test_status_compares_with_numbers():

@@ -16,12 +16,12 @@ import numpy as np
 from tqdm import tqdm
 
 from varprox.checks import check_flag, check_integer
-from varprox.gnvpro import gnvpro
+from varprox.gnvpro import gnvpro, select_form
 from varprox.lbfgsvpro import lbfgsvpro
 from varprox.method import Method, Status
-from varprox.model import Problem, check_data, predict
+from varprox.model import Problem, check_data, derivatives, predict
 from varprox.precision import full_products
-from varprox.quadratic import KrylovNorm
+from varprox.quadratic import Form, usable
 from varprox.slimtrain import with_learned
 from varprox.threads import one_blas_thread
 
@@ -257,11 +257,12 @@ def _problem(method, state):
 
 
 def _default_method(problem, theta, data):
-    check_data(problem, theta, data)
-    method = gnvpro(problem)
-    state = jax.eval_shape(method.init, theta, data)
-    in_krylov_space = isinstance(state.norm, KrylovNorm)
-    return lbfgsvpro(problem) if in_krylov_space else method
+    check_data(problem, theta, data, full_batch=True)
+    forward, reverse = derivatives(problem, theta, data[0])
+    if reverse and not usable(problem, theta, data[0]):
+        return lbfgsvpro(problem)
+    form = select_form(problem, theta, data)
+    return lbfgsvpro(problem) if form is Form.KRYLOV else gnvpro(problem)
 
 
 def _timed(fn, *args):

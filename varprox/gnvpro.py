@@ -16,7 +16,7 @@ from varprox import quadratic, trust_region
 from varprox.checks import check_flag, check_integer, check_number
 from varprox.krylov import norm
 from varprox.method import Method, Status
-from varprox.model import Problem, check_data, check_problem, derivatives, treats_samples_alone
+from varprox.model import Problem, check_data, check_problem, derivatives, zero_w
 from varprox.penalties import tikhonov_weight
 from varprox.precision import full_products
 from varprox.projection import (
@@ -152,46 +152,54 @@ def gnvpro(
     return Method(init, step, problem)
 
 
-def _init(problem, theta, data, key=None, *, curvature, **static):
+def _init(problem, theta, data, key=None, *, curvature, rank, kaufman, memory, whiten):
     check_data(problem, theta, data, full_batch=True)
-    allowed = quadratic.usable(problem, theta, data[0])
-    if curvature != "auto":
-        form = Form[curvature.upper()]
-        if form not in allowed:
-            raise ValueError(_refusal(problem, theta, data[0], curvature, allowed))
-        allowed = (form,)
-    elif not allowed:
-        raise ValueError(_refusal(problem, theta, data[0], curvature, allowed))
-    return _start(problem, theta, data, allowed=allowed, **static)
+    form = select_form(problem, theta, data, curvature, rank=rank, kaufman=kaufman)
+    return _start(problem, theta, data, form=form, memory=memory, whiten=whiten)
 
 
-def _refusal(problem, theta, inputs, curvature, allowed):
+def select_form(
+    problem: Problem, theta: Any, data: tuple, curvature: str = "auto", *, rank=20, kaufman=None
+) -> Form:
+    """The form that this `curvature` of `gnvpro` stands for.
+
+    Raises ValueError, with those that work, where the features do not allow it.
+    """
+    inputs, targets = data
+    allowed = quadratic.usable(problem, theta, inputs)
+    asked = Form if curvature == "auto" else (Form[curvature.upper()],)
+    forms = tuple(form for form in allowed if form in asked)
+    if not forms:
+        names = [repr(form.name.lower()) for form in allowed]
+        instead = f"curvature={' or '.join(names)}" if names else "varprox.lbfgsvpro"
+        why = _why(problem, theta, inputs, curvature, allowed)
+        raise ValueError(f"curvature: expected {instead} for features {why}, got {curvature!r}")
+    z = jax.eval_shape(problem.model.features, theta, inputs)
+    w = jax.eval_shape(lambda: zero_w(problem, z, targets))
+    kaufman = _kaufman(problem, w, kaufman)
+    return quadratic.choose(forms, problem, theta, data, w, rank=rank, kaufman=kaufman)
+
+
+def _why(problem, theta, inputs, curvature, allowed):
+    """What the features are like, where a form cannot be had."""
     forward, reverse = derivatives(problem, theta, inputs)
-    if not (forward or reverse):
-        why = "that cannot be differentiated"
-    elif not reverse:
-        why = "that have no derivative in reverse mode"
-    elif curvature == "kernel" and Form.DENSE in allowed:
-        why = "and penalties such as these"
-    elif treats_samples_alone(problem, theta, inputs) is False:
-        why = "of which a sample alone has others than in the batch"
-    else:
-        why = "that have no derivative in forward mode"
-    names = [repr(form.name.lower()) for form in allowed]
-    instead = f"curvature={' or '.join(names)}" if names else "varprox.lbfgsvpro"
-    return f"curvature: expected {instead} for features {why}, got {curvature!r}"
+    if not forward and not reverse:
+        return "that cannot be differentiated"
+    if not reverse and curvature != "forward":
+        return "without a derivative in reverse mode"
+    if curvature == "kernel" and Form.DENSE in allowed:
+        return "whose penalty on theta is not Tikhonov's"
+    if curvature in ("krylov", "forward"):
+        return "without a derivative in forward mode"
+    return "that depend on the other samples of the batch"
 
 
-@partial(jax.jit, static_argnames=("allowed", "rank", "kaufman", "memory", "whiten"))
+@partial(jax.jit, static_argnames=("form", "memory", "whiten"))
 @full_products
-def _start(problem, theta, data, *, allowed, rank, kaufman, memory, whiten):
+def _start(problem, theta, data, *, form, memory, whiten):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
-    kaufman = _kaufman(problem, projection.w, kaufman)
-    form = quadratic.choose(
-        allowed, problem, theta, data, projection.w, rank=rank, kaufman=kaufman
-    )
     factor = _factor(problem, rows, projection.w, targets, form)
     value = projection.value + problem.penalty(theta)
     return State(
@@ -263,7 +271,9 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
             ),
             lambda: state.objective - value,
         )
-        return jnp.where(jnp.isfinite(value), decrease, jnp.nan), (value, solved)
+        # A step that rounding swallows leads nowhere, whatever gradients say.
+        moved = jnp.any(theta + step != theta)
+        return jnp.where(jnp.isfinite(value) & moved, decrease, jnp.nan), (value, solved)
 
     def corrected(correction, found, aux):
         _, solved = aux
@@ -310,7 +320,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     status = jnp.select(
         [
             ~jnp.isfinite(value) | ~jnp.isfinite(gradient_norm),
-            first & model.still & (gradient_norm == 0),
+            first & (gradient_norm == 0) & (state.objective > rounding),
             converged,
             ~result.accepted & (result.radius <= jnp.finfo(value.dtype).eps * model.reach),
         ],

@@ -54,7 +54,6 @@ class Formed(NamedTuple):
 
     gradient: jax.Array  # (size,)
     matrix: jax.Array  # (size, size); or rows M (rows, size), where the matrix is Mᵀ M + ∇²R
-    still: jax.Array  # do all derivatives vanish that the rows have in θ?
     # (G, W) ↦ Jᵀ G + α₂ J_Wᵀ W, (batch, outputs) and (columns, outputs) to (size,), which takes no
     # pass of the network; None where what it needs is not kept.
     transposed: Transposed | None
@@ -103,20 +102,20 @@ def gauss_newton_matrix(
 
     def collect(total, index):
         rows, chosen = rows_of(index)
-        (gradient, b), a, still = total
+        (gradient, b), a = total
         sums = gradient + rows.gradient, b + rows.weights.T @ rows.rooted
         if not kaufman:
             a = jax.lax.fori_loop(
                 0, used, lambda part, a: a.at[part].add(_a(compressed[part, chosen], rows.pulled)), a
             )
-        return (sums, a, still & ~jnp.any(rows.pulled)), rows if keep else None
+        return (sums, a), rows if keep else None
 
     def zeros(*shape):
         return jnp.zeros((*shape, flat.size), flat.dtype)
 
     no_a = None if kaufman else zeros(len(compressed), compressed.shape[2] * len(w))
-    start = (zeros(), zeros(dims * len(w))), no_a, jnp.array(True)
-    ((gradient, b), a, still), kept = jax.lax.scan(collect, start, index)
+    start = (zeros(), zeros(dims * len(w))), no_a
+    ((gradient, b), a), kept = jax.lax.scan(collect, start, index)
     c = span.inward(b)
     along = span.outward(c)
 
@@ -133,9 +132,9 @@ def gauss_newton_matrix(
     gradient = gradient / samples + jax.grad(penalty)(flat)
     matrix = matrix + jax.hessian(penalty)(flat)
     if not keep:
-        return Formed(gradient, matrix, still, None)
+        return Formed(gradient, matrix, None)
     rows = jax.tree.map(lambda x: x[0], kept)
-    return Formed(gradient, matrix, still, _transposed(problem, w, span, rows, c, kaufman=kaufman))
+    return Formed(gradient, matrix, _transposed(problem, w, span, rows, c, kaufman=kaufman))
 
 
 def gauss_newton_root(
@@ -169,7 +168,6 @@ def gauss_newton_root(
     return Formed(
         rows.gradient / samples + penalty_gradient,
         jnp.concatenate(parts),
-        ~jnp.any(rows.pulled),
         _transposed(problem, w, span, rows, c, kaufman=kaufman),
     )
 

@@ -25,6 +25,7 @@ from varprox.recycling import Recycled, nothing_yet, recycle
 from varprox.whitening import Whitening, whitening
 
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
+WORTH = 2  # steps in a Krylov space for one of a formed model: on networks 1.2 to 2 (medians)
 LARGEST = 2**28  # entries of a matrix that is formed unasked
 
 
@@ -46,7 +47,6 @@ class Quadratic(NamedTuple):
     step: Callable[[jax.Array, jax.Array], trust_region.Step]  # of radius and a guess at the shift
     curvature: jax.Array  # the largest of a direction y, or near it
     reach: jax.Array  # the length of θ in the variables y
-    still: jax.Array  # do all derivatives vanish that the rows have in θ?
     products: jax.Array
     work: jax.Array  # units spent
     following: Callable[[jax.Array], Any]  # the norm of the next model, given the trials made
@@ -118,25 +118,30 @@ def usable(problem: Problem, theta: Any, inputs: Any) -> tuple[Form, ...]:
 def choose(
     forms: tuple[Form, ...], problem: Problem, theta: Any, data: tuple, w: Any, *, rank, kaufman
 ) -> Form:
-    """Of the forms the one whose steps take the fewest operations, counted for a full Krylov space.
+    """Of the forms the one that takes the fewest operations for what its steps are worth.
 
-    Only the shapes of the arrays matter.
+    Only the shapes of the arrays matter; Krylov spaces are counted full.
     """
     targets = data[1]
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))
+    taken = passes(w, kaufman=kaufman)
     rows = (len(targets) + len(w)) * dimensions(problem, w) + (0 if kaufman else w.size)
     in_pass = PASS * len(targets) * size
-    in_rows = (2 + passes(w, kaufman=kaufman)) * in_pass
     in_matrix = rows * size**2 + size**3
-    held = passes(w, kaufman=kaufman) * len(targets) * size
     costs = {
-        Form.KRYLOV: ((2 + 2 * rank) * in_pass, 0),
-        Form.DENSE: (in_rows + in_matrix, size**2),
-        Form.KERNEL: (in_rows + 2 * size * rows**2 + 20 * rows**3, rows * size),
-        Form.FORWARD: ((2 + size) * in_pass + in_matrix, max(size**2, held)),
+        Form.KRYLOV: WORTH * (2 + 2 * rank) * in_pass,
+        Form.DENSE: (2 + taken) * in_pass + in_matrix,
+        Form.KERNEL: (2 + taken) * in_pass + 2 * size * rows**2 + 20 * rows**3,
+        Form.FORWARD: (2 + size) * in_pass + in_matrix,
     }
-    forms = [form for form in forms if costs[form][1] <= LARGEST] or forms[:1]
-    return min(forms, key=lambda form: costs[form][0])
+    entries = {
+        Form.KRYLOV: 0,
+        Form.DENSE: size**2,
+        Form.KERNEL: rows * size,
+        Form.FORWARD: max(size, taken * len(targets)) * size,
+    }
+    small = [form for form in forms if entries[form] <= LARGEST]
+    return min(small or forms, key=costs.__getitem__)
 
 
 def krylov(
@@ -188,11 +193,6 @@ def krylov(
         step=lambda radius, shift: trust_region.krylov_step(found, radius),
         curvature=jnp.max(jnp.abs(found.tridiagonal.diagonal)),
         reach=reach,
-        still=jax.lax.cond(
-            length(gradient) > 0,
-            lambda: jnp.array(False),
-            lambda: _still(problem, theta, data[0]),
-        ),
         products=products,
         work=2 + jnp.where(newton, 4, 2) * products,
         following=lambda trials: norm._replace(
@@ -206,13 +206,6 @@ def _after(trials, space):
     run at once wait for one another in jaxlib, and an optimisation barrier is gone by then."""
     diagonal = jnp.where(trials < 0, jnp.nan, space.tridiagonal.diagonal)
     return space._replace(tridiagonal=space.tridiagonal._replace(diagonal=diagonal))
-
-
-def _still(problem, theta, inputs):
-    """Does the derivative of the rows vanish along a direction that is orthogonal to nothing?"""
-    flat, unravel = ravel_pytree(theta)
-    along = unravel(jnp.cos(jnp.arange(flat.size, dtype=flat.dtype)))
-    return ~jnp.any(jax.jvp(lambda theta: problem.model.rows(theta, inputs), (theta,), (along,))[1])
 
 
 def dense(
@@ -348,7 +341,6 @@ def _formed(problem, theta, formed, root, step, product, solve, *, curvature, re
         step=step,
         curvature=curvature,
         reach=reach,
-        still=formed.still,
         products=jnp.zeros((), jnp.int32),
         work=jnp.int32(work),
         following=following,
