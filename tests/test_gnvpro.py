@@ -21,7 +21,7 @@ from test_method import METHODS, finish, losses, make, make_problem, plain_probl
 import varprox as vp
 from varprox import trust_region
 from varprox.model import objective
-from varprox.quadratic import KernelNorm
+from varprox.quadratic import Form, KernelNorm
 
 
 @losses
@@ -295,3 +295,158 @@ def test_another_rank_is_another_program_and_stays_within_it(x64):
         method = vp.gnvpro(make_problem(), curvature="krylov", rank=rank, flat=0.0)
         _, info = method.step(method.init(theta, data), data)
         assert info.products == rank
+
+
+# Features of other kinds
+
+
+def decays(theta, time):
+    return jnp.exp(-time[:, None] * jnp.exp(theta))
+
+
+def smoothed(theta, time):
+    """Every row depends on those before it."""
+    return jnp.cumsum(decays(theta, time), axis=0) / len(time)
+
+
+def looped(theta, time):
+    """A loop of unknown length has no derivative in reverse mode."""
+
+    def body(carry):
+        step, z = carry
+        return step + 1, z * jnp.exp(-time[:, None] * jnp.exp(theta) / 4)
+
+    start = 0, jnp.ones((len(time), len(theta)), time.dtype)
+    return jax.lax.while_loop(lambda carry: carry[0] < 4, body, start)[1]
+
+
+@jax.custom_vjp
+def reversible(theta, time):
+    return decays(theta, time)
+
+
+reversible.defvjp(
+    lambda theta, time: (decays(theta, time), (theta, time)),
+    lambda saved, y: jax.vjp(decays, *saved)[1](y),
+)
+
+
+def curve(features, dtype=np.float64):
+    """A problem whose minimum is zero, at the logarithms of the rates 0.4 and 2.5."""
+    time = np.linspace(0, 4, 40, dtype=dtype)
+    rates = np.log([0.4, 2.5]).astype(dtype)
+    targets = np.asarray(features(rates, time)) @ np.array([[1.0], [3.0]], dtype)
+    problem = vp.Problem(vp.Separable(features, vp.dense(bias=False)), vp.least_squares())
+    return problem, np.log([0.1, 1.0]).astype(dtype), (time, targets), rates
+
+
+ALLOWED = {
+    smoothed: {Form.KRYLOV, Form.FORWARD},
+    looped: {Form.FORWARD},
+    reversible: {Form.DENSE, Form.KERNEL},
+    decays: set(Form),
+}
+
+
+@pytest.mark.parametrize("fn", ALLOWED, ids=lambda fn: getattr(fn, "__name__", "reversible"))
+def test_features_get_a_form_that_is_right_for_them(fn, x64):
+    """By default, and of those that are asked for all others are refused with the names of these."""
+    problem, start, data, rates = curve(fn)
+    solution = vp.fit(problem, start, data, max_work=300)
+    np.testing.assert_allclose(np.sort(solution.theta), rates, rtol=1e-6)
+    assert solution.status == vp.Status.CONVERGED
+    assert Form(int(solution.history["curvature"][-1])) in ALLOWED[fn]
+    for form in set(Form) - ALLOWED[fn]:
+        name = form.name.lower()
+        with pytest.raises(ValueError, match="^curvature: expected curvature=") as caught:
+            vp.gnvpro(problem, curvature=name).init(start, data)
+        assert all(repr(other.name.lower()) in str(caught.value) for other in ALLOWED[fn])
+        with pytest.raises(ValueError, match="^curvature: expected curvature="):
+            jax.jit(vp.gnvpro(problem, curvature=name).init)(start, data)
+
+
+@pytest.mark.parametrize("name", ["dense", "kernel", "krylov", "forward"])
+def test_first_steps_are_finite_and_good(name, x64):
+    """Whatever the units of θ and of the targets, from a start far away."""
+    problem, _, (time, targets), _ = curve(decays)
+    method = vp.gnvpro(problem, curvature=name)
+    radii = []
+    for unit in (1.0, 1e-6, 1e6):
+        data = (time, unit * targets)
+        start = method.init(np.log([1e-3, 40.0]), data)
+        state, info = method.step(start, data)
+        assert info.ratio >= trust_region.POOR and state.objective < start.objective
+        radii.append(info.radius / unit if name in ("dense", "forward") else info.radius)
+    np.testing.assert_allclose(radii, radii[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["dense", "kernel", "krylov", "forward"])
+@pytest.mark.parametrize("unit, offset", [(1e10, 0.0), (1e-10, 0.0), (1.0, 1e4)])
+def test_units_make_no_difference_in_single_precision(name, unit, offset):
+    """Nor does an offset, as there is a bias."""
+    time = np.linspace(0, 4, 40, dtype=np.float32)
+    noise = np.random.default_rng(0).normal(size=(40, 1))
+    targets = np.exp(-time[:, None] * [0.4, 2.5]) @ [[1.0], [3.0]] + 0.05 * noise
+    problem = vp.Problem(vp.Separable(decays), vp.least_squares())
+    start = np.log([0.1, 1.0]).astype(np.float32)
+    plain = targets.astype(np.float32)
+    other = (unit * targets + offset).astype(np.float32)
+    method = vp.gnvpro(problem, curvature=name)
+    ends = [vp.fit(method, start, (time, c), max_work=200) for c in (plain, other)]
+    assert [s.status for s in ends] == 2 * [vp.Status.CONVERGED]
+    objectives = [s.history["objective"][-1] for s in ends]
+    assert abs(objectives[1] / unit**2 - objectives[0]) < 2e-3 * objectives[0]
+
+
+def products(jaxpr):
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield equation.params["precision"]
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from products(inner)
+
+
+@forms
+@losses
+def test_every_product_asks_for_full_precision(name, loss):
+    """Those of the features, too: on an accelerator the default is less."""
+    theta, data = make(loss, np.float32)
+    method = METHODS[name](make_problem(loss, dtype=np.float32))
+    state = jax.eval_shape(method.init, theta, data)
+    for fn, *at in ((method.init, theta, data), (method.step, state, data)):
+        found = list(products(jax.make_jaxpr(fn)(*at).jaxpr))
+        assert found and all(
+            p is not None and set(p) == {jax.lax.Precision.HIGHEST} for p in found
+        )
+
+
+def test_ten_failed_trials_carry_the_radius_on(x64):
+    """A wall of NaN so near that the first iteration finds no step, and the second does."""
+    theta, data = make()
+    states = finish(METHODS["gnvpro-dense"](make_problem(radius=1e-8)), theta, data, 4)
+    moved = [np.any(s.theta["opening"] != theta["opening"]) for s in states]
+    assert not moved[1] and moved[2] and states[1].status == vp.Status.RUNNING
+    assert 0 < states[1].radius < 1e-5
+
+
+@forms
+def test_many_fits_at_once_are_those_alone(name, x64):
+    """`vmap` makes one program of all branches; in jaxlib factorisations at once waited for ever."""
+    problem, start, (time, targets), _ = curve(decays)
+    many = targets.T + 0.01 * np.random.default_rng(0).normal(size=(20, len(time)))
+    method = METHODS[name](problem)
+
+    def solve(targets):
+        data = time, targets[:, None]
+        state = method.init(start, data)
+        goes_on = lambda s: (s.status == 0) & (s.work_units < 200)  # noqa: E731
+        return jax.lax.while_loop(goes_on, lambda s: method.step(s, data)[0], state).objective
+
+    together = jax.jit(jax.vmap(solve))(many)
+    alone = [jax.jit(solve)(targets) for targets in many[:3]]
+    np.testing.assert_allclose(together[:3], alone, rtol=1e-9)
+    assert (together < 1e-3).all()

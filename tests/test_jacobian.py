@@ -1,5 +1,7 @@
 """The Gauss–Newton matrix and its root, formed by rows, against the dense formulas in NumPy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ from problems import (
 import varprox as vp
 from varprox import jacobian
 from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
-from varprox.projection import factorise
+from varprox.projection import factorise, project, start_projection
 
 MANY = Case("least_squares", outputs=7)  # more outputs than columns of the rows
 
@@ -208,3 +210,42 @@ def test_memory_is_that_of_the_matrix_and_of_a_pass(x64):
     used = jax.jit(matrix).lower(theta, tuple(data), w).compile().memory_analysis()
     a_pass = samples * 80 * 8  # bytes of the layers' outputs
     assert used.temp_size_in_bytes < 6 * size**2 * 8 + 6 * a_pass < samples * size * 8 / 2
+
+
+def nearly_equal(theta, inputs):
+    """Columns that hardly differ, so that W and K are large and most of K is spanned by Z."""
+    rates = jnp.concatenate([theta, theta * (1 + jnp.asarray(1e-5, theta.dtype))])
+    return jnp.exp(-inputs * rates)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_matrix_is_semidefinite_where_it_would_cancel(dtype, x64):
+    """And in double precision that of NumPy's projection."""
+    inputs = np.linspace(0, 5, 50, dtype=dtype)[:, None]
+    targets = (np.sin(inputs) + inputs).astype(dtype)
+    theta = np.array([0.3, 0.7, 1.5], dtype)
+    problem = vp.Problem(vp.Separable(nearly_equal, vp.dense(bias=False)), vp.least_squares())
+    rows = problem.model.rows(theta, inputs)
+    at = project(problem, rows, targets, start_projection(problem, rows, targets))
+    formed = jax.jit(gauss_newton_matrix, static_argnames="kaufman")(
+        problem, theta, (inputs, targets), at.w, at.factor, at.slopes, kaufman=True
+    )
+    eigenvalues = np.linalg.eigvalsh(np.asarray(formed.matrix, float))
+    assert eigenvalues[0] > -4 * np.finfo(dtype).eps * eigenvalues[-1]
+    if dtype == np.float64:
+        d_rows = np.asarray(jax.jacfwd(lambda theta: problem.model.rows(theta, inputs))(theta))
+        k = np.einsum("ncp,co->np", d_rows, at.w)
+        q, _ = np.linalg.qr(np.asarray(rows))
+        k = k - q @ (q.T @ k)
+        assert np.abs(at.w).max() > 1e4
+        assert relative(formed.matrix, k.T @ k / len(k)) < 1e-6
+
+
+@pytest.mark.parametrize("kaufman", [False, True])
+def test_forward_passes_give_the_same_matrix(kaufman, x64):
+    for case in (Case("least_squares"), Case("softmax_cross_entropy")):
+        forward = functools.partial(gauss_newton_matrix, forward=True)
+        reference, gradient, matrix, transposed = form(forward, case, kaufman=kaufman)
+        _, *backward = form(gauss_newton_matrix, case, kaufman=kaufman)
+        for found, expected in zip((gradient, matrix, transposed), backward, strict=True):
+            assert relative(found, expected) < 1e-9

@@ -201,6 +201,58 @@ def test_a_shift_in_the_size_of_rounding_leaves_a_step_inside(radius, x64):
     assert not result.on_boundary and 0 < result.shift < 1e-15
 
 
+SIZES_OF_RANDOM = 7
+
+
+def random_problem(rng, kind):
+    """A matrix with a random spectrum of a kind, and a gradient of any size."""
+    size = SIZES_OF_RANDOM
+    eigenvalues = 10.0 ** rng.uniform(-5, 2, size)
+    if kind == "indefinite":
+        eigenvalues *= rng.choice([-1, 1], size)
+    elif kind == "negative":
+        eigenvalues *= -1
+    elif kind == "singular":
+        eigenvalues[: size // 2] = 0
+    elif kind == "huge":
+        eigenvalues *= 1e15
+    elif kind == "tiny":
+        eigenvalues *= 1e-15
+    q, _ = np.linalg.qr(rng.normal(size=(size, size)))
+    matrix = (q * eigenvalues) @ q.T
+    return 0.5 * (matrix + matrix.T), rng.normal(size=size) * 10.0 ** rng.uniform(-8, 8)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(
+    "kind", ["definite", "indefinite", "negative", "singular", "huge", "tiny"]
+)
+def test_matrix_step_for_random_spectra(kind, dtype, x64):
+    """Finite, in the ball, and nearly the best there; what rounding hides of a singular matrix, a
+    long way along nothing, it may leave out."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        matrix, gradient = random_problem(rng, kind)
+        for radius in (1e-12, 1e-6, 1e-3, 1.0, 1e3, 1e8, np.inf):
+            arguments = (np.asarray(x, dtype) for x in (matrix, gradient, radius, 0.0))
+            found = solve_matrix(*arguments)
+            s = np.asarray(found.step, float)
+            assert np.isfinite(s).all() and np.isfinite(found.shift) and found.shift >= 0
+            assert np.isfinite(found.decrease) and found.decrease >= 0
+            assert np.linalg.norm(s) <= (1 + trust_region.CLOSE) * radius * (1 + 1e-5)
+            hidden = kind == "singular" and radius >= 1
+            if np.isfinite(radius) and not hidden:
+                value = gradient @ s + 0.5 * s @ matrix @ s
+                least = 0.8 if dtype == np.float64 else 0.7
+                assert value <= least * reference(matrix, gradient, radius)
+
+
+def test_matrix_step_of_what_is_not_a_number_stays_in_place(x64):
+    for matrix, gradient in ((np.full((3, 3), np.nan), np.ones(3)), (np.eye(3), np.full(3, np.inf))):
+        found = solve_matrix(matrix, gradient, 1.0, 0.0)
+        assert not np.asarray(found.step).any() and np.isfinite(found.shift)
+
+
 # One iteration
 
 
@@ -333,6 +385,32 @@ def test_a_rejected_step_is_tried_again_corrected(x64):
     assert result.accepted and result.trials == 2 and result.x == result.aux == 1.25
     assert result.ratio == 1 and result.first_ratio == -1 and result.radius == 2.5
     assert corrected(0.25, radius=9.0).radius == 1.25
+
+
+def test_a_poor_first_step_is_not_taken(x64):
+    """A gain ratio of 0.1 lets any step pass but the first."""
+    for first, trials in ((False, 1), (True, 2)):
+        result = trust_region.search(
+            lambda radius, shift: trust_region.Step(radius[None], radius, True, shift),
+            lambda x, found: (jnp.where(x[0] == 1, 0.1, 1.0), x[0]),
+            jnp.zeros(1), jnp.array(0.0), jnp.array(1.0), jnp.array(0.0),
+            max_trials=4, first=first,
+        )  # fmt: skip
+        assert result.accepted and result.trials == trials
+
+
+def test_the_promise_bounds_what_the_model_gains_within_reach(x64):
+    """By duality, for a step that its radius has cut short."""
+    matrix, gradient = quadratic()
+    for radius in (0.01, 0.1, 1.0):
+        result = trust_region.search(
+            lambda radius, shift: trust_region.matrix_step(matrix, gradient, radius, shift),
+            lambda x, found: (found.decrease, x[0]),
+            jnp.zeros(SIZE), jnp.array(0.0), jnp.array(radius), jnp.array(0.0),
+            max_trials=1, reach=2.0,
+        )  # fmt: skip
+        assert result.promise >= -reference(matrix, gradient, 2.0)
+    assert result.promise < -1.5 * reference(matrix, gradient, 2.0)
 
 
 def test_an_accepted_step_is_not_corrected(x64):

@@ -34,7 +34,6 @@ LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
 NOISY = 10  # times its rounding, a decrease of the objective that is measured by gradients
-BEGIN = 1.0  # the first radius, in that of residuals
 
 
 class State(NamedTuple):
@@ -112,9 +111,17 @@ def gnvpro(
     - "kernel": from the singular values of these rows, where they are fewer than the weights. It
       needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself. Steps that fail
       are corrected, too.
-    - "auto": the one of the three with the fewest operations a step, and "krylov" where the
-      features cannot be had for one sample. The method's info holds the number it has in
-      `varprox.quadratic.Form`.
+    - "forward": as "dense", but the matrix comes from forward passes of all samples together, one
+      for each weight. For features that couple samples or have no derivative in reverse mode, and
+      up to some hundred weights.
+    - "auto": of those that the features allow the one with the fewest operations a step, where two
+      steps in a Krylov space count as one of the others. The method's info holds the number it has
+      in `varprox.quadratic.Form`.
+
+    What the features allow is found out at the start, from three samples: "dense" and "kernel" ask
+    that a sample have the same features alone as in the batch, and a derivative in reverse mode;
+    "krylov" asks for both modes, "forward" for forward mode. A form that they do not allow is
+    refused with a ValueError, which names those that they do.
 
     If `kaufman`, "dense" and "kernel" leave out of the matrix what vanishes with the residual, as
     Kaufman does. This spares passes where there are fewer outputs than columns of the design rows.
@@ -125,10 +132,19 @@ def gnvpro(
     `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the authors'
     implementation does under cross entropy.
 
-    The run has converged when the gradient's norm is at most `tolerance`. Work units: in a Krylov
-    space 2 a step and 2 a product (4 with the full Hessian), and 2 for the whitening, an upper
-    bound; with rows 1 a step and 1 a column of the design rows, or if `kaufman` 1 an output where
-    these are fewer; 1 for the start and 1 a trial point. `data` is all of it at every step.
+    The first radius is √(2 Φ) in variables in which the largest curvature is about one: no variable
+    moves the residuals by more than their size. A first step is taken only if its gain ratio is at
+    least ¼. Decreases in the size of rounding are measured by gradients.
+
+    The run has converged when the model gains no more than the fraction `tolerance` of Φ, or than
+    rounding, within the distance that θ has from zero. A `tolerance` of None stands for eps^¾,
+    2e-12 or 6e-6. Where no step of ten is accepted the next iteration goes on with the shrunken
+    radius; the run has stalled when rounding swallows the steps.
+
+    Work units: in a Krylov space 2 a step and 2 a product (4 with the full Hessian), and 2 for the
+    whitening, an upper bound; with "forward" 1 a step and 1 a weight; with rows 1 a step and 1 a
+    column of the design rows, or if `kaufman` 1 an output where these are fewer; 1 for the start
+    and 1 a trial point. `data` is all of it at every step.
     """
     check_problem(problem)
     forms = ["auto", *(form.name.lower() for form in Form)]
@@ -280,7 +296,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         return correction(found, solved.slopes, solved.w)
 
     # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
-    guess = BEGIN * jnp.sqrt(2 * jnp.abs(state.objective) / model.curvature)
+    guess = jnp.sqrt(2 * jnp.abs(state.objective) / model.curvature)
     radius = jnp.where(first, guess, state.radius)
     result = trust_region.search(
         model.step,
