@@ -248,3 +248,16 @@ def test_single_precision_agrees_with_double(loss):
     assert relative(single[0], expected.value) < 1e-4
     assert relative(single[1], expected.gradient) < 1e-3
     assert relative(single[2], expected.gauss_newton @ flat_direction()) < 1e-3
+
+
+def test_products_are_finite_where_the_unneeded_half_would_divide_by_zero(x64):
+    """Which product it is may be known only when it runs."""
+    inputs = np.linspace(0, 1, 20)[:, None]
+    data = inputs, np.sin(3 * inputs)
+    bumps = lambda theta, x: jnp.exp(-(((x - theta[0]) / theta[1]) ** 2))  # noqa: E731
+    problem = vp.Problem(vp.Separable(bumps), vp.least_squares(), 1e-3, 1e-3)
+    theta, v = np.array([[0.2, 0.8], [0.4, 0.3]]), np.ones((2, 2))
+    product = jax.jit(lambda full: curvature.linearise(problem, theta, data, full=full).matvec(v))
+    for full, exact in ((False, vp.gauss_newton), (True, vp.newton)):
+        expected = exact(problem, theta, data).matvec(v)
+        np.testing.assert_allclose(product(full), expected, rtol=1e-9)

@@ -21,7 +21,7 @@ from test_method import METHODS, finish, losses, make, make_problem, plain_probl
 import varprox as vp
 from varprox import trust_region
 from varprox.model import objective
-from varprox.quadratic import Form, KernelNorm
+from varprox.quadratic import EVEN, Form, KernelNorm
 
 
 @losses
@@ -88,7 +88,7 @@ def length(step, norm):
     flat = ravel_pytree(step)[0]
     if isinstance(norm, KernelNorm):
         return np.linalg.norm(flat)
-    return np.sqrt(np.sum((norm.diagonal + norm.diagonal.mean()) * flat**2))
+    return np.sqrt(np.sum((norm.diagonal + EVEN * norm.diagonal.mean()) * flat**2))
 
 
 @pytest.mark.parametrize("name, slack", [("gnvpro-kernel", 1 + 1e-8), ("gnvpro-dense", 1.1)])

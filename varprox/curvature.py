@@ -20,6 +20,7 @@ Inverse Problems 19 (2003) R1.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -146,9 +147,10 @@ def linearise(
 
 def _derivative_if(needed, fn, x):
     """The derivative of `fn` at x, a symmetric linear map, and zero where it is not `needed`: then
-    its passes are not taken."""
+    no pass is taken for it, neither here nor in a product."""
+    zero = partial(jax.tree.map, jnp.zeros_like)
     if needed is False:
-        return lambda v: jax.tree.map(jnp.zeros_like, v)
+        return zero
     structure: Any = None
 
     def take():
@@ -158,8 +160,9 @@ def _derivative_if(needed, fn, x):
 
     shapes = jax.eval_shape(take)
     nothing = lambda: [jnp.zeros(s.shape, s.dtype) for s in shapes]  # noqa: E731
-    leaves = take() if needed is True else jax.lax.cond(needed, take, nothing)
-    return lambda v: jax.tree.unflatten(structure, leaves)(v)[0]
+    leaves = jax.lax.cond(needed, take, nothing)
+    derivative = lambda v: jax.tree.unflatten(structure, leaves)(v)[0]  # noqa: E731
+    return lambda v: jax.lax.cond(needed, derivative, zero, v)
 
 
 def _add(*trees):

@@ -33,7 +33,7 @@ PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton pr
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
-NOISY = 10  # times its rounding, a decrease of the objective that is measured by gradients
+ROUNDINGS = 10  # by which a prediction may be off
 
 
 class State(NamedTuple):
@@ -281,7 +281,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         solved = project(problem, there, targets, projection, tolerance)
         value = solved.value + problem.penalty(trial)
         decrease = jax.lax.cond(
-            found.decrease < NOISY * rounding,
+            found.decrease < rounding,
             lambda: _by_gradients(
                 problem, form, trial, unravel(step), inputs, solved, model.gradient
             ),
@@ -332,10 +332,13 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     tolerance = options.tolerance
     if tolerance is None:
         tolerance = jnp.finfo(value.dtype).eps ** 0.75
-    converged = result.promise <= tolerance * state.objective + rounding
+    # A model without a minimiser promises nothing.
+    promises = (result.promise > 0) | (gradient_norm == 0)
+    converged = promises & (result.promise <= tolerance * jnp.abs(state.objective) + rounding)
+    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)
     status = jnp.select(
         [
-            ~jnp.isfinite(value) | ~jnp.isfinite(gradient_norm),
+            ~finite,
             first & (gradient_norm == 0) & (state.objective > rounding),
             converged,
             ~result.accepted & (result.radius <= jnp.finfo(value.dtype).eps * model.reach),
@@ -363,9 +366,9 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
 def _rounding(problem, rows, w, value):
     """How well the objective is known, where errors of predictions have nothing to do with one
     another."""
-    error = rounding_of_predictions(problem, rows, w)
+    error = ROUNDINGS * rounding_of_predictions(problem, rows, w)
     loss = jnp.sqrt(2 * jnp.abs(value) / len(rows))
-    return jnp.finfo(value.dtype).eps * jnp.abs(value) + error * (loss + error)
+    return ROUNDINGS * jnp.finfo(value.dtype).eps * jnp.abs(value) + error * (loss + error)
 
 
 def _by_gradients(problem, form, trial, step, inputs, solved, gradient):

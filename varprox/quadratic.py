@@ -26,6 +26,9 @@ from varprox.whitening import Whitening, whitening
 
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
 WORTH = 2  # steps in a Krylov space for one of a formed model: on networks 1.2 to 2 (medians)
+# How many times the mean curvature is added to that of a weight in the norm of steps. On the zoo 1,
+# 10 and 100 solve 52, 57 and 55 % of the problems to 1e-6 of the known decrease.
+EVEN = 10
 LARGEST = 2**28  # entries of a matrix that is formed unasked
 
 
@@ -222,8 +225,8 @@ def dense(
     """The model as a matrix, formed as the kind of its norm says.
 
     A step is measured in units of 1/√d for every weight, d being the largest entry so far on the
-    diagonal of the matrix and their mean added up: the norm follows the problem, but a weight of
-    little curvature is not let off its leash. Source: Moré, Lecture Notes in Mathematics 630
+    diagonal of the matrix and `EVEN` times their mean: the norm follows the problem, but a weight
+    of little curvature is not let off its leash. Source: Moré, Lecture Notes in Mathematics 630
     (1978), for the running maximum.
     """
     forward = isinstance(norm, ForwardNorm)
@@ -232,7 +235,7 @@ def dense(
     )
     diagonal = jnp.maximum(norm.diagonal, jnp.diagonal(formed.matrix))
     mean = jnp.mean(diagonal)
-    scale = jax.lax.rsqrt(diagonal + jnp.where(mean > 0, mean, 1))
+    scale = jax.lax.rsqrt(diagonal + EVEN * jnp.where(mean > 0, mean, 1))
     matrix = formed.matrix * scale * scale[:, None]
 
     def step(radius, shift):
