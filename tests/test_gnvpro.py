@@ -350,7 +350,7 @@ ALLOWED = {
 
 @pytest.mark.parametrize("fn", ALLOWED, ids=lambda fn: getattr(fn, "__name__", "reversible"))
 def test_features_get_a_form_that_is_right_for_them(fn, x64):
-    """By default, and of those that are asked for all others are refused with the names of these."""
+    """By default; and the others are refused with the names of these."""
     problem, start, data, rates = curve(fn)
     solution = vp.fit(problem, start, data, max_work=300)
     np.testing.assert_allclose(np.sort(solution.theta), rates, rtol=1e-6)
@@ -419,9 +419,7 @@ def test_every_product_asks_for_full_precision(name, loss):
     state = jax.eval_shape(method.init, theta, data)
     for fn, *at in ((method.init, theta, data), (method.step, state, data)):
         found = list(products(jax.make_jaxpr(fn)(*at).jaxpr))
-        assert found and all(
-            p is not None and set(p) == {jax.lax.Precision.HIGHEST} for p in found
-        )
+        assert found and all(p is not None and set(p) == {jax.lax.Precision.HIGHEST} for p in found)
 
 
 def test_ten_failed_trials_carry_the_radius_on(x64):
@@ -435,7 +433,7 @@ def test_ten_failed_trials_carry_the_radius_on(x64):
 
 @forms
 def test_many_fits_at_once_are_those_alone(name, x64):
-    """`vmap` makes one program of all branches; in jaxlib factorisations at once waited for ever."""
+    """In jaxlib two batched factorisations at once waited for ever."""
     problem, start, (time, targets), _ = curve(decays)
     many = targets.T + 0.01 * np.random.default_rng(0).normal(size=(20, len(time)))
     method = METHODS[name](problem)

@@ -88,7 +88,10 @@ def test_an_offset_is_part_of_the_targets(rank, alpha, x64):
     """Where the rows lack full rank, too: w has the minimum norm then."""
     rows, targets = make(30, rank)
     offset = np.random.default_rng(3).normal(size=(COLUMNS, OUTPUTS))
-    apart, together = ridge(rows, targets, alpha, offset), ridge(rows, targets + rows @ offset, alpha)
+    apart, together = (
+        ridge(rows, targets, alpha, offset),
+        ridge(rows, targets + rows @ offset, alpha),
+    )
     np.testing.assert_allclose(apart.w, together.w, rtol=1e-8, atol=1e-10)
     np.testing.assert_allclose(apart.residual, together.residual, rtol=1e-8, atol=1e-10)
 

@@ -224,9 +224,7 @@ def random_problem(rng, kind):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-@pytest.mark.parametrize(
-    "kind", ["definite", "indefinite", "negative", "singular", "huge", "tiny"]
-)
+@pytest.mark.parametrize("kind", ["definite", "indefinite", "negative", "singular", "huge", "tiny"])
 def test_matrix_step_for_random_spectra(kind, dtype, x64):
     """Finite, in the ball, and nearly the best there; what rounding hides of a singular matrix, a
     long way along nothing, it may leave out."""
@@ -248,7 +246,10 @@ def test_matrix_step_for_random_spectra(kind, dtype, x64):
 
 
 def test_matrix_step_of_what_is_not_a_number_stays_in_place(x64):
-    for matrix, gradient in ((np.full((3, 3), np.nan), np.ones(3)), (np.eye(3), np.full(3, np.inf))):
+    for matrix, gradient in (
+        (np.full((3, 3), np.nan), np.ones(3)),
+        (np.eye(3), np.full(3, np.inf)),
+    ):
         found = solve_matrix(matrix, gradient, 1.0, 0.0)
         assert not np.asarray(found.step).any() and np.isfinite(found.shift)
 

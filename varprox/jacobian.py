@@ -79,8 +79,9 @@ def gauss_newton_matrix(
     W, rows of dZ or K are held that take `BLOCK_BYTES` or as many as the matrix, or those of one
     sample where they are longer.
 
-    `factor` is that of ∇²_W Φ at `w` = W(θ), exact, and `slopes` are G there. `forward` says how dZ is found: by one forward
-    pass of all samples together for each weight, or by reverse passes of each sample alone.
+    `factor` is that of ∇²_W Φ at `w` = W(θ), exact, and `slopes` are G there. `forward` says how dZ
+    is found: by one forward pass of all samples together for each weight, or by reverse passes of
+    each sample alone.
     """
     flat, unravel = ravel_pytree(theta)
     samples, dims, taken = len(data[1]), dimensions(problem, w), passes(w, kaufman=kaufman)
@@ -106,14 +107,17 @@ def gauss_newton_matrix(
         sums = gradient + rows.gradient, b + rows.weights.T @ rows.rooted
         if not kaufman:
             a = jax.lax.fori_loop(
-                0, used, lambda part, a: a.at[part].add(_a(compressed[part, chosen], rows.pulled)), a
+                0,
+                used,
+                lambda part, a: a.at[part].add(_a(compressed[part, chosen], rows.pulled)),
+                a,
             )
         return (sums, a), rows if keep else None
 
     def zeros(*shape):
         return jnp.zeros((*shape, flat.size), flat.dtype)
 
-    no_a = None if kaufman else zeros(len(compressed), compressed.shape[2] * len(w))
+    no_a: Any = None if kaufman else zeros(len(compressed), compressed.shape[2] * len(w))
     start = (zeros(), zeros(dims * len(w))), no_a
     ((gradient, b), a), kept = jax.lax.scan(collect, start, index)
     c = span.inward(b)

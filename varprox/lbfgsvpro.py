@@ -131,7 +131,7 @@ def _start(problem, theta, data, *, memory):
         Status.RUNNING,
     )
     return State(
-        *at,
+        **at._asdict(),
         decrease=at.objective,
         unit=unit,
         pairs=no_pairs(memory, gradient),
@@ -223,7 +223,7 @@ def _step(problem, tolerance, state, data, *, memory):
     )
     norm = unit * jnp.linalg.norm(ravel_pytree(at.gradient)[0] / unit)
     new = State(
-        *at,
+        **at._asdict(),
         decrease=jnp.where(accepted, gain * unit, state.decrease),
         unit=unit,
         pairs=pairs,

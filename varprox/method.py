@@ -32,8 +32,8 @@ _MESSAGES = {
     Status.NON_FINITE: "The objective or its gradient is NaN or infinite; the weights are the last "
     "good ones.",
     Status.BUDGET: "The work, the seconds or the epochs allowed are used up.",
-    Status.FLAT: "The gradient vanishes at the start to the last bit, as where no feature depends on "
-    "theta or none is used, so no step can be found; start from other weights.",
+    Status.FLAT: "The gradient vanishes at the start to the last bit, as where no feature depends "
+    "on theta or none is used, so no step can be found; start from other weights.",
 }
 
 

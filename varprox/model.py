@@ -249,7 +249,7 @@ def _shifted(theta):
         way = rng.choice([-1, 1], leaf.shape) * rng.uniform(0.05, 0.15, leaf.shape)
         return (leaf + (size or max(sizes) or 1.0) * way).astype(leaf.dtype)
 
-    return structure.unflatten(map(shifted, leaves, sizes))
+    return jax.tree.unflatten(structure, map(shifted, leaves, sizes))
 
 
 def derivatives(problem: Problem, theta, inputs) -> tuple[bool, bool]:

@@ -223,7 +223,8 @@ def _answered(graphdef, state, theta, inputs, targets, *, training):
     path, _ = _place(net)
     head = _Answer(answer)
     begin = head.calls[...]
-    _put(*_parent(net, path), head)
+    parent, name = _parent(net, path)
+    _put(parent, name, head)
     try:
         out = net(inputs)
     except Exception as error:

@@ -6,7 +6,7 @@ trust_region.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,8 @@ def project(
 
 
 def _ridge(problem, rows, targets):
-    scale, offset = len(rows) ** 0.5, 0.0
+    scale = len(rows) ** 0.5
+    offset: Any = 0.0
     if has_bias(problem.model.head):
         mean = jnp.mean(targets, axis=0)
         offset = jnp.zeros((rows.shape[1], len(mean)), rows.dtype).at[-1].set(mean)

@@ -318,7 +318,9 @@ def kernel(
     )
 
 
-def _formed(problem, theta, formed, root, step, product, solve, *, curvature, reach, work, following):
+def _formed(
+    problem, theta, formed, root, step, product, solve, *, curvature, reach, work, following
+):
     """The model of a matrix, whose `product` and `solve` are in the variables y.
 
     The second-order correction a of a step s, at whose end the residuals are off from what the

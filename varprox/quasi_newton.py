@@ -22,7 +22,7 @@ class Pairs(NamedTuple):
     changes: jax.Array  # (memory, size)
     weights: jax.Array  # (memory,), 1 / (step · change), 0 where there is no pair
     scale: jax.Array  # of the inverse Hessian in directions that no pair tells of
-    count: jax.Array  # of the pairs that were ever added
+    added: jax.Array  # how many pairs ever were
 
     @property
     def empty(self) -> jax.Array:
@@ -32,7 +32,7 @@ class Pairs(NamedTuple):
     def solve(self, gradient: jax.Array) -> jax.Array:
         """The inverse Hessian times a vector. Source: Nocedal, Math. Comp. 35 (1980)."""
         memory = len(self.weights)
-        newest_first = (self.count - 1 - jnp.arange(memory, dtype=jnp.int32)) % memory
+        newest_first = (self.added - 1 - jnp.arange(memory, dtype=jnp.int32)) % memory
 
         def take_out(q, i):
             along = self.weights[i] * (self.steps[i] @ q)
@@ -52,7 +52,7 @@ class Pairs(NamedTuple):
         product, square = step @ change, change @ change
         # A curvature below rounding of the change would weigh without bound.
         keep = keep & (product > eps * square) & (square > 0)
-        place = self.count % memory
+        place = self.added % memory
         product, square = jnp.where(keep, product, 1), jnp.where(keep, square, 1)
 
         def put(old, new):
@@ -63,7 +63,7 @@ class Pairs(NamedTuple):
             put(self.changes, change),
             put(self.weights, 1 / product),
             jnp.where(keep, product / square, self.scale),
-            self.count + keep.astype(jnp.int32),
+            self.added + keep.astype(jnp.int32),
         )
 
     def forget(self, when: jax.Array) -> "Pairs":

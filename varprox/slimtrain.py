@@ -157,7 +157,7 @@ def learned_by(model: Separable) -> list:
 
 
 def _is_key(leaf):
-    return jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _init(static, options, theta, data, key=None):
@@ -264,7 +264,7 @@ def _check_like(like, batch):
     if samples == (0,):
         raise ValueError(f"targets: expected at least one sample, got shape {jnp.shape(batch[1])}")
     for name, expected, came in zip(("inputs", "targets"), like, batch, strict=True):
-        structures = [jax.tree.structure(tree) for tree in (expected, came)]
+        structures: list[Any] = [jax.tree.structure(tree) for tree in (expected, came)]
         if structures[0] != structures[1]:
             raise TypeError(
                 f"{name}: expected {structures[0]}, as `init` has seen, got {structures[1]}"

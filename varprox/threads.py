@@ -15,7 +15,8 @@ import jax
 from threadpoolctl import threadpool_limits
 
 # The number of threads is the process's. Runs may overlap, and the last to end restores it.
-_lock, _under_way, _undo = Lock(), [], ExitStack()
+_lock, _undo = Lock(), ExitStack()
+_under_way: list[object] = []
 
 
 @contextmanager

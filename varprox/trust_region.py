@@ -117,7 +117,7 @@ def _in_units(solve, hessian, gradient, radius, shift):
 
 
 def _power(x):
-    """The power of two next to x ≥ 0, by which one divides without rounding; 1 for what has none."""
+    """The power of two next to x ≥ 0, by which one divides without rounding; 1 if it has none."""
     usable = jnp.isfinite(x) & (x > 0)
     return jnp.where(usable, jnp.exp2(jnp.round(jnp.log2(jnp.where(usable, x, 1)))), 1)
 
