@@ -447,16 +447,33 @@ def test_a_start_next_to_where_features_are_undefined_is_looked_at_itself():
     assert treats_samples_alone(problem(summed), start, TIMES) is False
 
 
-def test_one_sample_is_alone_and_under_trace_nothing_is_known():
+def test_one_sample_is_alone():
     assert treats_samples_alone(problem(normalised), RATES, TIMES[:1]) is True
+
+
+@pytest.mark.parametrize("fn", [decays, normalised])
+def test_weights_and_inputs_under_trace_are_made_up(fn):
     seen = []
 
     @jax.jit
-    def traced(rates):
-        seen.append(treats_samples_alone(problem(decays), rates, TIMES))
+    def traced(rates, times):
+        seen.append(treats_samples_alone(problem(fn), rates, times))
         return rates
 
-    traced(RATES)
+    traced(RATES, TIMES)
+    assert seen == [fn is decays]
+
+
+def test_of_a_problem_under_trace_nothing_is_known():
+    seen = []
+
+    @jax.jit
+    def traced(shift):
+        bound = jax.tree_util.Partial(lambda shift, theta, x: decays(theta, x) + shift, shift)
+        seen.append(treats_samples_alone(problem(bound), RATES, TIMES))
+        return shift
+
+    traced(1.0)
     assert seen == [None]
 
 

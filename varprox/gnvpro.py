@@ -269,7 +269,12 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         model = formed(*at, kaufman=kaufman)
 
     gradient_norm = norm(model.gradient)
-    rounding = _rounding(problem, rows, state.w, state.objective)
+    # How well predictions are known, and with them the objective, where their errors have nothing to
+    # do with one another.
+    size = jnp.abs(state.objective)
+    error = ROUNDINGS * rounding_of_predictions(problem, rows, state.w)
+    rounding = error * (jnp.sqrt(2 * size / len(rows)) + error)
+    rounding = rounding + ROUNDINGS * jnp.finfo(error.dtype).eps * size
     first = jnp.isinf(state.radius)
     projection = state.projection._replace(factor=factor, spent=jnp.int32(0))
 
@@ -296,7 +301,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         return correction(found, solved.slopes, solved.w)
 
     # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
-    guess = jnp.sqrt(2 * jnp.abs(state.objective) / model.curvature)
+    guess = jnp.sqrt(2 * size / model.curvature)
     radius = jnp.where(first, guess, state.radius)
     result = trust_region.search(
         model.step,
@@ -334,7 +339,8 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         tolerance = jnp.finfo(value.dtype).eps ** 0.75
     # A model without a minimiser promises nothing.
     promises = (result.promise > 0) | (gradient_norm == 0)
-    converged = promises & (result.promise <= tolerance * jnp.abs(state.objective) + rounding)
+    converged = promises & (result.promise <= tolerance * size + rounding)
+    converged |= jnp.abs(value) <= error**2  # the residual is that of rounding
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)
     status = jnp.select(
         [
@@ -361,14 +367,6 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         status=status.astype(jnp.int32),
     )
     return state, info
-
-
-def _rounding(problem, rows, w, value):
-    """How well the objective is known, where errors of predictions have nothing to do with one
-    another."""
-    error = ROUNDINGS * rounding_of_predictions(problem, rows, w)
-    loss = jnp.sqrt(2 * jnp.abs(value) / len(rows))
-    return ROUNDINGS * jnp.finfo(value.dtype).eps * jnp.abs(value) + error * (loss + error)
 
 
 def _by_gradients(problem, form, trial, step, inputs, solved, gradient):
