@@ -15,7 +15,7 @@ from problems import (
     move,
     relative,
 )
-from scipy.optimize import minimize
+from scipy.optimize import least_squares, minimize
 from test_method import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 
 import varprox as vp
@@ -68,7 +68,7 @@ def test_gain_ratio_is_actual_over_predicted_and_accepts(name, loss):
     _, _, states, infos, *_ = run(name, loss)
     for before, after, info in zip(states, states[1:], infos, strict=False):
         if info.accepted:
-            assert after.objective <= before.objective * (1 + 1e-15) and info.ratio > 0
+            assert after.objective <= before.objective * (1 + 1e-13) and info.ratio > 0
         assert info.objective == after.objective
 
 
@@ -332,10 +332,19 @@ reversible.defvjp(
 
 
 def curve(features, dtype=np.float64):
-    """A problem whose minimum is zero, at the logarithms of the rates 0.4 and 2.5."""
-    time = np.linspace(0, 4, 40, dtype=dtype)
-    rates = np.log([0.4, 2.5]).astype(dtype)
-    targets = np.asarray(features(rates, time)) @ np.array([[1.0], [3.0]], dtype)
+    """A problem, a start, noisy data and the weights that SciPy finds for them."""
+    time = np.linspace(0, 4, 40)
+    rates = np.log([0.4, 2.5])
+    rows = jax.jit(features)
+    noise = 0.01 * np.random.default_rng(0).normal(size=(40, 1))
+    targets = np.asarray(rows(rates, time)) @ [[1.0], [3.0]] + noise
+
+    def residual(theta):
+        z = np.asarray(rows(theta, time))
+        return (z @ np.linalg.lstsq(z, targets)[0] - targets).ravel()
+
+    rates = np.sort(least_squares(residual, rates, xtol=1e-14, gtol=1e-14).x)
+    time, targets = time.astype(dtype), targets.astype(dtype)
     problem = vp.Problem(vp.Separable(features, vp.dense(bias=False)), vp.least_squares())
     return problem, np.log([0.1, 1.0]).astype(dtype), (time, targets), rates
 
@@ -353,7 +362,7 @@ def test_features_get_a_form_that_is_right_for_them(fn, x64):
     """By default; and the others are refused with the names of these."""
     problem, start, data, rates = curve(fn)
     solution = vp.fit(problem, start, data, max_work=300)
-    np.testing.assert_allclose(np.sort(solution.theta), rates, rtol=1e-6)
+    np.testing.assert_allclose(np.sort(solution.theta), rates, rtol=1e-5)
     assert solution.status == vp.Status.CONVERGED
     assert Form(int(solution.history["curvature"][-1])) in ALLOWED[fn]
     for form in set(Form) - ALLOWED[fn]:

@@ -1,13 +1,15 @@
 """Ridge regression on design rows by orthogonal factors, never by normal equations.
 
 A QR decomposition of the rows gives an orthonormal basis of what they span, and the singular values
-of its small triangular factor the solution. Imports nothing of the package.
+of its small triangular factor the solution. Imports precision.
 """
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from varprox.precision import full_products
 
 
 class Span(NamedTuple):
@@ -29,6 +31,7 @@ class Ridge(NamedTuple):
     span: Span
 
 
+@full_products
 def span(rows: jax.Array, alpha) -> Span:
     """What rows (batch, columns) span, fewer or more than there are columns.
 
@@ -44,6 +47,7 @@ def span(rows: jax.Array, alpha) -> Span:
     return Span(jnp.pad(q, ((0, 0), (0, missing))) @ (u * (s * root)), vt.T * root)
 
 
+@full_products
 def ridge(rows: jax.Array, targets: jax.Array, alpha, offset: jax.Array | float = 0.0) -> Ridge:
     """Solves the ridge problem for the targets rows · offset + `targets`; α = 0 gives the
     minimum-norm solution.
