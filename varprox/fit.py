@@ -94,7 +94,8 @@ def fit(
     """Trains until the method ends or a budget is used up, whichever comes first.
 
     In place of a method a problem may be given: it is trained with `gnvpro` where θ is small enough
-    for the curvature to be formed, and with `lbfgsvpro` elsewhere.
+    for the curvature to be formed, in a way that the features allow, and with `lbfgsvpro`
+    elsewhere.
 
     `data` and `validation` are pairs (inputs, targets). Budgets: `max_work` in work units (one
     forward or one backward pass over the data is one), `max_seconds` of run time, `epochs`, which

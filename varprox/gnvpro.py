@@ -269,8 +269,8 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         model = formed(*at, kaufman=kaufman)
 
     gradient_norm = norm(model.gradient)
-    # How well predictions are known, and with them the objective: errors of predictions have nothing
-    # to do with one another.
+    # How well predictions are known, and with them the objective: the errors of predictions have
+    # nothing to do with one another.
     size = jnp.abs(state.objective)
     error = ROUNDINGS * rounding_of_predictions(problem, rows, state.w)
     rounding = error * (jnp.sqrt(2 * size / len(rows)) + error)
