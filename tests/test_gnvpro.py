@@ -390,21 +390,20 @@ def test_first_steps_are_finite_and_good(name, x64):
 
 
 @pytest.mark.parametrize("name", ["dense", "kernel", "krylov", "forward"])
-@pytest.mark.parametrize("unit, offset", [(1e10, 0.0), (1e-10, 0.0), (1.0, 1e4)])
-def test_units_make_no_difference_in_single_precision(name, unit, offset):
+def test_units_make_no_difference_in_single_precision(name):
     """Nor does an offset, as there is a bias."""
     time = np.linspace(0, 4, 40, dtype=np.float32)
     noise = np.random.default_rng(0).normal(size=(40, 1))
     targets = np.exp(-time[:, None] * [0.4, 2.5]) @ [[1.0], [3.0]] + 0.05 * noise
     problem = vp.Problem(vp.Separable(decays), vp.least_squares())
     start = np.log([0.1, 1.0]).astype(np.float32)
-    plain = targets.astype(np.float32)
-    other = (unit * targets + offset).astype(np.float32)
-    method = vp.gnvpro(problem, curvature=name)
-    ends = [vp.fit(method, start, (time, c), max_work=200) for c in (plain, other)]
-    assert [s.status for s in ends] == 2 * [vp.Status.CONVERGED]
-    objectives = [s.history["objective"][-1] for s in ends]
-    assert abs(objectives[1] / unit**2 - objectives[0]) < 2e-3 * objectives[0]
+    method, objectives = vp.gnvpro(problem, curvature=name), []
+    for unit, offset in ((1.0, 0.0), (1e10, 0.0), (1e-10, 0.0), (1.0, 1e4)):
+        data = time, (unit * targets + offset).astype(np.float32)
+        solution = vp.fit(method, start, data, max_work=200)
+        assert solution.status == vp.Status.CONVERGED
+        objectives.append(solution.history["objective"][-1] / unit**2)
+    np.testing.assert_allclose(objectives, objectives[0], rtol=2e-3)
 
 
 def products(jaxpr):

@@ -33,6 +33,15 @@ def norm(x: jax.Array) -> jax.Array:
     return unit * jnp.linalg.norm(x / unit)
 
 
+def after(done: jax.Array, x: jax.Array) -> jax.Array:
+    """x, but known only once `done` is, a number ≥ 0.
+
+    Under `vmap` on CPU two factorisations that run at once can wait for one another for ever inside
+    jaxlib, and an optimisation barrier between them is gone by then.
+    """
+    return jnp.where(done < 0, jnp.nan, x)
+
+
 def lanczos(
     matvec: Callable[[jax.Array], jax.Array],
     start: jax.Array,

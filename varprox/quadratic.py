@@ -17,6 +17,7 @@ from jax.flatten_util import ravel_pytree
 from varprox import trust_region
 from varprox.curvature import linearise
 from varprox.jacobian import dimensions, gauss_newton_matrix, gauss_newton_root, passes
+from varprox.krylov import after
 from varprox.krylov import norm as length
 from varprox.model import Problem, derivatives, treats_samples_alone
 from varprox.penalties import tikhonov_weight
@@ -188,6 +189,12 @@ def krylov(
 
     found = trust_region.krylov_space(matvec, in_ball(gradient), radius, rank=rank, flat=flat)
     products = found.tridiagonal.size
+
+    def following(trials):
+        t = found.tridiagonal
+        later = found._replace(tridiagonal=t._replace(diagonal=after(trials, t.diagonal)))
+        return norm._replace(recycled=recycle(norm.recycled, later))
+
     # Whitening is not undone: it brings θ to about the size that it has.
     reach = length(norm.recycled.inverse_root(weights))
     return Quadratic(
@@ -198,17 +205,8 @@ def krylov(
         reach=reach,
         products=products,
         work=2 + jnp.where(newton, 4, 2) * products,
-        following=lambda trials: norm._replace(
-            recycled=recycle(norm.recycled, _after(trials, found))
-        ),
+        following=following,
     )
-
-
-def _after(trials, space):
-    """The same space, known only when the trials are: under `vmap` on CPU two factorisations that
-    run at once wait for one another in jaxlib, and an optimisation barrier is gone by then."""
-    diagonal = jnp.where(trials < 0, jnp.nan, space.tridiagonal.diagonal)
-    return space._replace(tridiagonal=space.tridiagonal._replace(diagonal=diagonal))
 
 
 def dense(

@@ -199,10 +199,13 @@ def _matrix_step(matrix, gradient, radius, shift):
         """The step to the boundary along the direction of the least eigenvalue, from inside."""
         s, shift = best
         solve = solver(shift)
-        v = jnp.cos(jnp.arange(len(s), dtype=dtype))  # any that is orthogonal to nothing
-        for _ in range(3):
+
+        def iterate(_, v):
             v = solve(solve(v), trans=1)
-            v = v / norm(v)
+            return v / norm(v)
+
+        v = jnp.cos(jnp.arange(len(s), dtype=dtype))  # any that is orthogonal to nothing
+        v = jax.lax.fori_loop(0, 3, iterate, v)
         along, rest = s / radius @ v, 1 - jnp.sum((s / radius) ** 2)
         root = jnp.sqrt(jnp.maximum(along**2 + rest, 0))
         # Of the two points on the boundary the nearer: there the model is lower.
@@ -211,15 +214,15 @@ def _matrix_step(matrix, gradient, radius, shift):
     minus = -jnp.ones_like(shift)
     cauchy = -gradient * jnp.minimum(1 / bound, radius / norm(gradient))
     start = shift, minus, most, (cauchy, most), jnp.array(False), jnp.zeros((), jnp.int32)
-    start = jax.lax.while_loop(lambda c: ~c[4] & (c[5] < ROUNDS), refine, start)
-    _, _, _, (s, shift), _, _ = start
+    *_, (s, shift), _, _ = jax.lax.while_loop(lambda c: ~c[4] & (c[5] < ROUNDS), refine, start)
     length = norm(s)
     hard = (shift > least) & jnp.isfinite(radius) & (length < (1 - CLOSE) * radius)
     longer = jax.lax.cond(hard, towards, lambda best: best[0], (s, shift))
     hard &= jnp.isfinite(longer).all()
     s = jnp.where(hard, longer, s)
     decrease = -(gradient @ s + 0.5 * s @ (matrix @ s))
-    decrease = jnp.where(hard, decrease, 0.5 * (shift * (s @ s) - gradient @ s))
+    solved = ~hard & (shift < most)  # then (H + σ I) s = −g, and nothing cancels
+    decrease = jnp.where(solved, 0.5 * (shift * (s @ s) - gradient @ s), decrease)
     return Step(s, decrease, (shift > least) & jnp.isfinite(radius), shift)
 
 

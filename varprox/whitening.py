@@ -2,7 +2,7 @@
 
 Arrays of weights act on correlated things, such as the bands of a spectrum, so the curvature is
 steep in a few of their directions and flat in most. Found once, at the start of a run, from a
-sketch of the Gauss–Newton matrix. Imports model.
+sketch of the Gauss–Newton matrix. Imports krylov and model.
 """
 
 import math
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varprox.krylov import after
 from varprox.model import Problem
 
 BUCKETS, SAMPLES = 64, 1024  # of the sketch, at most
@@ -86,12 +87,11 @@ def whitening(
     (squares, alone), _ = jax.lax.scan(add, start, (*parts, signs, split(rows)))
     sizes = [leaf.size for leaf in jax.tree.leaves(theta)]
     mean = sum(trace for trace, _ in squares) / max(sum(sizes), 1)
-    found = Whitening(
-        tuple(
-            _whiten(trace / max(size, 1), unfolded, mean)
-            for size, (trace, unfolded) in zip(sizes, squares, strict=True)
-        )
-    )
+    arrays, done = [], jnp.zeros((), rows.dtype)
+    for size, (trace, unfolded) in zip(sizes, squares, strict=True):
+        array, done = _whiten(trace / max(size, 1), unfolded, mean, done)
+        arrays.append(array)
+    found = Whitening(tuple(arrays))
     good = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(found)]).all()
     return _where(alone & good, found)
 
@@ -144,17 +144,25 @@ def _squares(tree):
     return [squares(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def _whiten(curvature, squares, mean):
-    """Scale and roots for an array of this mean curvature; `mean` is that of all of θ."""
+def _whiten(curvature, squares, mean, done):
+    """Scale and roots for an array of this mean curvature; `mean` is that of all of θ. Second comes
+    what is known after the last of the roots: they are found one after another."""
     # An array on which nothing depends would get an infinite scale.
     scale = jax.lax.rsqrt(curvature + jnp.where(mean > 0, LEAST * mean, 1))
-    return scale, tuple(
-        None if square is None else _root(square, len(squares)) for square in squares
-    )
+    roots: list = []
+    for square in squares:
+        if square is None:
+            roots.append(None)
+            continue
+        root, done = _root(after(done, square), len(squares))
+        roots.append(root)
+    return (scale, tuple(roots)), done
 
 
 def _root(square, axes):
-    """(square + damping)^{−1/(2 axes)}, for a square brought to a mean curvature of one."""
+    """(square + damping)^{−1/(2 axes)}, for a square brought to a mean curvature of one, and a
+    number ≥ 0 that is known when it is."""
     mean = jnp.trace(square) / len(square)
     eigenvalues, q = jnp.linalg.eigh(square / jnp.where(mean > 0, mean, 1))
-    return q * (jnp.maximum(eigenvalues, 0) + DAMPING) ** (-0.5 / axes) @ q.T
+    raised = (jnp.maximum(eigenvalues, 0) + DAMPING) ** (-0.5 / axes)
+    return q * raised @ q.T, raised[0]
