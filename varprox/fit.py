@@ -259,7 +259,7 @@ def _problem(method, state):
 
 def _default_method(problem, theta, data):
     check_data(problem, theta, data, full_batch=True)
-    forward, reverse = derivatives(problem, theta, data[0])
+    _, reverse = derivatives(problem, theta, data[0])
     if reverse and not usable(problem, theta, data[0]):
         return lbfgsvpro(problem)
     form = select_form(problem, theta, data)

@@ -86,7 +86,7 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = N
     check_problem(problem)
     memory = check_integer("memory", memory, least=1)
     tolerance = None if tolerance is None else check_number("tolerance", tolerance)
-    step = partial(_step, problem, tolerance, memory=memory)
+    step = partial(_step, problem, tolerance)
     return Method(partial(_init, problem, memory), step, problem)
 
 
@@ -164,9 +164,9 @@ def _size(at):
     return jnp.abs(loss) + jnp.abs(at.objective - loss)
 
 
-@partial(jax.jit, static_argnames="memory")
+@jax.jit
 @full_products
-def _step(problem, tolerance, state, data, *, memory):
+def _step(problem, tolerance, state, data):
     unit, start = state.unit, _At(*state[:5])
     dtype = unit.dtype
     _, unravel = ravel_pytree(state.theta)
