@@ -19,7 +19,7 @@ from scipy.optimize import least_squares, minimize
 from test_method import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 
 import varprox as vp
-from varprox import trust_region
+from varprox import secant, trust_region
 from varprox.model import objective
 from varprox.quadratic import EVEN, Form, KernelNorm
 
@@ -39,14 +39,14 @@ def test_work_units_add_up(loss):
 @pytest.mark.parametrize("name", ["gnvpro-dense", "gnvpro-kernel"])
 @losses
 def test_work_units_of_formed_models_add_up(name, loss):
-    """1 for the start; then 1 a step, 1 a trial point and 1 a column of the rows, or under least
-    squares, with Kaufman's approximation, 1 an output."""
+    """1 for the start; then 1 a step, 1 a trial point and, with Kaufman's approximation, 1 an
+    output."""
     _, data, states, infos, *_ = run(name, loss)
     assert states[0].work_units == 1
     for before, after, info in zip(states, states[1:], infos, strict=False):
         columns, outputs = before.w.shape
         assert outputs < columns
-        spent = 1 + (outputs if loss == "least_squares" else columns) + int(info.trials)
+        spent = 1 + outputs + int(info.trials)
         assert after.work_units == before.work_units + spent
         assert info.products == 0 and not info.newton
 
@@ -135,20 +135,23 @@ def test_the_minimum_is_that_of_scipy(name, x64):
     assert abs(states[-1].objective - found.fun) < 1e-8 * found.fun
 
 
-def test_newton_takes_over_where_gauss_newton_misjudges_the_curvature(x64):
-    """A bowl that only the residual curves: J vanishes at its bottom, the Hessian does not.
+def bowl():
+    """A problem and data with an objective that only the residual curves: J vanishes at its bottom,
+    the Hessian does not."""
 
-    With products of the Gauss–Newton matrix every first trial overshoots; those of the Hessian,
-    four work units each, then converge quadratically.
-    """
-
-    def bowl(theta, inputs):
+    def features(theta, inputs):
         height = 0.05 * jnp.sum(jnp.array([1.0, 2.0, 4.0]) * theta**2)
         return inputs[:, :1] + height * inputs[:, 1:]
 
     along, residual = np.ones(4), np.array([1.0, -1.0, 1.0, -1.0])
     data = (np.stack([along, -residual], axis=1), (along + residual)[:, None])
-    problem = vp.Problem(vp.Separable(bowl, vp.dense(bias=False)), vp.least_squares())
+    return vp.Problem(vp.Separable(features, vp.dense(bias=False)), vp.least_squares()), data
+
+
+def test_newton_takes_over_where_gauss_newton_misjudges_the_curvature(x64):
+    """With products of the Gauss–Newton matrix every first trial overshoots; those of the Hessian,
+    four work units each, then converge quadratically."""
+    problem, data = bowl()
     method = vp.gnvpro(problem, curvature="krylov", rank=3, whiten=False, tolerance=1e-12)
     states, infos = [method.init(np.array([1.0, -0.7, 0.4]), data)], []
     while states[-1].status == vp.Status.RUNNING and len(infos) < 30:
@@ -163,6 +166,22 @@ def test_newton_takes_over_where_gauss_newton_misjudges_the_curvature(x64):
     norms = [float(info.gradient_norm) for info in infos][newton.index(True) :]
     assert norms[1] < 1e-3 * norms[0] and norms[2] < 1e-9 * norms[1]
     assert abs(states[-1].objective - 0.5) < 1e-14
+
+
+@pytest.mark.parametrize("curvature", ["dense", "forward"])
+def test_gradients_teach_what_a_formed_matrix_leaves_out(curvature, x64):
+    """Such as all of the curvature at the bottom of the bowl. What is learnt makes the last steps
+    faster than linear; and a run does not end by it."""
+    problem, data = bowl()
+    method = vp.gnvpro(problem, curvature=curvature)
+    states = finish(method, np.array([1.0, -0.7, 0.4]), data, 40)
+    assert states[-1].status == vp.Status.CONVERGED
+    assert abs(states[-1].objective - 0.5) < 1e-14
+    streaks = [int(state.norm.secant.streak) for state in states]
+    assert max(streaks) >= secant.PATIENCE > streaks[-1]
+    hessian = 0.1 * np.diag([1.0, 2.0, 4.0])  # of the height, as the residual is one and so is W
+    learnt = states[-1].norm.secant.matrix
+    assert relative(learnt, hessian) < 0.02
 
 
 def test_a_quadratic_problem_is_solved_in_one_step(x64):

@@ -1,5 +1,7 @@
 """The forms of GNvpro's model: they agree, and "auto" picks the cheapest."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from varprox.quadratic import Form
 
 RADII = (np.inf, 1e-2, 1e-4)
 CASE = Case("softmax_cross_entropy", outputs=2)
+start_norm = partial(quadratic.start_norm, memory=0, kaufman=False)
 
 
 @jax.jit
@@ -27,7 +30,7 @@ def steps(problem, theta, data, w):
     options = {"rank": size, "flat": 0.0, "w_curvature": True}
     found = {}
     for form in Form:
-        norm = quadratic.start_norm(form, problem, theta, rows, w, data, 0, True)
+        norm = start_norm(form, problem, theta, rows, w, data, whiten=True)
         slopes = problem.loss.gradient(rows @ w, targets)
         arguments = problem, theta, data, w, factor, slopes, norm
         if form is Form.KRYLOV:
@@ -76,7 +79,7 @@ def test_a_correction_leaves_an_error_of_third_order(loss, make, x64):
     rows = problem.model.rows(theta, inputs)
     factor = factorise(problem, rows, reference.w, targets, whole=True)
     form = Form.KERNEL if make is quadratic.kernel else Form.DENSE
-    norm = quadratic.start_norm(form, problem, theta, rows, reference.w, case.data, 0, False)
+    norm = start_norm(form, problem, theta, rows, reference.w, case.data, whiten=False)
     slopes = problem.loss.gradient(rows @ reference.w, targets)
     model = make(problem, theta, case.data, reference.w, factor, slopes, norm, kaufman=False)
 

@@ -171,7 +171,7 @@ def gnvpro(
 def _init(problem, theta, data, key=None, *, curvature, rank, kaufman, memory, whiten):
     check_data(problem, theta, data, full_batch=True)
     form = select_form(problem, theta, data, curvature, rank=rank, kaufman=kaufman)
-    return _start(problem, theta, data, form=form, memory=memory, whiten=whiten)
+    return _start(problem, theta, data, form=form, memory=memory, whiten=whiten, kaufman=kaufman)
 
 
 def select_form(
@@ -192,7 +192,7 @@ def select_form(
         raise ValueError(f"curvature: expected {instead} for features {why}, got {curvature!r}")
     z = jax.eval_shape(problem.model.features, theta, inputs)
     w = jax.eval_shape(lambda: zero_w(problem, z, targets))
-    kaufman = _kaufman(problem, w, kaufman)
+    kaufman = _kaufman(w, kaufman)
     return quadratic.choose(forms, problem, theta, data, w, rank=rank, kaufman=kaufman)
 
 
@@ -210,9 +210,9 @@ def _why(problem, theta, inputs, curvature, allowed):
     return "that depend on the other samples of the batch"
 
 
-@partial(jax.jit, static_argnames=("form", "memory", "whiten"))
+@partial(jax.jit, static_argnames=("form", "memory", "whiten", "kaufman"))
 @full_products
-def _start(problem, theta, data, *, form, memory, whiten):
+def _start(problem, theta, data, *, form, memory, whiten, kaufman):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
@@ -226,7 +226,17 @@ def _start(problem, theta, data, *, form, memory, whiten):
         decrease=value,
         radius=jnp.full_like(value, jnp.inf),
         shift=jnp.zeros_like(value),
-        norm=quadratic.start_norm(form, problem, theta, rows, projection.w, data, memory, whiten),
+        norm=quadratic.start_norm(
+            form,
+            problem,
+            theta,
+            rows,
+            projection.w,
+            data,
+            memory=memory,
+            whiten=whiten,
+            kaufman=_kaufman(projection.w, kaufman),
+        ),
         low=jnp.zeros((), jnp.int32),
         newton=jnp.array(False),
         work_units=jnp.int32(3 if form is Form.KRYLOV and whiten else 1),
@@ -234,9 +244,9 @@ def _start(problem, theta, data, *, form, memory, whiten):
     )
 
 
-def _kaufman(problem, w, kaufman):
+def _kaufman(w, kaufman):
     columns, outputs = w.shape
-    return problem.loss.quadratic and outputs < columns if kaufman is None else kaufman
+    return outputs < columns if kaufman is None else kaufman
 
 
 def _factor(problem, rows, w, targets, form):
@@ -251,7 +261,7 @@ def _factor(problem, rows, w, targets, form):
 def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     inputs, targets = data
     theta, unravel = ravel_pytree(state.theta)
-    kaufman = _kaufman(problem, state.w, kaufman)
+    kaufman = _kaufman(state.w, kaufman)
     form = quadratic.form_of(state.norm)
     rows = problem.model.rows(state.theta, inputs)
 
@@ -340,6 +350,9 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     # A model without a minimiser promises nothing.
     promises = (result.promise > 0) | (gradient_norm == 0)
     converged = promises & (result.promise <= tolerance * size + rounding)
+    # What is only estimated does not end a run.
+    plain = converged
+    converged &= ~model.estimated
     converged |= jnp.abs(value) <= error**2  # the residual is that of rounding
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)
     status = jnp.select(
@@ -360,7 +373,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
         radius=next_radius,
         shift=result.shift,
-        norm=model.following(result.trials),
+        norm=model.following(result, projection.slopes, projection.w, plain),
         low=low,
         newton=newton,
         work_units=state.work_units + model.work + result.trials,

@@ -49,6 +49,11 @@ def dimensions(problem: Problem, w: Any) -> int:
     return min(columns, outputs) if problem.loss.quadratic else outputs
 
 
+def keeps_rows(flat: jax.Array, samples: int, w: Any, *, kaufman: bool, forward: bool) -> bool:
+    """Are the rows of dZ kept, so that `Formed.transposed` is there?"""
+    return forward or samples * passes(w, kaufman=kaufman) * flat.nbytes <= KEPT_BYTES
+
+
 class Formed(NamedTuple):
     """The Gauss–Newton model at θ, in the order of `ravel_pytree`."""
 
@@ -85,7 +90,7 @@ def gauss_newton_matrix(
     """
     flat, unravel = ravel_pytree(theta)
     samples, dims, taken = len(data[1]), dimensions(problem, w), passes(w, kaufman=kaufman)
-    keep = forward or samples * taken * flat.nbytes <= KEPT_BYTES
+    keep = keeps_rows(flat, samples, w, kaufman=kaufman, forward=forward)
     # Fewer bytes at a time than those of the matrix are multiplied faster than they are added up.
     held = max(BLOCK_BYTES, flat.size * flat.nbytes)
     blocks = 1 if keep else -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))

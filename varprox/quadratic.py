@@ -14,15 +14,16 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from varprox import trust_region
+from varprox import secant, trust_region
 from varprox.curvature import linearise
-from varprox.jacobian import dimensions, gauss_newton_matrix, gauss_newton_root, passes
+from varprox.jacobian import dimensions, gauss_newton_matrix, gauss_newton_root, keeps_rows, passes
 from varprox.krylov import after
 from varprox.krylov import norm as length
 from varprox.model import Problem, derivatives, treats_samples_alone
 from varprox.penalties import tikhonov_weight
 from varprox.projection import Factor
 from varprox.recycling import Recycled, nothing_yet, recycle
+from varprox.secant import Secant
 from varprox.whitening import Whitening, whitening
 
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
@@ -53,7 +54,10 @@ class Quadratic(NamedTuple):
     reach: jax.Array  # the length of θ in the variables y
     products: jax.Array
     work: jax.Array  # units spent
-    following: Callable[[jax.Array], Any]  # the norm of the next model, given the trials made
+    # The norm of the next model, given what the search did, and G and W where it ended; the last
+    # argument is whether the next model should hold no estimate.
+    following: Callable[[trust_region.Iteration, jax.Array, jax.Array, jax.Array], Any]
+    estimated: jax.Array  # is a part of the curvature only estimated?
     # What to add to a step, given G and W at its end; None where K is not kept.
     correct: Callable[[trust_region.Step, jax.Array, jax.Array], jax.Array] | None = None
 
@@ -70,12 +74,14 @@ class DenseNorm(NamedTuple):
     """s = y / √d, where d is made of the largest diagonal of the matrices so far."""
 
     diagonal: jax.Array  # (size,)
+    secant: Secant | None  # of the curvature that the matrices leave out; None where K is not kept
 
 
 class ForwardNorm(NamedTuple):
     """As `DenseNorm`, for a matrix formed by forward passes."""
 
     diagonal: jax.Array  # (size,)
+    secant: Secant | None
 
 
 class KernelNorm(NamedTuple):
@@ -96,14 +102,27 @@ def form_of(norm: Any) -> Form:
 
 
 def start_norm(
-    form: Form, problem: Problem, theta: Any, rows, w, data: tuple, memory: int, whiten: bool
+    form: Form,
+    problem: Problem,
+    theta: Any,
+    rows: jax.Array,
+    w: jax.Array,
+    data: tuple,
+    *,
+    memory: int,
+    whiten: bool,
+    kaufman: bool,
 ) -> Any:
-    """What makes the first model's norm; `memory` and `whiten` are those of `gnvpro`."""
+    """What makes the first model's norm; `memory`, `whiten` and `kaufman` are those of `gnvpro`."""
     like = ravel_pytree(theta)[0]
     if form is Form.KRYLOV:
         found = whitening(problem, theta, rows, w, data) if whiten else None
         return KrylovNorm(found, nothing_yet(memory, like))
-    return KernelNorm() if form is Form.KERNEL else NORMS[form](jnp.zeros_like(like))
+    if form is Form.KERNEL:
+        return KernelNorm()
+    forward = form is Form.FORWARD
+    learns = keeps_rows(like, len(rows), w, kaufman=kaufman, forward=forward)
+    return NORMS[form](jnp.zeros_like(like), secant.nothing_yet(like) if learns else None)
 
 
 def usable(problem: Problem, theta: Any, inputs: Any) -> tuple[Form, ...]:
@@ -190,9 +209,9 @@ def krylov(
     found = trust_region.krylov_space(matvec, in_ball(gradient), radius, rank=rank, flat=flat)
     products = found.tridiagonal.size
 
-    def following(trials):
+    def following(result, *_):
         t = found.tridiagonal
-        later = found._replace(tridiagonal=t._replace(diagonal=after(trials, t.diagonal)))
+        later = found._replace(tridiagonal=t._replace(diagonal=after(result.trials, t.diagonal)))
         return norm._replace(recycled=recycle(norm.recycled, later))
 
     # Whitening is not undone: it brings θ to about the size that it has.
@@ -206,6 +225,7 @@ def krylov(
         products=products,
         work=2 + jnp.where(newton, 4, 2) * products,
         following=following,
+        estimated=jnp.array(False),
     )
 
 
@@ -234,29 +254,50 @@ def dense(
     diagonal = jnp.maximum(norm.diagonal, jnp.diagonal(formed.matrix))
     mean = jnp.mean(diagonal)
     scale = jax.lax.rsqrt(diagonal + EVEN * jnp.where(mean > 0, mean, 1))
-    matrix = formed.matrix * scale * scale[:, None]
+    hessian, learnt = formed.matrix, norm.secant
+    if learnt is not None:
+        learnt = secant.learn(learnt, formed.gradient)
+        hessian = hessian + jnp.where(learnt.trusted, learnt.matrix, 0)
+    matrix = hessian * scale * scale[:, None]
+    weights, unravel = ravel_pytree(theta)
 
     def step(radius, shift):
         return trust_region.matrix_step(matrix, scale * formed.gradient, radius, shift)
+
+    def product(s):
+        return formed.matrix @ s
 
     def solve(error, shift):
         shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
         return jax.scipy.linalg.solve(shifted, error, assume_a="pos")
 
-    root, product = lambda y: scale * y, lambda y: matrix @ y
-    weights = ravel_pytree(theta)[0]
+    def following(result, slopes, w, plain):
+        later = learnt
+        if learnt is not None and formed.transposed is not None:
+            s = scale * result.x
+            without = -(formed.gradient @ s + 0.5 * s @ product(s))
+            more = -0.5 * s @ (learnt.matrix @ s)
+            streak = secant.judge(learnt, without, more, result.decrease)
+            streak = jnp.where(result.accepted, streak, learnt.streak)
+            expected = formed.transposed(slopes, w)
+            expected += _penalty_gradient(problem, unravel(weights + s))
+            streak = jnp.where(plain, 0, streak)
+            later = Secant(learnt.matrix, formed.gradient, expected, s, streak)
+        return norm._replace(diagonal=diagonal, secant=later)
+
     return _formed(
         problem,
         theta,
         formed,
-        root,
+        lambda y: scale * y,
         step,
         product,
         solve,
         curvature=jnp.max(jnp.abs(jnp.diagonal(matrix))),
         reach=length(weights / scale),
         work=1 + (weights.size if forward else passes(w, kaufman=kaufman)),
-        following=lambda trials: norm._replace(diagonal=diagonal),
+        following=following,
+        estimated=jnp.array(False) if learnt is None else learnt.trusted,
     )
 
 
@@ -312,19 +353,35 @@ def kernel(
         curvature=eigenvalues[-1],
         reach=length(ravel_pytree(theta)[0]),
         work=1 + passes(w, kaufman=kaufman),
-        following=lambda trials: norm,
+        following=lambda *_: norm,
+        estimated=jnp.array(False),
     )
 
 
 def _formed(
-    problem, theta, formed, root, step, product, solve, *, curvature, reach, work, following
+    problem,
+    theta,
+    formed,
+    root,
+    step,
+    product,
+    solve,
+    *,
+    curvature,
+    reach,
+    work,
+    following,
+    estimated,
 ):
-    """The model of a matrix, whose `product` and `solve` are in the variables y.
+    """The model of a matrix: `product` is with H, what J makes of it, in θ; `solve` in the
+    variables y, with all of it.
 
     The second-order correction a of a step s, at whose end the residuals are off from what the
     model promised, is with G and W there
 
-        (H + σ I) a = −(Jᵀ G + α₂ J_Wᵀ W + ∇R(θ + s) − g − H s).
+        (H + S + σ I) a = −(Jᵀ G + α₂ J_Wᵀ W + ∇R(θ + s) − g − H s),
+
+    S being what the matrix has beside H.
 
     It bends the step along the curved valley that s leaves on a tangent. This is the geodesic
     acceleration of Transtrum and Sethna, arXiv:1201.5885, with the second derivative as a
@@ -334,9 +391,9 @@ def _formed(
     def correct(found, slopes, weights):
         flat, unravel = ravel_pytree(theta)
         end = unravel(flat + root(found.step))
-        penalty = ravel_pytree(jax.grad(problem.penalty)(end))[0]
-        there = formed.transposed(slopes, weights) + penalty
-        return -solve(root(there - formed.gradient) - product(found.step), found.shift)
+        there = formed.transposed(slopes, weights) + _penalty_gradient(problem, end)
+        error = there - formed.gradient - product(root(found.step))
+        return -solve(root(error), found.shift)
 
     return Quadratic(
         gradient=formed.gradient,
@@ -347,5 +404,10 @@ def _formed(
         products=jnp.zeros((), jnp.int32),
         work=jnp.int32(work),
         following=following,
+        estimated=estimated,
         correct=formed.transposed and correct,
     )
+
+
+def _penalty_gradient(problem, theta):
+    return ravel_pytree(jax.grad(problem.penalty)(theta))[0]

@@ -39,6 +39,7 @@ class Iteration(NamedTuple):
     accepted: jax.Array
     first_ratio: jax.Array  # gain ratio of the first trial point
     ratio: jax.Array  # and of the last
+    decrease: jax.Array  # of the function, at the last trial point
     promise: jax.Array  # the most that the model decreases within `reach` of x, or more
     trials: jax.Array
 
@@ -299,6 +300,7 @@ def search(
             accepted=accepted,
             first_ratio=jnp.where(carry.trials == 0, ratio, carry.first_ratio),
             ratio=ratio,
+            decrease=decrease,
             promise=jnp.where(carry.trials == 0, promise, carry.promise),
             trials=carry.trials + 1,
         )
@@ -306,7 +308,7 @@ def search(
 
     zero, none = jnp.zeros_like(shift), jnp.zeros((), jnp.int32)
     false = jnp.array(False)
-    start = Iteration(x, aux, radius, shift, false, zero, zero, zero, none)
+    start = Iteration(x, aux, radius, shift, false, zero, zero, zero, zero, none)
     no_step = Step(jnp.zeros_like(x), zero, false, zero)
     goes_on = lambda c: ~c[0].accepted & (c[0].trials < max_trials)  # noqa: E731
     return jax.lax.while_loop(goes_on, attempt, (start, false, no_step))[0]
