@@ -13,6 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import varprox as vp
+from varprox.projection import factorise, project, start_projection
 
 SAMPLES, WIDTH, LAYERS, TIME_STEP = 16, 3, 2, 0.5
 
@@ -343,3 +344,13 @@ def relative(actual, expected):
 
 def move(theta, step, along):
     return jax.tree.map(lambda a, b: a + np.asarray(step, a.dtype) * b, theta, along)
+
+
+def projection_at(problem, theta, data, w):
+    """What the methods know of W(θ), which is `w`, with its exact factor."""
+    inputs, targets = data
+    rows = problem.model.rows(theta, inputs)
+    found = project(problem, rows, targets, start_projection(problem, rows, targets))
+    slopes = problem.loss.gradient(rows @ w, targets)
+    factor = factorise(problem, rows, w, targets, whole=True)
+    return found._replace(w=w, slopes=slopes, factor=factor)

@@ -15,6 +15,7 @@ from problems import (
     initial_theta,
     loss_hessian,
     plain_rows,
+    projection_at,
     relative,
     w_hessian,
 )
@@ -22,7 +23,7 @@ from problems import (
 import varprox as vp
 from varprox import jacobian
 from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
-from varprox.projection import factorise, project, start_projection
+from varprox.projection import project, start_projection
 
 MANY = Case("least_squares", outputs=7)  # more outputs than columns of the rows
 
@@ -44,19 +45,17 @@ def kaufman_reference(case, w):
 
 
 def form(fn, case, kaufman=False):
-    theta, (inputs, targets) = initial_theta(), case.data
+    theta = initial_theta()
     reference = dense_reference(case, theta, case.data)
-    rows = case.problem.model.rows(theta, inputs)
-    factor = factorise(case.problem, rows, reference.w, targets, whole=True)
 
     @jax.jit
-    def made(*at):
-        formed = fn(*at, kaufman=kaufman)
+    def made(problem, theta, data, w):
+        at = projection_at(problem, theta, data, w)
+        formed = fn(problem, theta, data, at, kaufman=kaufman)
         assert formed.transposed is not None
         return formed.gradient, formed.matrix, formed.transposed(*elsewhere(case, reference.w))
 
-    slopes = case.problem.loss.gradient(rows @ reference.w, targets)
-    found = made(case.problem, theta, case.data, reference.w, factor, slopes)
+    found = made(case.problem, theta, case.data, reference.w)
     return reference, *map(np.asarray, found)
 
 
@@ -136,14 +135,12 @@ def test_slopes_are_compressed_to_their_rank(samples, x64, monkeypatch):
     theta = initial_theta()
     size = ravel_pytree(theta)[0].size
     w = vp.solve_w(MANY.problem, theta, (inputs, targets))
-    at = MANY.problem, theta, (inputs, targets), w
-    rows = MANY.problem.model.rows(theta, inputs)
-    slopes = MANY.problem.loss.gradient(rows @ w, targets)
-    parts, used = jacobian._compressed(MANY.problem, w, slopes, size)
+    of = MANY.problem, theta, (inputs, targets)
+    at = projection_at(*of, w)
+    parts, used = jacobian._compressed(MANY.problem, w, at.slopes, size)
     assert len(parts) == -(-min(samples, 7) // 2) and used == 1
 
-    factor = factorise(MANY.problem, rows, w, targets, whole=True)
-    compressed = gauss_newton_matrix(*at, factor, slopes, kaufman=False).matrix
+    compressed = gauss_newton_matrix(*of, at, kaufman=False).matrix
     reference = dense_reference(MANY, theta, (inputs, targets))
     assert relative(compressed, reference.gauss_newton) < 1e-8
 
@@ -157,14 +154,11 @@ def test_wide_symmetric_products_are_halved(x64, monkeypatch):
 def test_rows_are_kept_within_a_budget(x64, monkeypatch):
     case, theta = Case("least_squares"), initial_theta()
     bytes_of_k = case.data[1].size * ravel_pytree(theta)[0].nbytes
-    rows = case.problem.model.rows(theta, case.data[0])
-    w = vp.solve_w(case.problem, theta, case.data)
-    factor = factorise(case.problem, rows, w, case.data[1], whole=True)
-    slopes = case.problem.loss.gradient(rows @ w, case.data[1])
+    of = case.problem, theta, case.data
+    at = projection_at(*of, vp.solve_w(*of))
     for budget, kept in ((bytes_of_k, True), (bytes_of_k - 1, False)):
         monkeypatch.setattr(jacobian, "KEPT_BYTES", budget)
-        at = case.problem, theta, case.data, w, factor, slopes
-        assert (gauss_newton_matrix(*at, kaufman=True).transposed is not None) == kept
+        assert (gauss_newton_matrix(*of, at, kaufman=True).transposed is not None) == kept
 
 
 def test_inputs_may_be_a_pytree(x64):
@@ -178,13 +172,8 @@ def test_inputs_may_be_a_pytree(x64):
     )
     theta = initial_theta()
     reference = dense_reference(case, theta, case.data)
-    rows = case.problem.model.rows(theta, inputs)
-    factor = factorise(problem, rows, reference.w, targets, whole=True)
-    data = tuple(inputs.T), targets
-    slopes = problem.loss.gradient(rows @ reference.w, targets)
-    matrix = gauss_newton_matrix(
-        problem, theta, data, reference.w, factor, slopes, kaufman=False
-    ).matrix
+    of = problem, theta, (tuple(inputs.T), targets)
+    matrix = gauss_newton_matrix(*of, projection_at(*of, reference.w), kaufman=False).matrix
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
 
@@ -202,10 +191,8 @@ def test_memory_is_that_of_the_matrix_and_of_a_pass(x64):
     w = jax.ShapeDtypeStruct((2, 1), np.float64)
 
     def matrix(theta, data, w):
-        rows = problem.model.rows(theta, data[0])
-        factor = factorise(problem, rows, w, data[1], whole=True)
-        slopes = problem.loss.gradient(rows @ w, data[1])
-        return gauss_newton_matrix(problem, theta, data, w, factor, slopes, kaufman=False)[:2]
+        at = projection_at(problem, theta, data, w)
+        return gauss_newton_matrix(problem, theta, data, at, kaufman=False)[:2]
 
     used = jax.jit(matrix).lower(theta, tuple(data), w).compile().memory_analysis()
     a_pass = samples * 80 * 8  # bytes of the layers' outputs
@@ -227,9 +214,7 @@ def test_the_matrix_is_semidefinite_where_it_would_cancel(dtype, x64):
     problem = vp.Problem(vp.Separable(nearly_equal, vp.dense(bias=False)), vp.least_squares())
     rows = problem.model.rows(theta, inputs)
     at = project(problem, rows, targets, start_projection(problem, rows, targets))
-    found = gauss_newton_matrix(
-        problem, theta, (inputs, targets), at.w, at.factor, at.slopes, kaufman=True
-    ).matrix
+    found = gauss_newton_matrix(problem, theta, (inputs, targets), at, kaufman=True).matrix
     eigenvalues = np.linalg.eigvalsh(np.asarray(found, float))
     assert eigenvalues[0] > -4 * np.finfo(dtype).eps * eigenvalues[-1]
     if dtype == np.float64:

@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import Case, dense_reference, initial_theta, relative
+from problems import Case, dense_reference, initial_theta, projection_at, relative
 
 import varprox as vp
 from varprox import quadratic, trust_region
-from varprox.projection import factorise
 from varprox.quadratic import Form
 
 RADII = (np.inf, 1e-2, 1e-4)
@@ -23,16 +22,14 @@ start_norm = partial(quadratic.start_norm, memory=0, kaufman=False)
 def steps(problem, theta, data, w):
     """Of every form the steps s for all radii, and what it measures their length by; the Krylov
     space is full."""
-    inputs, targets = data
-    rows = problem.model.rows(theta, inputs)
-    factor = factorise(problem, rows, w, targets, whole=True)
+    rows = problem.model.rows(theta, data[0])
+    at = projection_at(problem, theta, data, w)
     size = ravel_pytree(theta)[0].size
     options = {"rank": size, "flat": 0.0, "w_curvature": True}
     found = {}
     for form in Form:
         norm = start_norm(form, problem, theta, rows, w, data, whiten=True)
-        slopes = problem.loss.gradient(rows @ w, targets)
-        arguments = problem, theta, data, w, factor, slopes, norm
+        arguments = problem, theta, data, at, norm
         if form is Form.KRYLOV:
             model = quadratic.krylov(*arguments, jnp.inf, jnp.array(False), **options)
         else:
@@ -77,11 +74,10 @@ def test_a_correction_leaves_an_error_of_third_order(loss, make, x64):
     reference = dense_reference(case, theta, case.data)
     flat, unravel = ravel_pytree(theta)
     rows = problem.model.rows(theta, inputs)
-    factor = factorise(problem, rows, reference.w, targets, whole=True)
+    at = projection_at(problem, theta, case.data, reference.w)
     form = Form.KERNEL if make is quadratic.kernel else Form.DENSE
     norm = start_norm(form, problem, theta, rows, reference.w, case.data, whiten=False)
-    slopes = problem.loss.gradient(rows @ reference.w, targets)
-    model = make(problem, theta, case.data, reference.w, factor, slopes, norm, kaufman=False)
+    model = make(problem, theta, case.data, at, norm, kaufman=False)
 
     def end(s):
         there = unravel(flat + s)

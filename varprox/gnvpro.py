@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.flatten_util import ravel_pytree
 
 from varprox import quadratic, trust_region
@@ -43,6 +42,7 @@ class State(NamedTuple):
     w: jax.Array
     projection: Projection
     objective: jax.Array
+    error: jax.Array  # of a prediction, by rounding
     decrease: jax.Array  # of the objective, in the last accepted step
     radius: jax.Array
     shift: jax.Array  # σ of the last step
@@ -223,6 +223,7 @@ def _start(problem, theta, data, *, form, memory, whiten, kaufman):
         w=projection.w,
         projection=projection._replace(factor=factor),
         objective=value,
+        error=_error(problem, rows, projection.w),
         decrease=value,
         radius=jnp.full_like(value, jnp.inf),
         shift=jnp.zeros_like(value),
@@ -263,51 +264,59 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     theta, unravel = ravel_pytree(state.theta)
     kaufman = _kaufman(state.w, kaufman)
     form = quadratic.form_of(state.norm)
-    rows = problem.model.rows(state.theta, inputs)
-
-    factor = state.projection.factor
+    at = state.projection
     if not problem.loss.quadratic:
-        factor = _factor(problem, state.projection.rows, state.w, targets, form)
-    slopes = state.projection.slopes
-    at = problem, state.theta, data, state.w, factor, slopes, state.norm
+        at = at._replace(factor=_factor(problem, at.rows, at.w, targets, form))
+    of = problem, state.theta, data, at, state.norm
     if form is Form.KRYLOV:
         model = quadratic.krylov(
-            *at, state.radius, state.newton, rank=rank, flat=options.flat, w_curvature=w_curvature
+            *of, state.radius, state.newton, rank=rank, flat=options.flat, w_curvature=w_curvature
         )
     else:
         formed = quadratic.kernel if form is Form.KERNEL else quadratic.dense
-        model = formed(*at, kaufman=kaufman)
+        model = formed(*of, kaufman=kaufman)
 
     gradient_norm = norm(model.gradient)
-    # How well predictions are known, and with them the objective: the errors of predictions have
-    # nothing to do with one another.
+    # The errors of predictions have nothing to do with one another.
     size = jnp.abs(state.objective)
-    error = ROUNDINGS * rounding_of_predictions(problem, rows, state.w)
-    rounding = error * (jnp.sqrt(2 * size / len(rows)) + error)
-    rounding = rounding + ROUNDINGS * jnp.finfo(error.dtype).eps * size
+    rounding = state.error * (jnp.sqrt(2 * size / len(targets)) + state.error)
+    rounding = rounding + ROUNDINGS * jnp.finfo(size.dtype).eps * size
     first = jnp.isinf(state.radius)
-    projection = state.projection._replace(factor=factor, spent=jnp.int32(0))
+    projection = at._replace(spent=jnp.int32(0))
+    rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
 
     def evaluate(y, found):
         step = model.root(y)
         trial = unravel(theta + step)
-        there = problem.model.rows(trial, inputs)
+        if form is Form.FORWARD:
+            there, pullback = rows_at(trial), None
+        else:
+            there, pullback = jax.vjp(rows_at, trial)
         tolerance = ACCURACY * jnp.minimum(found.decrease, state.decrease)
         solved = project(problem, there, targets, projection, tolerance)
         value = solved.value + problem.penalty(trial)
+
+        def by_gradients():
+            """The trapezoidal rule, which measures the decrease below rounding, too."""
+            if pullback is None:
+                d_rows = jax.jvp(rows_at, (trial,), (unravel(step),))[1]
+                along = jnp.sum(solved.slopes * (d_rows @ solved.w))
+            else:
+                (pulled,) = pullback(solved.slopes @ solved.w.T)
+                along = ravel_pytree(pulled)[0] @ step
+            penalty = jax.jvp(problem.penalty, (trial,), (unravel(step),))[1]
+            return -0.5 * (model.gradient @ step + along + penalty)
+
         decrease = jax.lax.cond(
-            found.decrease < rounding,
-            lambda: _by_gradients(
-                problem, form, trial, unravel(step), inputs, solved, model.gradient
-            ),
-            lambda: state.objective - value,
+            found.decrease < rounding, by_gradients, lambda: state.objective - value
         )
         # A step that rounding swallows leads nowhere, whatever gradients say.
         moved = jnp.any(theta + step != theta)
-        return jnp.where(jnp.isfinite(value) & moved, decrease, jnp.nan), (value, solved)
+        decrease = jnp.where(jnp.isfinite(value) & moved, decrease, jnp.nan)
+        return decrease, (value, _error(problem, there, solved.w), solved)
 
     def corrected(correction, found, aux):
-        _, solved = aux
+        *_, solved = aux
         return correction(found, solved.slopes, solved.w)
 
     # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
@@ -317,7 +326,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         model.step,
         evaluate,
         jnp.zeros_like(theta),
-        (state.objective, projection),
+        (state.objective, state.error, projection),
         radius,
         state.shift,
         max_trials=MAX_TRIALS,
@@ -325,7 +334,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         first=first,
         correct=model.correct and partial(corrected, model.correct),
     )
-    value, projection = result.aux
+    value, error, projection = result.aux
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
     newton = state.newton | (options.hand_over & (form is Form.KRYLOV) & (low >= PATIENCE))
     # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.
@@ -370,6 +379,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         w=projection.w,
         projection=projection,
         objective=value,
+        error=error,
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
         radius=next_radius,
         shift=result.shift,
@@ -382,15 +392,6 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     return state, info
 
 
-def _by_gradients(problem, form, trial, step, inputs, solved, gradient):
-    """The decrease in a step to a trial point by the trapezoidal rule for the gradient, which still
-    measures it below rounding of the objective."""
-    rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
-    if form in (Form.KRYLOV, Form.FORWARD):
-        d_rows = jax.jvp(rows_at, (trial,), (step,))[1]
-        along = jnp.sum(solved.slopes * (d_rows @ solved.w))
-    else:
-        (pulled,) = jax.vjp(rows_at, trial)[1](solved.slopes @ solved.w.T)
-        along = optax.tree.vdot(pulled, step)
-    penalty = jax.jvp(problem.penalty, (trial,), (step,))[1]
-    return -0.5 * (gradient @ ravel_pytree(step)[0] + along + penalty)
+def _error(problem, rows, w):
+    """How well predictions are known, and with them the objective."""
+    return ROUNDINGS * rounding_of_predictions(problem, rows, w)

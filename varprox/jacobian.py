@@ -14,8 +14,8 @@ the size of the residual, and Kaufman's approximation leaves it out; what is lef
 complement of the Gauss–Newton matrix in θ and W together, and takes one pass for each output where
 these are fewer. Under least squares, where Q is the identity, K and B only count in the span of Wᵀ,
 which has no more dimensions than Z has columns, however many outputs there are; and Aᵀ H⁻¹ A
-depends on G Gᵀ alone, whose numerical rank is what it costs. Imports model, projection and
-least_squares. Source: Kaufman, BIT 15 (1975).
+depends on G Gᵀ alone, whose numerical rank is what it costs. Imports model and
+projection. Source: Kaufman, BIT 15 (1975).
 """
 
 from collections.abc import Callable
@@ -26,9 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from varprox.least_squares import span
 from varprox.model import Problem
-from varprox.projection import Factor, to_flat
+from varprox.projection import Factor, Projection, to_flat
 
 BLOCK_BYTES = 2**22  # of rows of dZ or K that are held at a time, where the matrix takes less
 KEPT_BYTES = 2**27  # of rows of dZ that are kept for `Transposed` products
@@ -68,9 +67,7 @@ def gauss_newton_matrix(
     problem: Problem,
     theta: Any,
     data: tuple,
-    w: jax.Array,
-    factor: Factor,
-    slopes: jax.Array,
+    at: Projection,
     *,
     kaufman: bool,
     forward: bool = False,
@@ -84,27 +81,27 @@ def gauss_newton_matrix(
     W, rows of dZ or K are held that take `BLOCK_BYTES` or as many as the matrix, or those of one
     sample where they are longer.
 
-    `factor` is that of ∇²_W Φ at `w` = W(θ), exact, and `slopes` are G there. `forward` says how dZ
-    is found: by one forward pass of all samples together for each weight, or by reverse passes of
-    each sample alone.
+    `at` is W(θ) with the exact factor of ∇²_W Φ. `forward` says how dZ is found: by one forward
+    pass of all samples together for each weight, or by reverse passes of each sample alone.
     """
     flat, unravel = ravel_pytree(theta)
+    w = at.w
     samples, dims, taken = len(data[1]), dimensions(problem, w), passes(w, kaufman=kaufman)
     keep = keeps_rows(flat, samples, w, kaufman=kaufman, forward=forward)
     # Fewer bytes at a time than those of the matrix are multiplied faster than they are added up.
     held = max(BLOCK_BYTES, flat.size * flat.nbytes)
     blocks = 1 if keep else -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
     index = np.arange(blocks * -(-samples // blocks), dtype=np.int32).reshape(blocks, -1)
-    span = _span(problem, theta, data, factor)
+    span = _span(problem, at)
     compressed: Any = None
     if not kaufman:
-        compressed, used = _compressed(problem, w, slopes, flat.size)
+        compressed, used = _compressed(problem, w, at.slopes, flat.size)
 
     def rows_of(index):
         # The last block is filled up with repeated samples, which must not count.
         chosen, counts = jnp.minimum(index, samples - 1), index < samples
-        at = problem, theta, data, w, slopes, span, chosen, counts
-        return _rows(*at, kaufman=kaufman, forward=forward), chosen
+        of = problem, theta, data, at, span, chosen, counts
+        return _rows(*of, kaufman=kaufman, forward=forward), chosen
 
     def collect(total, index):
         rows, chosen = rows_of(index)
@@ -150,9 +147,7 @@ def gauss_newton_root(
     problem: Problem,
     theta: Any,
     data: tuple,
-    w: jax.Array,
-    factor: Factor,
-    slopes: jax.Array,
+    at: Projection,
     *,
     kaufman: bool,
 ) -> Formed:
@@ -163,10 +158,10 @@ def gauss_newton_root(
     """
     flat, unravel = ravel_pytree(theta)
     samples = len(data[1])
-    span = _span(problem, theta, data, factor)
+    span = _span(problem, at)
     everything = np.arange(samples)
-    at = problem, theta, data, w, slopes, span, everything, everything < samples
-    rows = _rows(*at, kaufman=kaufman, forward=False)
+    of = problem, theta, data, at, span, everything, everything < samples
+    rows = _rows(*of, kaufman=kaufman, forward=False)
     c = span.inward(rows.weights.T @ rows.rooted)
     parts = [
         rows.rooted - rows.weights @ span.outward(c),
@@ -177,7 +172,7 @@ def gauss_newton_root(
     return Formed(
         rows.gradient / samples + penalty_gradient,
         jnp.concatenate(parts),
-        _transposed(problem, w, span, rows, c, kaufman=kaufman),
+        _transposed(problem, at.w, span, rows, c, kaufman=kaufman),
     )
 
 
@@ -209,13 +204,9 @@ class _Span(NamedTuple):
         return c if self.orthonormal else self.rooted(c)
 
 
-def _span(problem, theta, data, factor):
-    rows = problem.model.rows(theta, data[0])
-    scaled = rows / len(rows) ** 0.5
-    if not problem.loss.quadratic:
-        return _Span(scaled, factor, False)
-    z, root = span(scaled, problem.w_penalty)
-    return _Span(z, Factor(root[None], jnp.eye(len(root), dtype=root.dtype)), True)
+def _span(problem, at):
+    quadratic = problem.loss.quadratic
+    return _Span(at.rows if quadratic else at.rows / len(at.rows) ** 0.5, at.factor, quadratic)
 
 
 class _Rows(NamedTuple):
@@ -229,10 +220,11 @@ class _Rows(NamedTuple):
     weights: jax.Array  # Lᵀ ⊗ zᵀ, with `_Span.z`: (samples · dimensions, entries)
 
 
-def _rows(problem, theta, data, w, slopes, span, index, counts, *, kaufman, forward):
+def _rows(problem, theta, data, at, span, index, counts, *, kaufman, forward):
     """Those of the samples at `index`, all derivatives being zero where they do not count; if
     `forward` these are all samples."""
-    columns, outputs = w.shape
+    w, slopes = at.w, at.slopes
+    columns = len(w)
     basis, coordinates = _basis(problem, w)
     of_features = passes(w, kaufman=kaufman) == columns
     units = jnp.eye(columns, dtype=w.dtype) if of_features else coordinates

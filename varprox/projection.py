@@ -54,10 +54,10 @@ class Factor(NamedTuple):
 
 
 class Projection(NamedTuple):
-    """W(θ) and what is kept to find the next one faster.
+    """W(θ), what is known of it, and what is kept to find the next one faster.
 
-    `rows` are those that W and the factor belong to; under least squares, which needs none, there
-    are zero of them.
+    `rows` are those that W and the factor belong to; under least squares what they span, the
+    `basis` of `varprox.least_squares.Span` for rows divided by the root of their number.
     """
 
     w: jax.Array  # (columns, outputs)
@@ -82,10 +82,7 @@ def to_w(x: jax.Array, columns: int) -> jax.Array:
 def start_projection(problem: Problem, rows, targets) -> Projection:
     """W = 0 and no factor yet; of rows (batch, columns) only shape and dtype are used."""
     (samples, columns), outputs = rows.shape, targets.shape[1]
-    if problem.loss.quadratic:
-        samples, blocks = 0, 1
-    else:
-        blocks = outputs
+    blocks = 1 if problem.loss.quadratic else outputs
     return Projection(
         jnp.zeros((columns, outputs), rows.dtype),
         jnp.zeros(targets.shape, rows.dtype),
@@ -143,7 +140,7 @@ def _ridge(problem, rows, targets):
     return Projection(
         w=found.w,
         slopes=found.residual / scale,
-        rows=rows[:0],
+        rows=found.span.basis,
         factor=Factor(root[None], jnp.eye(len(root), dtype=root.dtype)),
         value=value,
         products=jnp.zeros((), jnp.int32),

@@ -21,7 +21,7 @@ from varprox.krylov import after
 from varprox.krylov import norm as length
 from varprox.model import Problem, derivatives, treats_samples_alone
 from varprox.penalties import tikhonov_weight
-from varprox.projection import Factor
+from varprox.projection import Projection
 from varprox.recycling import Recycled, nothing_yet, recycle
 from varprox.secant import Secant
 from varprox.whitening import Whitening, whitening
@@ -171,9 +171,7 @@ def krylov(
     problem: Problem,
     theta: Any,
     data: tuple,
-    w: jax.Array,
-    factor: Factor,
-    slopes: jax.Array,
+    at: Projection,
     norm: KrylovNorm,
     radius: jax.Array,
     newton: jax.Array,
@@ -199,7 +197,7 @@ def krylov(
         return norm.recycled.root(whitened(x))
 
     curvature = linearise(
-        problem, theta, data, w, factor, slopes, full=newton, w_curvature=w_curvature
+        problem, theta, data, at.w, at.factor, at.slopes, full=newton, w_curvature=w_curvature
     )
     gradient = ravel_pytree(curvature.gradient)[0]
 
@@ -233,9 +231,7 @@ def dense(
     problem: Problem,
     theta: Any,
     data: tuple,
-    w: jax.Array,
-    factor: Factor,
-    slopes: jax.Array,
+    at: Projection,
     norm: DenseNorm | ForwardNorm,
     *,
     kaufman: bool,
@@ -248,9 +244,7 @@ def dense(
     (1978), for the running maximum.
     """
     forward = isinstance(norm, ForwardNorm)
-    formed = gauss_newton_matrix(
-        problem, theta, data, w, factor, slopes, kaufman=kaufman, forward=forward
-    )
+    formed = gauss_newton_matrix(problem, theta, data, at, kaufman=kaufman, forward=forward)
     diagonal = jnp.maximum(norm.diagonal, jnp.diagonal(formed.matrix))
     mean = jnp.mean(diagonal)
     scale = jax.lax.rsqrt(diagonal + EVEN * jnp.where(mean > 0, mean, 1))
@@ -295,7 +289,7 @@ def dense(
         solve,
         curvature=jnp.max(jnp.abs(jnp.diagonal(matrix))),
         reach=length(weights / scale),
-        work=1 + (weights.size if forward else passes(w, kaufman=kaufman)),
+        work=1 + (weights.size if forward else passes(at.w, kaufman=kaufman)),
         following=following,
         estimated=jnp.array(False) if learnt is None else learnt.trusted,
     )
@@ -305,9 +299,7 @@ def kernel(
     problem: Problem,
     theta: Any,
     data: tuple,
-    w: jax.Array,
-    factor: Factor,
-    slopes: jax.Array,
+    at: Projection,
     norm: KernelNorm,
     *,
     kaufman: bool,
@@ -317,7 +309,7 @@ def kernel(
     What the gradient has outside the span of M's rows makes one more eigenvector, of eigenvalue α.
     Steps are measured in θ itself, where the penalty is a multiple of the identity.
     """
-    formed = gauss_newton_root(problem, theta, data, w, factor, slopes, kaufman=kaufman)
+    formed = gauss_newton_root(problem, theta, data, at, kaufman=kaufman)
     gradient = formed.gradient
     _, singular, basis = jnp.linalg.svd(formed.matrix, full_matrices=False)
     singular, basis = singular[::-1], basis[::-1]  # in ascending order
@@ -352,7 +344,7 @@ def kernel(
         solve,
         curvature=eigenvalues[-1],
         reach=length(ravel_pytree(theta)[0]),
-        work=1 + passes(w, kaufman=kaufman),
+        work=1 + passes(at.w, kaufman=kaufman),
         following=lambda *_: norm,
         estimated=jnp.array(False),
     )
