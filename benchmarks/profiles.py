@@ -62,13 +62,6 @@ def shares(costs: Sequence[float], limits: Sequence[float]) -> np.ndarray:
     return (np.asarray(costs)[:, None] <= np.asarray(limits)).mean(axis=0)
 
 
-def share_of_solvable(costs: Mapping[str, Sequence[float]], method: str) -> float:
-    """The fraction that a method solves of the problems that anyone does; one of none."""
-    solved = {name: np.isfinite(cost) for name, cost in costs.items()}
-    anyone = np.any(list(solved.values()), axis=0)
-    return float(solved[method][anyone].mean()) if anyone.any() else 1.0
-
-
 def table(title: str, costs: Mapping[str, Mapping[str, Sequence[float]]]) -> str:
     """Percent solved within limits of work and of seconds; `costs` are by method and axis."""
     columns = [f"{limit:g}" for limit in LIMITS["work_units"]]

@@ -130,7 +130,7 @@ def report(
             panels[name] = costs
             count = f"{precision}: % of {len(problems)} problems solved {name}"
             tables.append(profiles.table(f"{count}, within so much work or time", costs))
-            tables += _verdict(precision, name, costs)
+            tables += _verdict(precision, name, costs, [_settled(p) for p in problems])
         families.append(_by_family(f"{precision}: problems solved {name}", problems, costs))
     profiles.figure(output / f"profiles_{precision}.png", panels)
     tables += [*families, _fates(precision, problems, methods), *_complaints(precision, problems)]
@@ -162,19 +162,26 @@ def _cost(problem: Problem, method: str, axis: str, target: float) -> float:
     return profiles.spent(record.values, getattr(record, axis), target)
 
 
-def _verdict(precision, name, costs) -> Iterator[str]:
+def _settled(problem: Problem) -> bool:
+    """Is the best value one at which a run has converged, and not where a budget ended?"""
+    best = profiles.by_value(problem.scale, GAIN)
+    return any(r.status == "CONVERGED" and r.end <= best for r in problem.runs.values())
+
+
+def _verdict(precision, name, costs, settled: Sequence[bool]) -> Iterator[str]:
     """How many the default solves of what anyone does, and where its profile lies against the
     others'."""
     if "default" not in costs:
         return
     of_work = {method: cost["work_units"] for method, cost in costs.items()}
-    solved = 100 * profiles.share_of_solvable(of_work, "default")
     counts = {method: int(np.isfinite(cost).sum()) for method, cost in of_work.items()}
     most = max(counts, key=counts.__getitem__)
+    solved = np.isfinite(of_work["default"])[np.array(settled, bool)]
     lines = [
         f"{precision}, {name}:",
-        f"  the default solves {solved:.1f} % of the problems that anyone does: "
-        f"{counts['default']}, where the best of all, {most}, solves {counts[most]}",
+        f"  the default solves {counts['default']} of {len(settled)} problems, where the best of "
+        f"all, {most}, solves {counts[most]};",
+        f"  and {solved.sum()} of the {len(solved)} at whose best value a run has converged",
     ]
     limits = np.arange(30, 401)
     share = {method: 100 * profiles.shares(cost, limits) for method, cost in of_work.items()}

@@ -21,6 +21,7 @@ from benchmarks.zoo_problems import CASES, Case, Start, cast, start
 from varprox.fit import _timed_apart
 from varprox.model import objective
 from varprox.penalties import tikhonov_weight
+from varprox.projection import rounding_of_predictions
 from varprox.quadratic import Form
 
 ULPS = 10  # of the targets, that a value may be off by rounding
@@ -149,11 +150,16 @@ def _solved_w(made):
     problem, theta, (inputs, targets) = made
     if not problem.loss.quadratic:
         return vp.solve_w(problem, theta, made.data)
-    rows = np.asarray(jax.jit(problem.model.rows)(theta, inputs), np.float64)
+    rows = np.asarray(_rows(problem, theta, inputs), np.float64)
     ridge = np.sqrt(len(rows) * problem.w_penalty) * np.eye(rows.shape[1])
     padded = np.concatenate([np.asarray(targets, np.float64), 0 * ridge[:, :1] * targets[:1]])
     w = np.linalg.lstsq(np.concatenate([rows, ridge]), padded, rcond=None)[0]
     return jnp.asarray(w, targets.dtype)
+
+
+@jax.jit
+def _rows(problem, theta, inputs):
+    return problem.model.rows(theta, inputs)
 
 
 def _value(problem, theta, w, data) -> float:
@@ -178,7 +184,11 @@ def _left(prepared, solution, end):
     reach = NEARBY * jnp.linalg.norm(here)
     theta = unravel(here + way * jnp.minimum(1, reach / jnp.where(length > 0, length, 1)))
     value = _value(at.problem, theta, _solved_w(at._replace(theta=theta)), at.data)
-    return (end - value - prepared.floor) / max(end, prepared.floor)
+    # Large weights lose what they cancel.
+    rows = _rows(at.problem, solution.theta, at.data[0])
+    rounding = ULPS * float(rounding_of_predictions(at.problem, rows, solution.w))
+    floor = max(prepared.floor, 0.5 * rounding**2)
+    return (end - value - floor) / max(end, floor)
 
 
 # The methods.

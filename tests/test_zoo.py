@@ -41,12 +41,6 @@ def test_shares_by_hand():
     np.testing.assert_array_equal(profiles.shares(costs, [5, 10, 99, 100]), [0, 0.25, 0.5, 0.75])
 
 
-def test_share_of_what_anyone_solves():
-    costs = {"a": [1.0, np.inf, np.inf, 2.0], "b": [np.inf, 3.0, np.inf, 4.0]}
-    assert profiles.share_of_solvable(costs, "a") == pytest.approx(2 / 3)
-    assert profiles.share_of_solvable({"a": [np.inf]}, "a") == 1
-
-
 def record(case, method, values, status="BUDGET", gain=0.0):
     """Of a run from value 10 that took ten units and a second a step."""
     steps = np.arange(1.0, len(values) + 1)
@@ -74,7 +68,11 @@ def test_a_report_by_hand(tmp_path):
     shares = results["profiles"]["to 1e-06 of the decrease that is known (Moré, Wild)"]
     np.testing.assert_array_equal(shares["default"]["work_units"], [0, 0.5, 0.5, 0.5, 0.5])
     np.testing.assert_array_equal(shares["trf (SciPy)"]["work_units"], [0, 1, 1, 1, 1])
-    assert "the default solves 50.0 % of the problems that anyone does" in text
+    assert [zoo._settled(p) for p in problems] == [False, False]
+    assert (
+        "the default solves 1 of 2 problems, where the best of all, trf (SciPy), solves 2" in text
+    )
+    assert "and 0 of the 0 at whose best value a run has converged" in text
     assert "-50.0 points" in text
     assert (tmp_path / "profiles_float64.png").stat().st_size > 0
 

@@ -32,6 +32,9 @@ PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton pr
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
+# The most that the first radius may be, in lengths of θ: MINPACK takes 100, SciPy 1. Where two
+# columns are nearly the same a longer step may gain much, and lead one of them away from the data.
+FARTHEST = 10
 ROUNDINGS = 10  # by which a prediction may be off
 
 
@@ -123,17 +126,20 @@ def gnvpro(
     "krylov" asks for both modes, "forward" for forward mode. A form that they do not allow is
     refused with a ValueError, which names those that they do.
 
-    If `kaufman`, "dense" and "kernel" leave out of the matrix what vanishes with the residual, as
-    Kaufman does. This spares passes where there are fewer outputs than columns of the design rows.
-    None stands for True there under least squares, and for False elsewhere: other residuals stay
-    large.
+    If `kaufman`, formed matrices leave out what the derivative of the projection adds where the
+    residual is not zero, as Kaufman does. This spares passes where there are fewer outputs than
+    columns of the design rows; None stands for True there and for False elsewhere. The rest of what
+    vanishes with the residual "dense" and "forward" learn from gradients (see `varprox.secant`);
+    they use it once three steps in a row have been predicted better with it than without, by half
+    of the error, and for as long as it is the better of both.
 
     The Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` False and
     `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the authors'
     implementation does under cross entropy.
 
     The first radius is √(2 Φ) in variables in which the largest curvature is about one: no variable
-    moves the residuals by more than their size. A first step is taken only if its gain ratio is at
+    moves the residuals by more than their size; and ten times the length of θ, unless this is zero,
+    at most. A first step is taken only if its gain ratio is at
     least ¼. Decreases in the size of rounding are measured by gradients.
 
     The run has converged when the model gains no more than the fraction `tolerance` of Φ, or than
@@ -321,6 +327,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
 
     # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
     guess = jnp.sqrt(2 * size / model.curvature)
+    guess = jnp.where(model.reach > 0, jnp.minimum(guess, FARTHEST * model.reach), guess)
     radius = jnp.where(first, guess, state.radius)
     result = trust_region.search(
         model.step,
