@@ -117,6 +117,7 @@ def report(
 ) -> tuple[list[str], dict]:
     """Tables, and the same in numbers, of one precision; draws its profiles."""
     tables, families, panels = [], [], {}
+    settled = [_settled(problem) for problem in problems]
     for measure, target in profiles.MEASURES.items():
         for tolerance in profiles.TOLERANCES:
             name = f"to {tolerance:g} {measure}"
@@ -130,7 +131,7 @@ def report(
             panels[name] = costs
             count = f"{precision}: % of {len(problems)} problems solved {name}"
             tables.append(profiles.table(f"{count}, within so much work or time", costs))
-            tables += _verdict(precision, name, costs, [_settled(p) for p in problems])
+            tables += _verdict(precision, name, costs, settled)
         families.append(_by_family(f"{precision}: problems solved {name}", problems, costs))
     profiles.figure(output / f"profiles_{precision}.png", panels)
     tables += [*families, _fates(precision, problems, methods), *_complaints(precision, problems)]
@@ -169,8 +170,7 @@ def _settled(problem: Problem) -> bool:
 
 
 def _verdict(precision, name, costs, settled: Sequence[bool]) -> Iterator[str]:
-    """How many the default solves of what anyone does, and where its profile lies against the
-    others'."""
+    """How many problems the default solves, and where its profile lies against the others'."""
     if "default" not in costs:
         return
     of_work = {method: cost["work_units"] for method, cost in costs.items()}
@@ -181,7 +181,8 @@ def _verdict(precision, name, costs, settled: Sequence[bool]) -> Iterator[str]:
         f"{precision}, {name}:",
         f"  the default solves {counts['default']} of {len(settled)} problems, where the best of "
         f"all, {most}, solves {counts[most]};",
-        f"  and {solved.sum()} of the {len(solved)} at whose best value a run has converged",
+        f"  and {solved.sum()} of the {len(solved)} at whose best value one of these runs "
+        "converged",
     ]
     limits = np.arange(30, 401)
     share = {method: 100 * profiles.shares(cost, limits) for method, cost in of_work.items()}

@@ -178,10 +178,35 @@ def test_gradients_teach_what_a_formed_matrix_leaves_out(curvature, x64):
     assert states[-1].status == vp.Status.CONVERGED
     assert abs(states[-1].objective - 0.5) < 1e-14
     streaks = [int(state.norm.secant.streak) for state in states]
-    assert max(streaks) >= secant.PATIENCE > streaks[-1]
+    assert max(streaks) >= secant.PATIENCE > streaks[-2]  # the last model is that of streaks[-2]
     hessian = 0.1 * np.diag([1.0, 2.0, 4.0])  # of the height, as the residual is one and so is W
     learnt = states[-1].norm.secant.matrix
     assert relative(learnt, hessian) < 0.02
+
+
+@pytest.mark.parametrize("curvature", ["dense", "kernel", "forward"])
+@pytest.mark.parametrize("tiny", [1e-20, 1e-8, 1e-2])
+def test_a_start_next_to_nothing_is_no_end(curvature, tiny):
+    """The length of θ measures steps and tests only where there is some. In Krylov spaces a start
+    that is symmetric up to rounding, as this is, stays so."""
+    t = np.linspace(0, 5, 60, dtype=np.float32)
+    targets = np.exp(-t[:, None] * [0.5, 3.0]) @ np.array([[1.0], [2.0]])
+    problem = plain_problem(lambda p, t: jnp.exp(-t[:, None] * jnp.exp(p)), None, 0.0)
+    method = vp.gnvpro(problem, curvature=curvature)
+    data = t, targets.astype(np.float32)
+    states = finish(method, np.array([0.0, tiny], np.float32), data, 60)
+    assert states[-1].objective < 1e-6
+
+
+@pytest.mark.parametrize("unit", [1.0, 1e8])
+def test_whitening_takes_units_as_they_come(unit):
+    _, (inputs, targets) = make()
+    data = np.float32(inputs), np.float32(unit * targets)
+    theta = jax.tree.map(np.float32, initial_theta())
+    problem = plain_problem(features, None, 0.0)
+    method = vp.gnvpro(problem, curvature="krylov", whiten=True)
+    states = finish(method, theta, data, 20)
+    assert states[-1].objective < 0.5 * states[0].objective
 
 
 def test_a_quadratic_problem_is_solved_in_one_step(x64):

@@ -32,6 +32,16 @@ def test_it_learns_the_curvature_along_the_step(x64):
         assert (abs(changes) > 1e-10 * abs(changes).max()).sum() <= 2
 
 
+@pytest.mark.parametrize("unit", [1e-12, 1e12])
+def test_units_make_no_difference_in_single_precision(unit):
+    """Gradients are in the square of the targets' unit."""
+    before, gradient, wanted, _ = made(bend=0.1)
+    before = secant.Secant(*(jnp.asarray(unit * x, np.float32) for x in before[:3]), *before[3:])
+    before = before._replace(step=jnp.asarray(before.step, np.float32))
+    after = secant.learn(before, jnp.asarray(unit * gradient, np.float32))
+    assert relative(after.matrix @ before.step, unit * wanted) < 1e-4
+
+
 def test_it_changes_as_little_as_it_can(x64):
     """Of all symmetric matrices that map s rightly it is the nearest, in variables in which y and s
     are the same."""

@@ -72,7 +72,7 @@ def test_a_report_by_hand(tmp_path):
     assert (
         "the default solves 1 of 2 problems, where the best of all, trf (SciPy), solves 2" in text
     )
-    assert "and 1 of the 1 at whose best value a run has converged" in text
+    assert "and 1 of the 1 at whose best value one of these runs converged" in text
     assert "-50.0 points" in text
     assert (tmp_path / "profiles_float64.png").stat().st_size > 0
 

@@ -24,6 +24,7 @@ from varprox.projection import (
     project,
     rounding_of_predictions,
     start_projection,
+    without_span,
 )
 from varprox.quadratic import Form
 from varprox.reduced import hessian_factor
@@ -34,7 +35,7 @@ MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
 # The most that the first radius may be, in lengths of θ: MINPACK takes 100, SciPy 1. Where two
 # columns are nearly the same a longer step may gain much, and lead one of them away from the data.
-FARTHEST = 10
+FARTHEST, NEAREST = 10, 0.1  # the latter of what the objective allows, for θ next to nothing
 ROUNDINGS = 10  # by which a prediction may be off
 
 
@@ -97,7 +98,7 @@ def gnvpro(
 
     Each step minimises the Gauss–Newton model of the reduced objective in a trust region.
     `curvature` says how; inside the trust region all lead to the same step if the Krylov space is
-    full and `kaufman` is False:
+    full, `kaufman` is False and nothing learnt is in use:
 
     - "krylov": in a Krylov space of at most `rank` dimensions, ending earlier when a further
       product adds less than the fraction `flat` of the model's decrease. Up to `memory` directions
@@ -138,12 +139,13 @@ def gnvpro(
     implementation does under cross entropy.
 
     The first radius is √(2 Φ) in variables in which the largest curvature is about one: no variable
-    moves the residuals by more than their size; and ten times the length of θ, unless this is zero,
-    at most. A first step is taken only if its gain ratio is at
-    least ¼. Decreases in the size of rounding are measured by gradients.
+    moves the residuals by more than their size. It is no longer than ten times θ, or than a tenth
+    of that where θ is next to nothing. A first step is taken only if its gain ratio is at least ¼.
+    Decreases in the size of rounding are measured by gradients.
 
-    The run has converged when the model gains no more than the fraction `tolerance` of Φ, or than
-    rounding, within the distance that θ has from zero. A `tolerance` of None stands for eps^¾,
+    The run has converged when a model without what is learnt gains no more than the fraction
+    `tolerance` of Φ within the distance that θ has from zero; or no more than rounding, there and
+    where the residuals move by their size. A `tolerance` of None stands for eps^¾,
     2e-12 or 6e-6. Where no step of ten is accepted the next iteration goes on with the shrunken
     radius; the run has stalled when rounding swallows the steps.
 
@@ -222,6 +224,8 @@ def _start(problem, theta, data, *, form, memory, whiten, kaufman):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
+    if form is Form.KRYLOV:
+        projection = without_span(problem, projection)
     factor = _factor(problem, rows, projection.w, targets, form)
     value = projection.value + problem.penalty(theta)
     return State(
@@ -300,6 +304,8 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
             there, pullback = jax.vjp(rows_at, trial)
         tolerance = ACCURACY * jnp.minimum(found.decrease, state.decrease)
         solved = project(problem, there, targets, projection, tolerance)
+        if form is Form.KRYLOV:
+            solved = without_span(problem, solved)
         value = solved.value + problem.penalty(trial)
 
         def by_gradients():
@@ -326,9 +332,11 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         return correction(found, solved.slopes, solved.w)
 
     # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
-    guess = jnp.sqrt(2 * size / model.curvature)
-    guess = jnp.where(model.reach > 0, jnp.minimum(guess, FARTHEST * model.reach), guess)
+    far = jnp.sqrt(2 * size / model.curvature)
+    guess = jnp.clip(FARTHEST * model.reach, NEAREST * far, far)
     radius = jnp.where(first, guess, state.radius)
+    # Where θ is next to nothing its length says nothing of what rounding hides.
+    reach = jnp.stack([model.reach, jnp.maximum(model.reach, far)])
     result = trust_region.search(
         model.step,
         evaluate,
@@ -337,7 +345,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         radius,
         state.shift,
         max_trials=MAX_TRIALS,
-        reach=model.reach,
+        reach=reach,
         first=first,
         correct=model.correct and partial(corrected, model.correct),
     )
@@ -364,10 +372,13 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     if tolerance is None:
         tolerance = jnp.finfo(value.dtype).eps ** 0.75
     # A model without a minimiser promises nothing.
-    promises = (result.promise > 0) | (gradient_norm == 0)
-    converged = promises & (result.promise <= tolerance * size + rounding)
+    near, far_off = result.promise
+    promises = (near > 0) | (gradient_norm == 0)
+    converged = promises & ((near <= tolerance * size) | (far_off <= rounding))
+    # A step that has gained more than that shows the model to be wrong.
+    converged &= ~(result.decrease > tolerance * size + rounding)
+    held = converged
     # What is only estimated does not end a run.
-    plain = converged
     converged &= ~model.estimated
     converged |= jnp.abs(value) <= error**2  # the residual is that of rounding
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)
@@ -376,7 +387,8 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
             ~finite,
             first & (gradient_norm == 0) & (state.objective > rounding),
             converged,
-            ~result.accepted & (result.radius <= jnp.finfo(value.dtype).eps * model.reach),
+            ~(result.accepted | model.estimated)
+            & (result.radius <= jnp.finfo(value.dtype).eps * model.reach),
         ],
         [Status.NON_FINITE, Status.FLAT, Status.CONVERGED, Status.STALLED],
         Status.RUNNING,
@@ -390,7 +402,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
         radius=next_radius,
         shift=result.shift,
-        norm=model.following(result, projection.slopes, projection.w, plain),
+        norm=model.following(result, projection.slopes, projection.w, held),
         low=low,
         newton=newton,
         work_units=state.work_units + model.work + result.trials,

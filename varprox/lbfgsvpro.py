@@ -14,7 +14,13 @@ from varprox.checks import check_integer, check_number
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
 from varprox.precision import full_products
-from varprox.projection import Projection, project, rounding_of_predictions, start_projection
+from varprox.projection import (
+    Projection,
+    project,
+    rounding_of_predictions,
+    start_projection,
+    without_span,
+)
 from varprox.quasi_newton import ENOUGH, FIRST_ENOUGH, Pairs, no_pairs, search
 from varprox.whitening import Whitening, whitening
 
@@ -148,6 +154,7 @@ def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
     inputs, targets = data
     rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
     projection = project(problem, rows, targets, start, tolerance, relative)
+    projection = without_span(problem, projection)
     w = projection.w
     (gradient,) = pullback(projection.slopes @ w.T)
     penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)

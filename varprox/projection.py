@@ -97,6 +97,11 @@ def start_projection(problem: Problem, rows, targets) -> Projection:
     )
 
 
+def without_span(problem: Problem, at: Projection) -> Projection:
+    """`at` without what only formed models need; W-solves under least squares need no rows."""
+    return at._replace(rows=at.rows[:0]) if problem.loss.quadratic else at
+
+
 def project(
     problem: Problem, rows, targets, start: Projection, tolerance=0.0, relative=0.0
 ) -> Projection:

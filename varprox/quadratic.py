@@ -2,8 +2,8 @@
 
 Seen in a Krylov space, as a matrix formed from reverse passes of single samples or from forward
 passes of all of them, or as the singular values of its rows: each form knows how to minimise itself
-in a ball, and in which variables this is one. Imports curvature, jacobian, whitening, recycling and
-the trust region.
+in a ball, and in which variables this is one. Imports curvature, jacobian, whitening, recycling,
+secant and the trust region.
 """
 
 from collections.abc import Callable
@@ -16,7 +16,14 @@ from jax.flatten_util import ravel_pytree
 
 from varprox import secant, trust_region
 from varprox.curvature import linearise
-from varprox.jacobian import dimensions, gauss_newton_matrix, gauss_newton_root, keeps_rows, passes
+from varprox.jacobian import (
+    KEPT_BYTES,
+    dimensions,
+    gauss_newton_matrix,
+    gauss_newton_root,
+    keeps_rows,
+    passes,
+)
 from varprox.krylov import after
 from varprox.krylov import norm as length
 from varprox.model import Problem, derivatives, treats_samples_alone
@@ -54,8 +61,8 @@ class Quadratic(NamedTuple):
     reach: jax.Array  # the length of θ in the variables y
     products: jax.Array
     work: jax.Array  # units spent
-    # The norm of the next model, given what the search did, and G and W where it ended; the last
-    # argument is whether the next model should hold no estimate.
+    # The norm of the next model, given what the search did, G and W where it ended, and whether the
+    # test of convergence held: then the next model holds no estimate.
     following: Callable[[trust_region.Iteration, jax.Array, jax.Array, jax.Array], Any]
     estimated: jax.Array  # is a part of the curvature only estimated?
     # What to add to a step, given G and W at its end; None where K is not kept.
@@ -122,7 +129,14 @@ def start_norm(
         return KernelNorm()
     forward = form is Form.FORWARD
     learns = keeps_rows(like, len(rows), w, kaufman=kaufman, forward=forward)
+    learns &= like.size * like.nbytes <= KEPT_BYTES
     return NORMS[form](jnp.zeros_like(like), secant.nothing_yet(like) if learns else None)
+
+
+def elsewhere(norm: Any) -> Any:
+    """What makes a model's norm at weights that its last step did not lead to."""
+    learnt = getattr(norm, "secant", None)
+    return norm if learnt is None else norm._replace(secant=secant.elsewhere(learnt))
 
 
 def usable(problem: Problem, theta: Any, inputs: Any) -> tuple[Form, ...]:
@@ -212,8 +226,12 @@ def krylov(
         later = found._replace(tridiagonal=t._replace(diagonal=after(result.trials, t.diagonal)))
         return norm._replace(recycled=recycle(norm.recycled, later))
 
-    # Whitening is not undone: it brings θ to about the size that it has.
-    reach = length(norm.recycled.inverse_root(weights))
+    if norm.whitening is None:
+        reach = length(norm.recycled.inverse_root(weights))
+    else:
+        # The inverse of M is not known: by Cauchy and Schwarz the length of θ is at least this.
+        seen = length(in_ball(weights))
+        reach = length(weights) * (length(weights) / jnp.where(seen > 0, seen, 1))
     return Quadratic(
         gradient=gradient,
         root=root,
@@ -242,6 +260,8 @@ def dense(
     diagonal of the matrix and `EVEN` times their mean: the norm follows the problem, but a weight
     of little curvature is not let off its leash. Source: Moré, Lecture Notes in Mathematics 630
     (1978), for the running maximum.
+
+    To the matrix comes what `varprox.secant` has learnt, while that is to be trusted.
     """
     forward = isinstance(norm, ForwardNorm)
     formed = gauss_newton_matrix(problem, theta, data, at, kaufman=kaufman, forward=forward)
@@ -265,19 +285,17 @@ def dense(
         shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
         return jax.scipy.linalg.solve(shifted, error, assume_a="pos")
 
-    def following(result, slopes, w, plain):
-        later = learnt
-        if learnt is not None and formed.transposed is not None:
-            s = scale * result.x
-            without = -(formed.gradient @ s + 0.5 * s @ product(s))
-            more = -0.5 * s @ (learnt.matrix @ s)
-            streak = secant.judge(learnt, without, more, result.decrease)
-            streak = jnp.where(result.accepted, streak, learnt.streak)
-            expected = formed.transposed(slopes, w)
-            expected += _penalty_gradient(problem, unravel(weights + s))
-            streak = jnp.where(plain, 0, streak)
-            later = Secant(learnt.matrix, formed.gradient, expected, s, streak)
-        return norm._replace(diagonal=diagonal, secant=later)
+    def following(result, slopes, w, held):
+        later = norm._replace(diagonal=diagonal, secant=learnt)
+        if learnt is None or formed.transposed is None:
+            return elsewhere(later)
+        s = scale * result.x
+        without = -(formed.gradient @ s + 0.5 * s @ product(s))
+        more = -0.5 * s @ (learnt.matrix @ s)
+        streak = secant.judge(learnt, without, more, result.decrease)
+        expected = formed.transposed(slopes, w) + _penalty_gradient(problem, unravel(weights + s))
+        streak = jnp.where(result.accepted & ~held, streak, 0)
+        return later._replace(secant=Secant(learnt.matrix, formed.gradient, expected, s, streak))
 
     return _formed(
         problem,

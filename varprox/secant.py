@@ -54,13 +54,18 @@ def learn(old: Secant, gradient: jax.Array) -> Secant:
     ys = jnp.where(usable, ys, 1)
     error = (wanted - sized @ s) / ys
     across = jnp.outer(error, y)
-    new = sized + across + across.T - (s @ error / ys) * jnp.outer(y, y)
+    new = sized + across + across.T - jnp.outer((s @ error / ys) * y, y)
     usable &= jnp.isfinite(new).all()
     return old._replace(matrix=jnp.where(usable, new, old.matrix))
 
 
 def judge(secant: Secant, without: jax.Array, more: jax.Array, decrease: jax.Array) -> jax.Array:
-    """The streak after a step whose decrease was predicted as `without` S, and `more` with it."""
+    """The streak after a step whose decrease was predicted as `without`, to which S adds `more`."""
     margin = jnp.where(secant.trusted, 1, MARGIN)
     better = jnp.abs(decrease - without - more) < margin * jnp.abs(decrease - without)
     return jnp.where(better, secant.streak + 1, 0)
+
+
+def elsewhere(secant: Secant) -> Secant:
+    """What is known at a point that the last step did not lead to."""
+    return secant._replace(step=jnp.zeros_like(secant.step), streak=jnp.zeros_like(secant.streak))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from varprox import quadratic
 from varprox.gnvpro import gnvpro as full_batch
 from varprox.heads import ConvHead, DenseHead, dense, has_bias
 from varprox.model import Problem
@@ -204,6 +205,9 @@ def gnvpro(problem: Problem, data: tuple, **options) -> optax.GradientTransforma
 
 def _moved(fresh, state):
     """The state at other weights, with what is known of the curvature."""
-    kept = ("radius", "shift", "norm", "low", "newton")
-    work_units = state.work_units + fresh.work_units
-    return fresh._replace(work_units=work_units, **{name: getattr(state, name) for name in kept})
+    kept = ("radius", "shift", "low", "newton")
+    return fresh._replace(
+        work_units=state.work_units + fresh.work_units,
+        norm=quadratic.elsewhere(state.norm),
+        **{name: getattr(state, name) for name in kept},
+    )

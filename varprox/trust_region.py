@@ -40,7 +40,7 @@ class Iteration(NamedTuple):
     first_ratio: jax.Array  # gain ratio of the first trial point
     ratio: jax.Array  # and of the last
     decrease: jax.Array  # of the function, at the last trial point
-    promise: jax.Array  # the most that the model decreases within `reach` of x, or more
+    promise: jax.Array  # the most that the model decreases within each `reach` of x, or more
     trials: jax.Array
 
 
@@ -251,7 +251,7 @@ def search(
     is short beside it.
 
     The promise is a bound by duality: with (H + σ I) s = −g the model falls nowhere within `reach`
-    of x by more than by what it does in s and ½ σ (reach² − ‖s‖²).
+    of x, which may be several lengths, by more than by what it does in s and ½ σ (reach² − ‖s‖²).
     """
 
     def attempt(carry):
@@ -308,7 +308,8 @@ def search(
 
     zero, none = jnp.zeros_like(shift), jnp.zeros((), jnp.int32)
     false = jnp.array(False)
-    start = Iteration(x, aux, radius, shift, false, zero, zero, zero, zero, none)
+    nothing = jnp.zeros_like(reach * zero)
+    start = Iteration(x, aux, radius, shift, false, zero, zero, zero, nothing, none)
     no_step = Step(jnp.zeros_like(x), zero, false, zero)
     goes_on = lambda c: ~c[0].accepted & (c[0].trials < max_trials)  # noqa: E731
     return jax.lax.while_loop(goes_on, attempt, (start, false, no_step))[0]
