@@ -371,6 +371,15 @@ def test_parameters_moved_by_another_are_taken_as_they_are(x64):
     assert state.objective < 2 * plain.objective
 
 
+def test_a_move_by_another_teaches_no_curvature(x64):
+    """Its gradients do not belong to the method's own last step."""
+    tx = gnvpro()
+    params, state = gnvpro_step(tx, initial_theta(), tx.init(initial_theta()), data())
+    _, after = gnvpro_step(tx, params, state, data())
+    _, moved = gnvpro_step(tx, initial_theta(seed=5), state, data())
+    assert np.any(after.norm.secant.matrix != 0) and np.all(moved.norm.secant.matrix == 0)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_parameters_are_asked_for(name, x64):
     tx, _, params = case(name)
