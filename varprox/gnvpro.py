@@ -139,15 +139,16 @@ def gnvpro(
     implementation does under cross entropy.
 
     The first radius is √(2 Φ) in variables in which the largest curvature is about one: no variable
-    moves the residuals by more than their size. It is no longer than ten times θ, or than a tenth
-    of that where θ is next to nothing. A first step is taken only if its gain ratio is at least ¼.
-    Decreases in the size of rounding are measured by gradients.
+    moves the residuals by more than their size. It is cut to ten lengths of θ, but to no less than
+    a tenth of √(2 Φ). A first step is taken only if its gain ratio is at least ¼. Decreases in the
+    size of rounding are measured by gradients.
 
     The run has converged when a model without what is learnt gains no more than the fraction
     `tolerance` of Φ within the distance that θ has from zero; or no more than rounding, there and
-    where the residuals move by their size. A `tolerance` of None stands for eps^¾,
-    2e-12 or 6e-6. Where no step of ten is accepted the next iteration goes on with the shrunken
-    radius; the run has stalled when rounding swallows the steps.
+    where the residuals move by their size. The last step must not have gained more than this
+    either. A `tolerance` of None stands for eps^¾, 2e-12 or 6e-6. Where no step of ten is accepted
+    the next iteration goes on with the shrunken radius; the run has stalled when rounding swallows
+    the steps.
 
     Work units: in a Krylov space 2 a step and 2 a product (4 with the full Hessian), and 2 for the
     whitening, an upper bound; with "forward" 1 a step and 1 a weight; with rows 1 a step and 1 a
@@ -375,7 +376,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     near, far_off = result.promise
     promises = (near > 0) | (gradient_norm == 0)
     converged = promises & ((near <= tolerance * size) | (far_off <= rounding))
-    # A step that has gained more than that shows the model to be wrong.
+    # A step that has gained more than this shows the model to be wrong.
     converged &= ~(result.decrease > tolerance * size + rounding)
     held = converged
     # What is only estimated does not end a run.
