@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from varprox.krylov import norm
 
-# Used as soon as it is better, S makes the zoo's dense networks and collocation end ten times higher
-# after 400 work units. 3 and 5 steps do them next to no harm; with 5 logistic problems gain less.
+# Used as soon as it is better, S makes the zoo's dense networks and collocation end ten times as
+# high after 400 work units. 3 and 5 steps do them next to no harm; with 5 logistic problems gain
+# less.
 PATIENCE = 3  # steps in a row that must be predicted better with S than without, before it is used
 MARGIN = 0.5  # of the error without S: the most that the error with it may be until then
 
