@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import varprox as vp
 from varprox.curvature import linearise
-from varprox.lbfgsvpro import ACCURACY
+from varprox.quasi_newton import ACCURACY
 from varprox.model import Problem
 from varprox.projection import project, start_projection
 from varprox.reduced import hessian_factor

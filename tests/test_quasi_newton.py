@@ -1,88 +1,364 @@
-"""Pairs against the dense BFGS formula, and the search along a line against what it promises."""
+"""LBFGSvpro: what it costs, where it ends and what it refuses; the contract is in
+test_method.py."""
 
-from functools import partial
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+from jax.flatten_util import ravel_pytree
+from problems import Case, dense_reference, features
+from test_method import losses, make_problem, run
 
-from varprox.quasi_newton import ENOUGH, FIRST_ENOUGH, STEEP, no_pairs, search
-
-
-@pytest.mark.parametrize("added", [0, 2, 3, 5])
-def test_pairs_give_the_inverse_of_bfgs(added, x64):
-    """Of the last three pairs, whatever came before; one along which nothing bends is left out."""
-    rng = np.random.default_rng(added)
-    root = rng.normal(size=(6, 6))
-    pairs, kept = no_pairs(3, jnp.zeros(6)), []
-    for _ in range(added):
-        step = rng.normal(size=6)
-        change = root @ root.T @ step
-        pairs = pairs.add(step, change, jnp.array(True))
-        pairs = pairs.add(step, -change, jnp.array(True)).add(step, change, jnp.array(False))
-        kept.append((step, change))
-    inverse = np.eye(6) * (kept[-1][0] @ kept[-1][1] / np.sum(kept[-1][1] ** 2) if kept else 1)
-    for step, change in kept[-3:]:
-        left = np.eye(6) - np.outer(step, change) / (step @ change)
-        inverse = left @ inverse @ left.T + np.outer(step, step) / (step @ change)
-    vector = rng.normal(size=6)
-    np.testing.assert_allclose(pairs.solve(vector), inverse @ vector, rtol=1e-9)
-    forgotten = pairs.forget(jnp.array(True))
-    assert forgotten.empty and pairs.empty == (added == 0)
-    np.testing.assert_allclose(forgotten.solve(vector), pairs.scale * vector)
+import varprox as vp
+from varprox.model import objective
 
 
-FUNCTIONS = {
-    "quadratic": lambda t: (t - 1) ** 2,
-    "valley": lambda t: -t / (t**2 + 2),
-    "quartic": lambda t: (t + 0.004) ** 5 - 2 * (t + 0.004) ** 4,
-    "saturating": lambda t: jnp.exp(-t) + 0.1 * t,
-    "wall": lambda t: jnp.where(t < 1.5, (t - 1) ** 2, jnp.nan),
-}
+@losses
+def test_work_units_add_up(loss):
+    """2 for the start, 2 for the whitening and 2 a trial point of the line search."""
+    _, _, states, infos, *_ = run("lbfgsvpro", loss)
+    trials = np.array([int(info.trials) for info in infos])
+    work = np.array([int(state.work_units) for state in states])
+    assert work[0] == 4 and (trials >= 1).all()
+    np.testing.assert_array_equal(np.diff(work), 2 * trials)
+    assert np.median(trials) == 1
 
 
-@partial(jax.jit, static_argnames="name")
-def along(name, length, enough, noise=0.0, unit=1.0):
-    both = jax.value_and_grad(lambda t: unit * FUNCTIONS[name](t))
-    start, slope = both(jnp.zeros_like(length))
-
-    def evaluate(t):
-        value, slope = both(t)
-        return start - value, slope, t
-
-    return slope, search(evaluate, jnp.zeros_like(length), slope, length, noise, enough)
-
-
-@pytest.mark.parametrize("name", FUNCTIONS)
-def test_the_search_ends_at_a_point_of_wolfe(name, x64):
-    """From first trials a millionth and a million times as long, in any unit."""
-    for length in 10.0 ** np.arange(-6, 7, 3):
-        for enough in (ENOUGH, FIRST_ENOUGH):
-            slope, found = along(name, length, enough)
-            assert found.accepted and found.aux == found.point.length
-            assert found.point.gain >= -enough * found.point.length * slope
-            assert found.point.slope >= STEEP * slope
-            _, other = along(name, length, enough, unit=1e-12)
-            np.testing.assert_allclose(other.point.length, found.point.length, rtol=1e-6)
-            assert other.trials == found.trials
+@losses
+def test_gradient_is_that_of_the_reduced_objective(loss, x64):
+    """By the envelope theorem, the derivative of Φ in θ at the W of the state; how near this is to
+    W(θ) is tested in test_method.py. Under least squares it is there."""
+    case = Case(loss, 2, penalty="tikhonov", w_penalty=3e-2)
+    _, data, states, infos, *_ = run("lbfgsvpro", loss)
+    derivative = jax.jit(jax.grad(lambda theta, w: objective(make_problem(loss), theta, w, data)))
+    for state, info in list(zip(states[1:], infos, strict=True))[:5]:
+        gradient = ravel_pytree(state.gradient)[0]
+        expected = ravel_pytree(derivative(state.theta, state.w))[0]
+        np.testing.assert_allclose(gradient, expected, rtol=1e-10, atol=1e-13)
+        if loss == "least_squares":
+            # The case penalises θ by 1e-2, the run by 3e-2.
+            flat = np.asarray(ravel_pytree(state.theta)[0])
+            expected = dense_reference(case, state.theta, data).gradient + 2e-2 * flat
+            np.testing.assert_allclose(gradient, expected, rtol=1e-8, atol=1e-11)
+        assert abs(info.gradient_norm - np.linalg.norm(gradient)) < 1e-12
+        assert info.objective == state.objective
 
 
-def test_where_values_are_noise_the_slopes_decide():
-    """In single precision, near the minimum of what is known to eps only."""
-    length = jnp.float32(1)
+@losses
+def test_after_a_failure_it_stays_and_then_follows_the_gradient(loss, x64):
+    """The whitened gradient, whatever the pairs before the failure were."""
+    _, data, states, *_ = run("lbfgsvpro", loss)
+    step = vp.lbfgsvpro(make_problem(loss), memory=8).step
+    failed = states[6]._replace(failures=states[6].failures + 1)
+    stayed, _ = step(failed, data)
+    jax.tree.map(np.testing.assert_array_equal, stayed.theta, failed.theta)
+    moved, info = step(stayed, data)
+    assert moved.objective < stayed.objective and info.trials >= 1
 
-    def evaluate(t):
-        return jnp.float32(-2e-7), 1e-9 * (t - 1), t
+    def direction(old, new):
+        change = ravel_pytree(new.theta)[0] - ravel_pytree(old.theta)[0]
+        return change / np.linalg.norm(change)
 
-    slope, zero = jnp.float32(-1e-9), jnp.float32(0)
-    found = search(evaluate, zero, slope, length, jnp.float32(3e-7), jnp.float32(ENOUGH))
-    assert found.accepted and found.trials == 1 and found.point.gain == 0.5e-9
-    assert not search(evaluate, zero, slope, length, zero, jnp.float32(ENOUGH)).accepted
+    whiten = stayed.whitening
+    downhill = -ravel_pytree(whiten(whiten(stayed.gradient)))[0]
+    downhill = downhill / np.linalg.norm(downhill)
+    np.testing.assert_allclose(direction(stayed, moved), downhill, atol=1e-8)
+    # Without a failure the pairs turn the step.
+    assert np.linalg.norm(direction(states[6], states[7]) - downhill) > 1e-2
 
 
-def test_where_nothing_is_finite_the_start_is_kept(x64):
-    found = search(
-        lambda t: (jnp.nan * t, jnp.nan * t, t), 0.0, jnp.array(-1.0), jnp.array(1.0), 0.0, ENOUGH
+@pytest.mark.parametrize(
+    "options, error, named, came",
+    [
+        ({"memory": 0}, ValueError, "memory", "0"),
+        ({"memory": 2.5}, ValueError, "memory", "2.5"),
+        ({"memory": True}, ValueError, "memory", "True"),
+        ({"tolerance": -1e-3}, ValueError, "tolerance", "-0.001"),
+        ({"tolerance": float("nan")}, ValueError, "tolerance", "nan"),
+        ({"tolerance": "a"}, TypeError, "tolerance", "'a'"),
+    ],
+)
+def test_bad_options_are_refused(options, error, named, came):
+    with pytest.raises(error, match=f"^{named}: expected") as caught:
+        vp.lbfgsvpro(make_problem(), **options)
+    assert came in str(caught.value).split("got", 1)[1]
+
+
+def test_what_is_not_a_problem_is_refused():
+    with pytest.raises(TypeError, match=r"^problem: expected a varprox\.Problem, got"):
+        vp.lbfgsvpro(vp.Separable(features))
+
+
+# Other starts, units and features
+
+
+def decays(theta, t):
+    return jnp.exp(-t[:, None] * jnp.exp(theta))
+
+
+def curve(seed=3, samples=60, dtype=np.float64):
+    """Two decays with noise."""
+    rng = np.random.default_rng(seed)
+    t = np.linspace(0, 5, samples)
+    y = np.exp(-t[:, None] * [0.5, 3.0]) @ [[1.0], [2.0]] + 0.01 * rng.normal(size=(samples, 1))
+    return t.astype(dtype), y.astype(dtype)
+
+
+def of_curve(fn=decays, bias=False, **penalties):
+    return vp.Problem(vp.Separable(fn, vp.dense(bias=bias)), vp.least_squares(), **penalties)
+
+
+def solver(problem, work=3000, **options):
+    """`init` and the steps until the run ends, in one compiled function."""
+    method = vp.lbfgsvpro(problem, **options)
+
+    @jax.jit
+    def solve(theta, data):
+        return jax.lax.while_loop(
+            lambda state: (state.status == vp.Status.RUNNING) & (state.work_units < work),
+            lambda state: method.step(state, data)[0],
+            method.init(theta, data),
+        )
+
+    return solve
+
+
+def nearby_minimum(problem, theta, data):
+    """The reduced objective at θ, and what SciPy's BFGS goes down to from there."""
+    reduced = vp.reduced_objective(problem)
+    flat, unravel = ravel_pytree(theta)
+    both = jax.jit(jax.value_and_grad(lambda flat: reduced(unravel(flat), data)[0]))
+
+    def fun(flat):
+        value, gradient = both(jnp.asarray(flat))
+        return float(value), np.asarray(gradient)
+
+    found = scipy.optimize.minimize(
+        fun, np.asarray(flat), jac=True, method="BFGS", options={"gtol": 1e-12}
     )
-    assert not found.accepted and found.aux == 0 and 10 < found.trials <= 20
+    return fun(flat)[0], min(float(found.fun), fun(flat)[0])
+
+
+def test_a_curve_fit_converges_where_nothing_lower_is_near(x64):
+    problem, data = of_curve(), curve()
+    solve = solver(problem)
+    for seed in range(6):
+        start = np.random.default_rng(seed).uniform(-2, 2, 2)
+        state = solve(start, data)
+        assert state.status == vp.Status.CONVERGED and state.work_units < 300
+        here, near = nearby_minimum(problem, state.theta, data)
+        assert here - near <= 1e-6 * abs(here)
+        assert abs(float(state.objective) - here) <= 1e-12 * here
+
+
+def test_a_fit_without_a_residual_converges(x64):
+    t = np.linspace(0, 5, 60)
+    data = t, np.exp(-t[:, None] * [0.5, 3.0]) @ [[1.0], [2.0]]
+    state = solver(of_curve())(np.array([-2.0, 1.5]), data)
+    assert state.status == vp.Status.CONVERGED
+    assert state.objective < 1e-25 and state.work_units < 300
+    np.testing.assert_allclose(np.sort(np.exp(state.theta)), [0.5, 3.0], rtol=1e-10)
+
+
+def test_single_precision_goes_as_far_as_it_allows():
+    """Near the minimum in double precision, and it knows that it is there."""
+    state = solver(of_curve())(jnp.array([-1.0, 0.5], jnp.float32), curve(dtype=np.float32))
+    assert state.status == vp.Status.CONVERGED and state.work_units < 300
+    with jax.enable_x64(True):
+        exact = solver(of_curve())(np.array([-1.0, 0.5]), curve())
+        reduced = vp.reduced_objective(of_curve())
+        value = reduced(jnp.asarray(state.theta, jnp.float64), curve())[0]
+        assert float(exact.objective) <= float(value) < float(exact.objective) * (1 + 1e-5)
+
+
+SCALES = {np.float32: (1e-10, 1e10), np.float64: (1e-8, 1e8)}
+
+
+@pytest.mark.parametrize("dtype", SCALES)
+def test_units_of_the_targets_do_not_matter(dtype):
+    with jax.enable_x64(dtype is np.float64):
+        problem, (t, y) = of_curve(), curve(dtype=dtype)
+        method, start = vp.lbfgsvpro(problem), np.array([-1.0, 0.5], dtype)
+
+        @jax.jit
+        def steps(scale):
+            data = t, scale * y
+            state = method.init(start, data)
+            return jax.lax.scan(lambda s, _: method.step(s, data), state, length=6)
+
+        states, infos = zip(*[steps(dtype(s)) for s in (1, *SCALES[dtype])], strict=True)
+        # A power of ten is rounded, and by the sixth step what this changes has grown.
+        rtol = 1e6 * np.finfo(dtype).eps if dtype is np.float64 else 2e-2
+        for state, info, scale in zip(states, infos, (1, *SCALES[dtype]), strict=True):
+            np.testing.assert_array_equal(info.trials, infos[0].trials)
+            np.testing.assert_allclose(state.theta, states[0].theta, rtol=rtol)
+            relative = np.asarray(info.objective) / scale / scale
+            np.testing.assert_allclose(relative, infos[0].objective, rtol=rtol)
+
+
+def test_an_offset_of_the_targets_does_not_matter(x64):
+    t, y = curve()
+    ends = [
+        solver(of_curve(bias=True))(np.array([-1.0, 0.5]), (t, y + offset)) for offset in (0, 1e4)
+    ]
+    assert ends[1].status == vp.Status.CONVERGED
+    np.testing.assert_allclose(ends[1].objective, ends[0].objective, rtol=1e-6)
+
+
+@pytest.mark.parametrize("penalty", [None, 1e-3])
+def test_a_start_without_derivatives_is_told(penalty, x64):
+    """All weights zero in a network of tanh."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(30, 2))
+    theta = {"a": np.zeros((2, 5)), "b": np.zeros((5, 4))}
+    net = lambda theta, x: jnp.tanh(jnp.tanh(x @ theta["a"]) @ theta["b"])  # noqa: E731
+    state = vp.lbfgsvpro(of_curve(net, True, theta_penalty=penalty)).init(theta, (x, np.sin(x)))
+    assert state.status == vp.Status.FLAT
+    # Where the rows fit the targets, nothing is missing.
+    state = vp.lbfgsvpro(of_curve(net, True)).init(theta, (x, 0 * x))
+    assert state.status == vp.Status.CONVERGED
+
+
+def test_the_first_step_gains_much_of_what_it_promises(x64):
+    """It is no longer than where the slope has been used up, whatever the start."""
+    rng = np.random.default_rng(1)
+    x = rng.uniform(-1, 1, (80, 2))
+    data = x, np.sin(3 * x[:, :1] * x[:, 1:])
+    net = lambda theta, x: jnp.tanh(jnp.tanh(x @ theta["a"]) @ theta["b"])  # noqa: E731
+    method = vp.lbfgsvpro(of_curve(net, True))
+    for scale in (0.1, 1.0, 3.0, 10.0):
+        theta = {"a": scale * rng.normal(size=(2, 6)), "b": scale * rng.normal(size=(6, 4))}
+        before = method.init(theta, data)
+        after, _ = method.step(before, data)
+        moved, gradient = (
+            ravel_pytree(tree)[0]
+            for tree in (jax.tree.map(jnp.subtract, after.theta, before.theta), before.gradient)
+        )
+        promised = -float(moved @ gradient)
+        assert promised > 0
+        assert float(before.objective - after.objective) >= 0.24 * promised
+
+
+def convolved(theta, t):
+    """Features that couple samples: decays seen through a response in time."""
+    k = len(t)
+    response = jnp.exp(-0.5 * ((jnp.arange(k, dtype=t.dtype) - 8) / 2) ** 2)
+    through = lambda column: jnp.convolve(column, response)[:k]  # noqa: E731
+    return jax.vmap(through, 1, 1)(decays(theta, t))
+
+
+def normalised(theta, x):
+    """Not a number on a single sample."""
+    z = jnp.tanh(x[:, None] * theta[:2] + theta[2:])
+    return (z - z.mean(axis=0)) / z.std(axis=0)
+
+
+@pytest.mark.parametrize("fn, start", [(convolved, [-2.0, 0.0]), (normalised, [1.0, 2.0, 0.5, 0])])
+def test_features_that_couple_samples(fn, start, x64):
+    start, t = np.array(start), np.linspace(0, 5, 48)
+    y = np.asarray(fn(start + 0.4, t)) @ [[1.0], [3.0]]
+    data = t, y + 0.003 * np.random.default_rng(0).normal(size=y.shape)
+    state = solver(of_curve(fn))(start, data)
+    assert state.status == vp.Status.CONVERGED
+    here, near = nearby_minimum(of_curve(fn), state.theta, data)
+    assert here - near <= 1e-6 * here and here < 1e-5
+    for scale, roots in state.whitening.arrays:
+        assert scale > 0
+        for root in roots:
+            np.testing.assert_array_equal(root, np.eye(len(root)))
+
+
+def test_features_with_only_a_reverse_rule(x64):
+    @jax.custom_vjp
+    def rates(theta):
+        return jnp.exp(theta)
+
+    rates.defvjp(lambda theta: (jnp.exp(theta),) * 2, lambda rate, g: (rate * g,))
+    fn = lambda theta, t: jnp.exp(-t[:, None] * rates(theta))  # noqa: E731
+    start = np.array([-1.0, 0.5])
+    state = solver(of_curve(fn))(start, curve())
+    np.testing.assert_allclose(state.objective, solver(of_curve())(start, curve()).objective)
+
+
+def test_features_without_a_reverse_rule_are_refused(x64):
+    def fn(theta, t):
+        return jax.lax.while_loop(
+            lambda at: at[1] < 3,
+            lambda at: (at[0] * decays(theta, t), at[1] + 1),
+            (1.0 + 0 * t[:, None] * theta, 0),
+        )[0]
+
+    with pytest.raises(TypeError, match=r"^features: expected .*curvature=\"forward\".*while_loop"):
+        vp.lbfgsvpro(of_curve(fn)).init(np.array([-1.0, 0.5]), curve())
+
+
+def test_a_penalty_that_is_not_convex(x64):
+    """θ goes to a minimum, from where the penalty bends downwards."""
+    waves = lambda theta: 1e-2 * jnp.sum(jnp.cos(3 * theta))  # noqa: E731
+    problem = of_curve(theta_penalty=waves)
+    state = solver(problem)(np.array([0.05, 0.9]), curve())
+    assert state.status == vp.Status.CONVERGED
+    here, near = nearby_minimum(problem, state.theta, curve())
+    assert here - near <= 1e-6 * abs(here)
+    reduced = vp.reduced_objective(problem)
+    gradient = jax.grad(lambda theta: reduced(theta, curve())[0])
+    hessian = np.array(
+        [(gradient(state.theta + d) - gradient(state.theta - d)) / 2e-4 for d in 1e-4 * np.eye(2)]
+    )
+    assert np.linalg.eigvalsh(hessian)[0] > 0
+
+
+def test_many_fits_at_once_equal_single_ones(x64):
+    solve, t = solver(of_curve()), curve()[0]
+    y = np.stack([curve(seed)[1] for seed in range(8)])
+    start = np.array([-1.0, 0.5])
+    together = jax.vmap(solve, (None, (None, 0)))(start, (t, y))
+    for i in range(8):
+        alone = solve(start, (t, y[i]))
+        assert together.status[i] == alone.status == vp.Status.CONVERGED
+        np.testing.assert_allclose(together.objective[i], alone.objective, rtol=1e-12)
+        np.testing.assert_allclose(together.theta[i], alone.theta, rtol=1e-6)
+
+
+@losses
+def test_all_products_ask_for_full_precision(loss):
+    """Whatever the device's default is, the network's own products included."""
+    low, total = [], 0
+
+    def walk(jaxpr):
+        nonlocal total
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                total += 1
+                precision = equation.params["precision"]
+                if precision is None or set(precision) != {jax.lax.Precision.HIGHEST}:
+                    low.append(str(equation.source_info.traceback))
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+                if is_jaxpr(value):
+                    walk(getattr(value, "jaxpr", value))
+
+    def is_jaxpr(value):
+        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+    _, data, states, *_ = run("lbfgsvpro", loss)
+    data, state = jax.tree.map(
+        lambda x: jnp.asarray(x, jnp.float32) if np.issubdtype(x.dtype, np.floating) else x,
+        (data, states[0]),
+    )
+    method = vp.lbfgsvpro(make_problem(loss, dtype=np.float32), memory=8)
+    walk(jax.make_jaxpr(method.init)(state.theta, data).jaxpr)
+    walk(jax.make_jaxpr(method.step)(state, data).jaxpr)
+    assert total > 20 and not low, low
+
+
+def test_a_state_can_be_kept(x64):
+    problem, data = of_curve(), curve()
+    method = vp.lbfgsvpro(problem)
+    state, _ = method.step(method.init(np.array([-1.0, 0.5]), data), data)
+    kept = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, state)))
+    one, other = (jax.tree.leaves(method.step(s, data)) for s in (state, kept))
+    for a, b in zip(one, other, strict=True):
+        np.testing.assert_array_equal(a, b)

@@ -17,11 +17,11 @@ from tqdm import tqdm
 
 from varprox.checks import check_flag, check_integer
 from varprox.gnvpro import gnvpro, select_form
-from varprox.lbfgsvpro import lbfgsvpro
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, derivatives, predict
 from varprox.precision import full_products
 from varprox.quadratic import Form, usable
+from varprox.quasi_newton import lbfgsvpro
 from varprox.slimtrain import with_learned
 from varprox.threads import one_blas_thread
 

@@ -1,185 +1,260 @@
-"""Limited-memory BFGS in flat variables: the pairs that stand for the inverse Hessian, and the
-search along a line. Imports nothing of the package.
+"""Quasi-Newton methods on the reduced objective in whitened variables: LBFGSvpro and Broydenvpro.
+
+They differ in what stands for the inverse Hessian. Imports inverse_hessian, line_search,
+projection, whitening and model below it.
 """
 
-from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
 
-MOST_TRIALS = 20
-ENOUGH, FIRST_ENOUGH = 1e-4, 0.25  # of what the slope promises: asked of a step, and of the first
-STEEP = 0.9  # of the slope at the start: where it is as steep, the step was too short
-LONGER = 10.0
-LEAST, MOST = 0.1, 0.5  # of the bracket, from its lower end: where the next trial may lie
+from varprox.checks import check_integer, check_number
+from varprox.inverse_hessian import Broyden, Pairs, identity, no_pairs
+from varprox.line_search import ENOUGH, FIRST_ENOUGH, search
+from varprox.method import Method, Status
+from varprox.model import Problem, check_data, check_problem
+from varprox.precision import full_products
+from varprox.projection import (
+    Projection,
+    project,
+    rounding_of_predictions,
+    start_projection,
+    without_span,
+)
+from varprox.whitening import Whitening, whitening
+
+ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
+TOLERANCE = 1e-12  # see `lbfgsvpro`
+ROUNDINGS = 10  # that the objective may be off by; with 1, 3 or 10 runs end alike
+QUIET = 2  # steps in a row
 
 
-class Pairs(NamedTuple):
-    """Steps and what the gradient changed by along them, the newest over the oldest."""
+class State(NamedTuple):
+    """The weights and what the next iteration starts from; `gradient` is ∇Φ_red(θ)."""
 
-    steps: jax.Array  # (memory, size)
-    changes: jax.Array  # (memory, size)
-    weights: jax.Array  # (memory,), 1 / (step · change), 0 where there is no pair
-    scale: jax.Array  # of the inverse Hessian in directions that no pair tells of
-    added: jax.Array  # how many pairs ever were
+    theta: Any
+    projection: Projection
+    objective: jax.Array
+    gradient: Any
+    rounding: jax.Array  # of the objective, where that of all predictions adds up
+    decrease: jax.Array  # of the objective, in the last step
+    unit: jax.Array  # that objective and gradient are divided by: the size of the first objective
+    inverse: Pairs | Broyden  # of the Hessian
+    whitening: Whitening
+    failures: jax.Array  # 1 after a step that failed, 2 when W has been solved for again
+    quiet: jax.Array  # steps in a row that promised and gained no more than the tolerance
+    work_units: jax.Array  # so far
+    status: jax.Array
 
     @property
-    def empty(self) -> jax.Array:
-        """Is there no pair?"""
-        return jnp.all(self.weights == 0)
-
-    def solve(self, gradient: jax.Array) -> jax.Array:
-        """The inverse Hessian times a vector. Source: Nocedal, Math. Comp. 35 (1980)."""
-        memory = len(self.weights)
-        newest_first = (self.added - 1 - jnp.arange(memory, dtype=jnp.int32)) % memory
-
-        def take_out(q, i):
-            along = self.weights[i] * (self.steps[i] @ q)
-            return q - along * self.changes[i], along
-
-        def put_back(r, pair):
-            i, along = pair
-            return r + (along - self.weights[i] * (self.changes[i] @ r)) * self.steps[i], None
-
-        q, along = jax.lax.scan(take_out, gradient, newest_first)
-        result, _ = jax.lax.scan(put_back, self.scale * q, (newest_first, along), reverse=True)
-        return result
-
-    def add(self, step: jax.Array, change: jax.Array, keep: jax.Array) -> "Pairs":
-        """With this pair, if `keep` and if the objective bends upwards along the step."""
-        memory, eps = len(self.weights), jnp.finfo(step.dtype).eps
-        product, square = step @ change, change @ change
-        # A curvature below rounding of the change would weigh without bound.
-        keep = keep & (product > eps * square) & (square > 0)
-        place = self.added % memory
-        product, square = jnp.where(keep, product, 1), jnp.where(keep, square, 1)
-
-        def put(old, new):
-            return old.at[place].set(jnp.where(keep, new, old[place]))
-
-        return Pairs(
-            put(self.steps, step),
-            put(self.changes, change),
-            put(self.weights, 1 / product),
-            jnp.where(keep, product / square, self.scale),
-            self.added + keep.astype(jnp.int32),
-        )
-
-    def forget(self, when: jax.Array) -> "Pairs":
-        """Without pairs, if `when`; the scale stays."""
-        return self._replace(weights=jnp.where(when, 0, self.weights))
+    def w(self) -> jax.Array:
+        return self.projection.w
 
 
-def no_pairs(memory: int, like: jax.Array) -> Pairs:
-    """No pair yet, of vectors (size,) like the one given, and the identity."""
-    nothing = jnp.zeros((memory, like.size), like.dtype)
-    return Pairs(
-        nothing,
-        nothing,
-        jnp.zeros(memory, like.dtype),
-        jnp.ones((), like.dtype),
-        jnp.zeros((), jnp.int32),
-    )
+class Info(NamedTuple):
+    """What one iteration did; all of it belongs to the weights after it."""
 
-
-class Point(NamedTuple):
-    """A point on the line."""
-
-    length: jax.Array
-    gain: jax.Array  # how far the objective lies below that of the start
-    slope: jax.Array
-
-
-class Search(NamedTuple):
-    """What a search ends with: the point that it accepts, or the start."""
-
-    point: Point
-    aux: Any  # what belongs to the point
-    accepted: jax.Array
+    objective: jax.Array
+    gradient_norm: jax.Array
     trials: jax.Array
+    w_products: jax.Array
 
 
-class _Bracket(NamedTuple):
-    low: Point  # gains enough, and still falls as steeply as at the start
-    high: Point  # gains too little; its length is infinite as long as there is none
-    aux: Any  # of what has gained enough last
-    best: Point
-    length: jax.Array  # of the next trial
-    trials: jax.Array
-    done: jax.Array
+class _At(NamedTuple):
+    """What belongs to a θ."""
+
+    theta: Any
+    projection: Projection
+    objective: jax.Array
+    gradient: Any
+    rounding: jax.Array
 
 
-def search(
-    evaluate: Callable[[jax.Array], tuple[jax.Array, jax.Array, Any]],
-    start: Any,
-    slope: jax.Array,
-    length: jax.Array,
-    noise: jax.Array,
-    enough: jax.Array,
-) -> Search:
-    """A point on the line that satisfies the Wolfe conditions, or one that is only lower.
+def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = None) -> Method:
+    """L-BFGS with `memory` pairs on the reduced objective; the cheapest full-batch iteration.
 
-    `evaluate(length)` gives the decrease of the objective by its values, the slope, and what
-    belongs to the point; `start` is what belongs to the start, where the slope is `slope` ≤ 0, and
-    `length` the first trial. A point gains enough if it gains the fraction `enough` of what the
-    slope promises, and is far enough if the slope has flattened to the fraction `STEEP`.
+    It works in variables in which the Gauss–Newton matrix at the start is nearer to the identity:
+    see `varprox.whitening`. Features that couple samples are not whitened. The features need a
+    reverse rule.
 
-    Where the values differ by no more than `noise`, which rounding may have done, the slopes at
-    both ends measure the gain, by the trapezoidal rule: then the conditions are the approximate
-    ones of Hager and Zhang, SIAM J. Optim. 16 (2005). What is not finite gains too little.
+    The run has converged when two steps in a row promised, and gained, no more than the fraction
+    `tolerance` of the objective, or no more than rounding; where a direction is flatter by a factor
+    κ than the model takes it to be, the next gains may add up to κ times that. None stands for
+    1e-12, which allows for κ = 1e6 where a relative gain of 1e-6 is left, and for 4 eps in single
+    precision. A start where the gradient is zero and the objective is not has the status FLAT.
+
+    Work units: 2 for the start, 2, an upper bound, for the whitening and 2 a trial point of the
+    line search, most steps needing one. Where a step found nothing lower, the next one stays in
+    place, solves for W to full accuracy and forgets the pairs; only if the step after that, along
+    the gradient, fails, too, has the run stalled. `data` is all of it at every step.
     """
-    zero = jnp.zeros_like(slope)
-    infinite = zero + jnp.inf
-    here = Point(zero, zero, slope)
-    # A step that is much shorter goes nowhere but by rounding.
-    shortest = jnp.finfo(length.dtype).eps * length
+    check_problem(problem)
+    memory = check_integer("memory", memory, least=1)
+    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
+    return _method(problem, memory, tolerance)
 
-    def trial(at):
-        gain, new_slope, aux = evaluate(at.length)
-        by_slopes = -0.5 * at.length * (slope + new_slope)
-        gain = jnp.where(jnp.abs(gain) <= noise, by_slopes, gain)
-        point = Point(at.length, gain, new_slope)
-        gains = (gain >= -enough * at.length * slope) & jnp.isfinite(gain + new_slope)
-        short = gains & (new_slope < STEEP * slope)
-        low = _where(short, point, at.low)
-        high = _where(gains, at.high, point)
-        return _Bracket(
-            low,
-            high,
-            _where(gains, aux, at.aux),
-            _where(gains, point, at.best),
-            jnp.where(jnp.isinf(high.length), LONGER * low.length, _between(low, high)),
-            at.trials + 1,
-            gains & ~short,
-        )
 
-    ended = jax.lax.while_loop(
-        lambda at: ~at.done & (at.trials < MOST_TRIALS) & (at.length > shortest),
-        trial,
-        _Bracket(
-            here,
-            Point(infinite, zero, zero),
-            start,
-            here,
-            length,
-            jnp.zeros((), jnp.int32),
-            jnp.array(False),
-        ),
+def broydenvpro(
+    problem: Problem, *, tolerance: float | None = None, max_bytes: int = 2**30
+) -> Method:
+    """Self-scaled Broyden."""
+    check_problem(problem)
+    max_bytes = check_integer("max_bytes", max_bytes, least=1)
+    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
+    return _method(problem, None, tolerance)
+
+
+def _method(problem, memory, tolerance):
+    """With the last `memory` pairs, or the whole of the inverse Hessian if it is None."""
+    return Method(partial(_init, problem, memory), partial(_step, problem, tolerance), problem)
+
+
+def _init(problem, memory, theta, data, key=None):
+    check_data(problem, theta, data, full_batch=True)
+    _check_reverse(problem, theta, data[0])
+    return _start(problem, theta, data, memory=memory)
+
+
+def _check_reverse(problem, theta, inputs):
+    """Refuses features without a reverse rule with a TypeError."""
+    total = lambda theta: jnp.sum(problem.model.rows(theta, inputs))  # noqa: E731
+    try:
+        jax.eval_shape(jax.grad(total), theta)
+    except Exception as error:
+        raise TypeError(
+            "features: expected a function that JAX can differentiate in reverse, which lbfgsvpro "
+            'needs; vp.gnvpro(problem, curvature="forward") works with a forward rule alone; got '
+            f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+        ) from error
+
+
+@partial(jax.jit, static_argnames="memory")
+@full_products
+def _start(problem, theta, data, *, memory):
+    shaped = jax.eval_shape(problem.model.rows, theta, data[0])
+    start = start_projection(problem, shaped, data[1])
+    at, rows = _evaluate(problem, theta, start, data, relative=ACCURACY)
+    size = _size(at)
+    gradient, _ = ravel_pytree(at.gradient)
+    unit = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
+    whiten = whitening(problem, theta, rows, at.projection.w, data)
+    zero = jnp.zeros((), jnp.int32)
+    stationary = jnp.all(gradient == 0)
+    status = jnp.select(
+        [
+            ~jnp.isfinite(size + jnp.sum(gradient / unit)),
+            stationary & (size > ROUNDINGS * at.rounding),
+            stationary,
+        ],
+        [Status.NON_FINITE, Status.FLAT, Status.CONVERGED],
+        Status.RUNNING,
     )
-    return Search(ended.best, ended.aux, ended.best.length > 0, ended.trials)
+    return State(
+        **at._asdict(),
+        decrease=at.objective,
+        unit=unit,
+        inverse=identity(gradient) if memory is None else no_pairs(memory, gradient),
+        whitening=whiten.scaled(jnp.sqrt(unit)),
+        failures=zero,
+        quiet=zero,
+        work_units=jnp.full((), 4, jnp.int32),
+        status=status.astype(jnp.int32),
+    )
 
 
-def _between(low, high):
-    """The minimiser of the cubic through both points, where it lies well inside; else the end of
-    that part, the lower one where the cubic is not finite."""
-    width = high.length - low.length
-    bend = low.slope + high.slope - 3 * (low.gain - high.gain) / width
-    root = jnp.sqrt(jnp.maximum(bend**2 - low.slope * high.slope, 0))
-    place = 1 - (high.slope + root - bend) / (high.slope - low.slope + 2 * root)
-    place = jnp.where(jnp.isfinite(place), place, LEAST)
-    return low.length + jnp.clip(place, LEAST, MOST) * width
+def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
+    """What belongs to θ, and the rows, by one forward and one reverse pass of the features."""
+    inputs, targets = data
+    rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
+    projection = project(problem, rows, targets, start, tolerance, relative)
+    projection = without_span(problem, projection)
+    w = projection.w
+    (gradient,) = pullback(projection.slopes @ w.T)
+    penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)
+    gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
+    at = _At(theta, projection, projection.value + penalty, gradient, jnp.zeros_like(penalty))
+    error = rounding_of_predictions(problem, rows, w)
+    rounding = error * jnp.linalg.norm(projection.slopes) * len(rows) ** 0.5
+    return at._replace(rounding=rounding), rows
 
 
-def _where(condition, new, old):
-    return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+def _size(at):
+    """That of the objective, whose parts may cancel."""
+    loss = at.projection.value
+    return jnp.abs(loss) + jnp.abs(at.objective - loss)
+
+
+@jax.jit
+@full_products
+def _step(problem, tolerance, state, data):
+    unit, start = state.unit, _At(*state[:5])
+    dtype = unit.dtype
+    _, unravel = ravel_pytree(state.theta)
+
+    def whitened(tree):
+        return ravel_pytree(state.whitening(jax.tree.map(lambda leaf: leaf / unit, tree)))[0]
+
+    gradient = whitened(start.gradient)
+    # After a failure the step stays in place and solves for W to full accuracy.
+    refresh = state.failures == 1
+    descent = jnp.where(refresh, 0, state.inverse.descent(gradient))
+    direction = state.whitening(unravel(descent))
+    slope = gradient @ descent
+    promise = -0.5 * slope
+    accuracy = ACCURACY * jnp.minimum(state.decrease, promise * unit)
+    accuracy = jnp.where(state.failures == 0, accuracy, 0)
+
+    def evaluate(length):
+        theta = jax.tree.map(lambda x, d: x + length * d, state.theta, direction)
+        at, _ = _evaluate(problem, theta, state.projection, data, accuracy)
+        there = whitened(at.gradient)
+        return (state.objective - at.objective) / unit, there @ descent, at
+
+    # A model in which the slope promises more than the whole of the objective bends too little.
+    size = _size(start) / unit
+    first = jnp.minimum(1, size / jnp.where(promise > 0, promise, 1))
+    noise = state.rounding / unit / data[1].size ** 0.5
+    noise = ROUNDINGS * (jnp.finfo(dtype).eps * size + noise)
+    found = search(
+        evaluate,
+        start,
+        slope,
+        jnp.where(state.inverse.empty, first, 1),
+        noise,
+        jnp.where(state.inverse.empty, FIRST_ENOUGH, ENOUGH),
+    )
+    at, gain, accepted = found.aux, found.point.gain, found.accepted
+    change = whitened(at.gradient) - gradient
+    inverse = state.inverse.following(
+        found.point.length, gradient, descent, change, accepted & ~refresh
+    ).forget(refresh)
+    failures = jnp.select([refresh, ~accepted], [2, state.failures + 1], 0)
+
+    if tolerance is None:
+        tolerance = max(TOLERANCE, 4 * float(jnp.finfo(dtype).eps))
+    rounding = ROUNDINGS * state.rounding / unit
+    little = tolerance * size + rounding * (rounding / jnp.where(size > 0, size, 1))
+    still = (promise <= jnp.maximum(little, noise)) & (gain <= little)
+    still = still | (size <= rounding)  # the residual is that of rounding
+    quiet = jnp.where(accepted, still, promise <= noise)
+    quiet = jnp.where(quiet, state.quiet + 1, jnp.where(accepted, 0, state.quiet))
+    quiet = jnp.where(refresh, state.quiet, quiet)
+    status = jnp.select(
+        [quiet >= QUIET, failures > 2], [Status.CONVERGED, Status.STALLED], Status.RUNNING
+    )
+    norm = unit * jnp.linalg.norm(ravel_pytree(at.gradient)[0] / unit)
+    new = State(
+        **at._asdict(),
+        decrease=jnp.where(accepted, gain * unit, state.decrease),
+        unit=unit,
+        inverse=inverse,
+        whitening=state.whitening,
+        failures=failures.astype(jnp.int32),
+        quiet=quiet.astype(jnp.int32),
+        work_units=state.work_units + 2 * found.trials,
+        status=status.astype(jnp.int32),
+    )
+    return new, Info(at.objective, norm, found.trials, at.projection.products)

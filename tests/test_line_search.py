@@ -1,0 +1,88 @@
+"""Pairs against the dense BFGS formula, and the search along a line against what it promises."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from varprox.quasi_newton import ENOUGH, FIRST_ENOUGH, STEEP, no_pairs, search
+
+
+@pytest.mark.parametrize("added", [0, 2, 3, 5])
+def test_pairs_give_the_inverse_of_bfgs(added, x64):
+    """Of the last three pairs, whatever came before; one along which nothing bends is left out."""
+    rng = np.random.default_rng(added)
+    root = rng.normal(size=(6, 6))
+    pairs, kept = no_pairs(3, jnp.zeros(6)), []
+    for _ in range(added):
+        step = rng.normal(size=6)
+        change = root @ root.T @ step
+        pairs = pairs.add(step, change, jnp.array(True))
+        pairs = pairs.add(step, -change, jnp.array(True)).add(step, change, jnp.array(False))
+        kept.append((step, change))
+    inverse = np.eye(6) * (kept[-1][0] @ kept[-1][1] / np.sum(kept[-1][1] ** 2) if kept else 1)
+    for step, change in kept[-3:]:
+        left = np.eye(6) - np.outer(step, change) / (step @ change)
+        inverse = left @ inverse @ left.T + np.outer(step, step) / (step @ change)
+    vector = rng.normal(size=6)
+    np.testing.assert_allclose(pairs.solve(vector), inverse @ vector, rtol=1e-9)
+    forgotten = pairs.forget(jnp.array(True))
+    assert forgotten.empty and pairs.empty == (added == 0)
+    np.testing.assert_allclose(forgotten.solve(vector), pairs.scale * vector)
+
+
+FUNCTIONS = {
+    "quadratic": lambda t: (t - 1) ** 2,
+    "valley": lambda t: -t / (t**2 + 2),
+    "quartic": lambda t: (t + 0.004) ** 5 - 2 * (t + 0.004) ** 4,
+    "saturating": lambda t: jnp.exp(-t) + 0.1 * t,
+    "wall": lambda t: jnp.where(t < 1.5, (t - 1) ** 2, jnp.nan),
+}
+
+
+@partial(jax.jit, static_argnames="name")
+def along(name, length, enough, noise=0.0, unit=1.0):
+    both = jax.value_and_grad(lambda t: unit * FUNCTIONS[name](t))
+    start, slope = both(jnp.zeros_like(length))
+
+    def evaluate(t):
+        value, slope = both(t)
+        return start - value, slope, t
+
+    return slope, search(evaluate, jnp.zeros_like(length), slope, length, noise, enough)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_search_ends_at_a_point_of_wolfe(name, x64):
+    """From first trials a millionth and a million times as long, in any unit."""
+    for length in 10.0 ** np.arange(-6, 7, 3):
+        for enough in (ENOUGH, FIRST_ENOUGH):
+            slope, found = along(name, length, enough)
+            assert found.accepted and found.aux == found.point.length
+            assert found.point.gain >= -enough * found.point.length * slope
+            assert found.point.slope >= STEEP * slope
+            _, other = along(name, length, enough, unit=1e-12)
+            np.testing.assert_allclose(other.point.length, found.point.length, rtol=1e-6)
+            assert other.trials == found.trials
+
+
+def test_where_values_are_noise_the_slopes_decide():
+    """In single precision, near the minimum of what is known to eps only."""
+    length = jnp.float32(1)
+
+    def evaluate(t):
+        return jnp.float32(-2e-7), 1e-9 * (t - 1), t
+
+    slope, zero = jnp.float32(-1e-9), jnp.float32(0)
+    found = search(evaluate, zero, slope, length, jnp.float32(3e-7), jnp.float32(ENOUGH))
+    assert found.accepted and found.trials == 1 and found.point.gain == 0.5e-9
+    assert not search(evaluate, zero, slope, length, zero, jnp.float32(ENOUGH)).accepted
+
+
+def test_where_nothing_is_finite_the_start_is_kept(x64):
+    found = search(
+        lambda t: (jnp.nan * t, jnp.nan * t, t), 0.0, jnp.array(-1.0), jnp.array(1.0), 0.0, ENOUGH
+    )
+    assert not found.accepted and found.aux == 0 and 10 < found.trials <= 20
