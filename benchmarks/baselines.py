@@ -19,6 +19,8 @@ from jax.flatten_util import ravel_pytree
 
 import varprox as vp
 from varprox import Method, Problem, Status, trust_region
+from varprox.inverse_hessian import Broyden, bfgs, self_scaled_broyden, whole
+from varprox.line_search import ENOUGH, search
 from varprox.model import check_data, objective, predict
 
 SPREAD = 0.1  # standard deviation of the random W
@@ -221,6 +223,99 @@ def _lbfgs_step(problem, state, data):
     status = jnp.where(better, Status.RUNNING, Status.STALLED).astype(jnp.int32)
     state = State(*weights, value, (gradient, pairs), state.work_units + 2 * trials, status)
     return state, LbfgsInfo(value, optax.tree.norm(gradient), trials)
+
+
+# ------------------------------------------------------------------------ full-memory quasi-Newton
+
+
+class FullMemory(NamedTuple):
+    """What these methods carry from step to step, in the flat weights (θ, W)."""
+
+    gradient: jax.Array
+    inverse: Broyden
+    descent: jax.Array
+    decrease: jax.Array  # of Φ in the last step
+    failures: jax.Array  # in a row
+
+
+def broyden(problem: Problem, *, start: Callable = solved_w) -> Method:
+    """Self-scaled Broyden on (θ, W), of Urbán, Stefanou and Pons, J. Comput. Phys. 523 (2025).
+
+    Work units: 2 an evaluation in the line search. The first trial is that of SciPy, by the last
+    decrease. Where a step fails, the next goes along the gradient.
+    """
+    return _full_memory(problem, self_scaled_broyden, start)
+
+
+def full_bfgs(problem: Problem, *, start: Callable = solved_w) -> Method:
+    """BFGS with the whole inverse Hessian on (θ, W); everything else as in `broyden`."""
+    return _full_memory(problem, bfgs, start)
+
+
+def _full_memory(problem, rule, start):
+    init = partial(_full_memory_init, problem, start)
+    return Method(init, partial(_full_memory_step, problem, rule), problem)
+
+
+def _full_memory_init(problem, start, theta, data, key):
+    check_data(problem, theta, data)
+    weights = theta, start(problem, theta, data, key)
+    value, gradient = _value_and_gradient(problem, weights, data)
+    gradient, _ = ravel_pytree(gradient)
+    memory = FullMemory(gradient, whole(gradient), -gradient, value, jnp.zeros((), jnp.int32))
+    return _begin(*weights, value, memory, 2)
+
+
+def _full_memory_step(problem, rule, state, data):
+    new, info = _full_memory_advance(problem, state, data, rule=rule)
+    inverse = new.memory.inverse.after(state.memory.inverse)
+    return new._replace(memory=new.memory._replace(inverse=inverse)), info
+
+
+@partial(jax.jit, static_argnames="rule")
+def _full_memory_advance(problem, state, data, *, rule):
+    x, unravel = ravel_pytree((state.theta, state.w))
+    memory = state.memory
+    slope = memory.gradient @ memory.descent
+    promise = jnp.where(slope < 0, -slope / 2, 1)
+    expected = jnp.where(memory.inverse.empty, jnp.abs(state.objective), memory.decrease)
+
+    def evaluate(length):
+        weights = unravel(x + length * memory.descent)
+        value, gradient = jax.value_and_grad(_phi, argnums=1)(problem, weights, data)
+        gradient, _ = ravel_pytree(gradient)
+        aux = weights, value, gradient
+        return state.objective - value, gradient @ memory.descent, aux
+
+    found = search(
+        evaluate,
+        ((state.theta, state.w), state.objective, memory.gradient),
+        slope,
+        jnp.clip(expected / promise, 1e-2, 1),
+        10 * jnp.finfo(x.dtype).eps * jnp.abs(state.objective),
+        jnp.asarray(ENOUGH, x.dtype),
+    )
+    weights, value, gradient = found.aux
+    inverse, descent = memory.inverse.following(
+        found.point.length,
+        memory.descent,
+        gradient - memory.gradient,
+        gradient,
+        found.accepted,
+        ~found.accepted,
+        rule,
+    )
+    failures = jnp.where(found.accepted, 0, memory.failures + 1)
+    memory = FullMemory(
+        gradient,
+        inverse.without_root(),
+        descent,
+        jnp.where(found.accepted, found.point.gain, memory.decrease),
+        failures,
+    )
+    status = jnp.where(failures < 2, Status.RUNNING, Status.STALLED).astype(jnp.int32)
+    state = State(*weights, value, memory, state.work_units + 2 * found.trials, status)
+    return state, LbfgsInfo(value, jnp.linalg.norm(gradient), found.trials)
 
 
 # --------------------------------------------------------------------------- Gauss–Newton–Krylov

@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 from scipy.optimize import least_squares
 
 import varprox as vp
+from benchmarks import baselines
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from benchmarks.zoo_problems import CASES, Case, Start, cast, start
 from varprox.fit import _timed_apart
@@ -322,7 +323,10 @@ def _of_form(form):
 METHODS: dict[str, Callable[[Prepared, Budget], vp.Solution]] = {
     "default": partial(of_library, lambda problem: problem),
     **{f"GNvpro {form.name.lower()}": _of_form(form) for form in Form},
+    "Broydenvpro": partial(of_library, vp.broydenvpro),
     "LBFGSvpro": partial(of_library, vp.lbfgsvpro),
+    "Broyden": partial(of_library, baselines.broyden),
+    "BFGS": partial(of_library, baselines.full_bfgs),
     "trf (SciPy)": trust_region_reflective,
     "L-BFGS-B (SciPy)": l_bfgs_b,
 }

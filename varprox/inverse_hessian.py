@@ -1,7 +1,7 @@
 """What stands for the inverse Hessian H in a quasi-Newton method, in flat variables.
 
-Either the last pairs of steps and changes of the gradient, or the whole of H. Both give the descent
-−H g, follow what a step has told, and forget it. Imports nothing of the package.
+Either the last pairs of steps and changes of the gradient, or the whole of H. Both take up what a
+step has told, and give the descent −H g from its end. Imports precision.
 """
 
 from collections.abc import Callable
@@ -9,6 +9,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from varprox.precision import full_products
+
+UPDATES = 32  # that are kept beside the matrix that they change
 
 
 class Pairs(NamedTuple):
@@ -25,8 +29,8 @@ class Pairs(NamedTuple):
         """Is there no pair?"""
         return jnp.all(self.weights == 0)
 
-    def descent(self, gradient: jax.Array) -> jax.Array:
-        """−H g. Source: Nocedal, Math. Comp. 35 (1980)."""
+    def solve(self, gradient: jax.Array) -> jax.Array:
+        """H times a vector. Source: Nocedal, Math. Comp. 35 (1980)."""
         memory = len(self.weights)
         newest_first = (self.added - 1 - jnp.arange(memory, dtype=jnp.int32)) % memory
 
@@ -38,13 +42,24 @@ class Pairs(NamedTuple):
             i, along = pair
             return r + (along - self.weights[i] * (self.changes[i] @ r)) * self.steps[i], None
 
-        q, along = jax.lax.scan(take_out, -gradient, newest_first)
+        q, along = jax.lax.scan(take_out, gradient, newest_first)
         result, _ = jax.lax.scan(put_back, self.scale * q, (newest_first, along), reverse=True)
         return result
 
-    def following(self, length, gradient, descent, change, keep) -> "Pairs":
-        """With what the step length · descent from this gradient changed it by, if `keep` and if
-        the objective bends upwards along the step."""
+    def following(
+        self,
+        length: jax.Array,
+        descent: jax.Array,
+        change: jax.Array,
+        gradient: jax.Array,
+        keep: jax.Array,
+        forget: jax.Array,
+    ) -> tuple["Pairs", jax.Array]:
+        """What the step length · descent leads to, and the descent −H g from there.
+
+        The step changed the gradient by `change` to `gradient`. This is taken up if `keep` and if
+        the objective bends upwards along the step. If `forget` all is forgotten but the scale.
+        """
         step = length * descent
         product, square = step @ change, change @ change
         # A curvature below rounding of the change would weigh without bound.
@@ -55,17 +70,22 @@ class Pairs(NamedTuple):
         def put(old, new):
             return old.at[place].set(jnp.where(keep, new, old[place]))
 
-        return Pairs(
+        new = Pairs(
             put(self.steps, step),
             put(self.changes, change),
-            put(self.weights, 1 / product),
+            jnp.where(forget, 0, put(self.weights, 1 / product)),
             jnp.where(keep, product / square, self.scale),
             self.added + keep.astype(jnp.int32),
         )
+        return new, -new.solve(gradient)
 
-    def forget(self, when: jax.Array) -> "Pairs":
-        """Without pairs, if `when`; the scale stays."""
-        return self._replace(weights=jnp.where(when, 0, self.weights))
+    def without_root(self) -> "Pairs":
+        """The pairs have none."""
+        return self
+
+    def after(self, before: "Pairs") -> "Pairs":
+        """There is nothing left to do."""
+        return self
 
 
 def no_pairs(memory: int, like: jax.Array) -> Pairs:
@@ -118,73 +138,135 @@ def _excess(b, h):
 
 
 class Broyden(NamedTuple):
-    """H = Z Zᵀ as a whole, changed in every step by an update of Broyden's class of rank two.
+    """H = Z Zᵀ as a whole, changed in every step by an update of Broyden's class.
 
-    With B = H⁻¹, a step s and a change y of the gradient the updates depend on two numbers, b =
-    sᵀBs / yᵀs and h = yᵀHy / yᵀs, whose product is at least one. A rule gives θ, the part of DFP in
-    the update of B (0: BFGS, 1: DFP), and τ, which B is multiplied with before. In the variables in
-    which H is the identity, with the unit vectors e along Zᵀy and f orthogonal to it in the plane of
-    Zᵀy and Z⁻¹s, the new H is F Fᵀ where
+    With B = H⁻¹, a step s and a change y of the gradient, updates depend on two numbers, b = sᵀBs /
+    yᵀs and h = yᵀHy / yᵀs, whose product is at least one. A rule gives θ, the part of DFP in the
+    update of B (0: BFGS, 1: DFP), and τ, which B is multiplied by before. In the variables in which
+    H is the identity, with unit vectors e along Zᵀy and f orthogonal to it in the plane of Zᵀy and
+    Z⁻¹s, the new H is F Fᵀ with
 
         F = (I − e eᵀ + (√ω − 1) f fᵀ) / √τ + Z⁻¹s eᵀ / √yᵀs,    ω = b h / (1 + θ (b h − 1)),
 
-    so that Z F takes the place of Z: H stays definite whatever rounding does. The identity is scaled
-    by the first pair.
+    and Z F takes the place of Z: H stays semidefinite whatever rounding does. The first pair scales
+    the identity.
+
+    Z is kept as factor · (root + leftᵀ right), and added up when `left` and `right` are full: to
+    write a matrix of some thousand rows to new memory takes as long as ten products with it.
     """
 
-    root: jax.Array  # (size, size), Z
+    root: jax.Array | None  # (size, size); None where it is that of the object before
+    left: jax.Array  # (2 · UPDATES, size)
+    right: jax.Array  # (2 · UPDATES, size)
+    used: jax.Array  # rows of the two
+    factor: jax.Array
+    scaled: jax.Array  # Zᵀ g at the present gradient
     scale: jax.Array  # of H = scale · I where nothing is known
     empty: jax.Array  # is nothing known?
-
-    def descent(self, gradient: jax.Array) -> jax.Array:
-        """−H g."""
-        return -(self.root @ (self.root.T @ gradient))
+    forgotten: jax.Array  # is the root to be the identity?
 
     def following(
-        self, length, gradient, descent, change, keep, rule: Rule = self_scaled_broyden
-    ) -> "Broyden":
-        """With what the step length · descent from this gradient changed it by, if `keep` and if
-        the objective bends upwards along the step."""
-        dtype = change.dtype
-        s = -length * (self.root.T @ gradient)  # Z⁻¹ times the step
-        y = self.root.T @ change
-        product, s_square, y_square = s @ y, s @ s, y @ y
-        # The cosine of the angle between s and y: below eps its sign is a matter of rounding.
-        keep = keep & (product > jnp.finfo(dtype).eps * jnp.sqrt(s_square) * jnp.sqrt(y_square))
-        product, y_square = jnp.where(keep, product, 1), jnp.where(keep, y_square, 1)
-        b, h = jnp.where(keep, s_square, 1) / product, y_square / product
+        self,
+        length: jax.Array,
+        descent: jax.Array,
+        change: jax.Array,
+        gradient: jax.Array,
+        keep: jax.Array,
+        forget: jax.Array,
+        rule: Rule = self_scaled_broyden,
+    ) -> tuple["Broyden", jax.Array]:
+        """What the step length · descent leads to, and the descent from there: see
+        `Pairs.following`. Two products with Z."""
+        step = length * descent
+        scaled = self.factor * (gradient @ self.root + (self.left @ gradient) @ self.right)
+        ahead = self.factor * (self.root @ scaled + (self.right @ scaled) @ self.left)  # H g
+        s, y, z_y = -length * self.scaled, scaled - self.scaled, ahead + descent
+        s_size, y_size, product = jnp.sqrt(s @ s), jnp.sqrt(y @ y), s @ y
+        # Where the cosine of their angle is below eps, its sign is a matter of rounding.
+        keep = keep & (product > jnp.finfo(s.dtype).eps * s_size * y_size)
+        product, s_size, y_size = (jnp.where(keep, x, 1) for x in (product, s_size, y_size))
+        b, h = s_size**2 / product, y_size**2 / product
         theta, tau = rule(b, h, len(s))
         a = _excess(b, h)
         tau = jnp.where(self.empty, h / (1 + a * theta), tau)
-        narrow = jax.lax.rsqrt(tau)
+        tau = jnp.where(keep, tau, 1)
 
-        e = y / jnp.sqrt(y_square)
-        rest = s - (s @ e) * e
-        away = jnp.sqrt(rest @ rest)
-        away = jnp.where(away > 0, away, 1)
-        f = rest / away
-        root_e = self.root @ e
-        root_f = (length * descent - (s @ e) * root_e) / away
+        e, z_e = y / y_size, z_y / y_size
+        away = s - (s @ e) * e
+        distance = jnp.sqrt(away @ away)
+        distance = jnp.where(distance > 0, distance, 1)
+        f, z_f = away / distance, (step - (s @ e) * z_e) / distance
         wide = jnp.sqrt((1 + a) / (1 + a * theta)) - 1
-        along_e = length * descent * jax.lax.rsqrt(product) - narrow * root_e
-        along_f = wide * narrow * root_f
-        root = narrow * self.root + along_e[:, None] * e + along_f[:, None] * f
-        return Broyden(
-            jnp.where(keep, root, self.root),
-            jnp.where(keep, (length * descent) @ change / (change @ change), self.scale),
-            self.empty & ~keep,
+        long = jnp.sqrt(tau / product)
+        # F = (I + insideᵀ right) / √τ, and Z F = (Z + leftᵀ right) / √τ.
+        right = jnp.where(keep, jnp.stack([e, f]), 0)
+        inside = jnp.where(keep, jnp.stack([long * s - e, wide * f]), 0)
+        left = jnp.where(keep, jnp.stack([long * step - z_e, wide * z_f]), 0)
+
+        narrow = jax.lax.rsqrt(tau)
+        along = inside @ scaled
+        scaled = narrow * (scaled + along @ right)
+        ahead = narrow * (ahead + along @ jnp.stack([z_e, z_f]))
+        ahead = narrow * (ahead + (right @ scaled) @ left)
+
+        def put(old, new):
+            return jax.lax.dynamic_update_slice_in_dim(old, new, self.used, 0)
+
+        scale = jnp.where(keep, (step @ change) / (change @ change), self.scale)
+        factor = jnp.where(forget, jnp.sqrt(scale), self.factor * narrow)
+        new = self._replace(
+            left=jnp.where(forget, 0, put(self.left, left / self.factor)),
+            right=put(self.right, right),
+            used=self.used + jnp.where(keep, 2, 0),
+            factor=factor,
+            scaled=jnp.where(forget, factor * gradient, scaled),
+            scale=scale,
+            empty=(self.empty & ~keep) | forget,
+            forgotten=forget,
         )
+        return new, -jnp.where(forget, scale * gradient, ahead)
 
-    def forget(self, when: jax.Array) -> "Broyden":
-        """A multiple of the identity, if `when`."""
-        identity = jnp.sqrt(self.scale) * jnp.eye(len(self.root), dtype=self.root.dtype)
-        return self._replace(
-            root=jnp.where(when, identity, self.root), empty=self.empty | when
-        )
+    def without_root(self) -> "Broyden":
+        return self._replace(root=None)
+
+    def after(self, before: "Broyden") -> "Broyden":
+        """With the root of the object before, and what is to be done to it."""
+        due = self.forgotten | (self.used == len(self.left))
+        whole = self._replace(root=before.root)
+        if isinstance(due, jax.core.Tracer):
+            return jax.lax.cond(due, _added_up, lambda inverse: inverse, whole)
+        return _added_up(whole) if due else whole
 
 
-def identity(like: jax.Array) -> Broyden:
-    """H = I, for vectors (size,) like the one given."""
+@jax.jit
+@full_products
+def _added_up(inverse: Broyden) -> Broyden:
+    """The same with room for further updates."""
+    identity = jnp.eye(len(inverse.root), dtype=inverse.root.dtype)
+    root = jnp.where(inverse.forgotten, identity, inverse.root) + inverse.left.T @ inverse.right
+    nothing = jnp.zeros_like(inverse.left)
+    return inverse._replace(
+        root=inverse.factor * root,
+        left=nothing,
+        right=nothing,
+        used=jnp.zeros_like(inverse.used),
+        factor=jnp.ones_like(inverse.factor),
+        forgotten=jnp.zeros_like(inverse.forgotten),
+    )
+
+
+def whole(gradient: jax.Array) -> Broyden:
+    """H = I at the first gradient (size,)."""
+    one, false = jnp.ones((), gradient.dtype), jnp.array(False)
+    nothing = jnp.zeros((2 * UPDATES, gradient.size), gradient.dtype)
     return Broyden(
-        jnp.eye(like.size, dtype=like.dtype), jnp.ones((), like.dtype), jnp.array(True)
+        root=jnp.eye(gradient.size, dtype=gradient.dtype),
+        left=nothing,
+        right=nothing,
+        used=jnp.zeros((), jnp.int32),
+        factor=one,
+        scaled=gradient,
+        scale=one,
+        empty=~false,
+        forgotten=false,
     )

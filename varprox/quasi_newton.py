@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from varprox.checks import check_integer, check_number
-from varprox.inverse_hessian import Broyden, Pairs, identity, no_pairs
+from varprox.inverse_hessian import Broyden, Pairs, no_pairs, whole
 from varprox.line_search import ENOUGH, FIRST_ENOUGH, search
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
@@ -30,6 +30,7 @@ ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
 TOLERANCE = 1e-12  # see `lbfgsvpro`
 ROUNDINGS = 10  # that the objective may be off by; with 1, 3 or 10 runs end alike
 QUIET = 2  # steps in a row
+SHORT = 1e-2  # first trial along a line, of the whole step; with 0.1 and 1e-3 runs take as long
 
 
 class State(NamedTuple):
@@ -42,7 +43,8 @@ class State(NamedTuple):
     rounding: jax.Array  # of the objective, where that of all predictions adds up
     decrease: jax.Array  # of the objective, in the last step
     unit: jax.Array  # that objective and gradient are divided by: the size of the first objective
-    inverse: Pairs | Broyden  # of the Hessian
+    inverse: Pairs | Broyden  # H, of the Hessian
+    descent: jax.Array  # −H g in whitened variables
     whitening: Whitening
     failures: jax.Array  # 1 after a step that failed, 2 when W has been solved for again
     quiet: jax.Array  # steps in a row that promised and gained no more than the tolerance
@@ -140,7 +142,8 @@ def _start(problem, theta, data, *, memory):
     size = _size(at)
     gradient, _ = ravel_pytree(at.gradient)
     unit = jnp.where(jnp.isfinite(size) & (size > 0), size, 1)
-    whiten = whitening(problem, theta, rows, at.projection.w, data)
+    whiten = whitening(problem, theta, rows, at.projection.w, data).scaled(jnp.sqrt(unit))
+    first = _whitened(whiten, unit, at.gradient)
     zero = jnp.zeros((), jnp.int32)
     stationary = jnp.all(gradient == 0)
     status = jnp.select(
@@ -156,8 +159,9 @@ def _start(problem, theta, data, *, memory):
         **at._asdict(),
         decrease=at.objective,
         unit=unit,
-        inverse=identity(gradient) if memory is None else no_pairs(memory, gradient),
-        whitening=whiten.scaled(jnp.sqrt(unit)),
+        inverse=whole(first) if memory is None else no_pairs(memory, first),
+        descent=-first,
+        whitening=whiten,
         failures=zero,
         quiet=zero,
         work_units=jnp.full((), 4, jnp.int32),
@@ -181,26 +185,35 @@ def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
     return at._replace(rounding=rounding), rows
 
 
+def _whitened(whiten, unit, gradient):
+    """The gradient in the variables, and in the units, in which the method works; flat."""
+    return ravel_pytree(whiten(jax.tree.map(lambda leaf: leaf / unit, gradient)))[0]
+
+
 def _size(at):
     """That of the objective, whose parts may cancel."""
     loss = at.projection.value
     return jnp.abs(loss) + jnp.abs(at.objective - loss)
 
 
+def _step(problem, tolerance, state, data):
+    new, info = _advance(problem, tolerance, state, data)
+    return new._replace(inverse=new.inverse.after(state.inverse)), info
+
+
 @jax.jit
 @full_products
-def _step(problem, tolerance, state, data):
+def _advance(problem, tolerance, state, data):
+    """A step, but for what is to be done to the root of the inverse Hessian: a compiled function
+    that gives back what it was given would copy it."""
     unit, start = state.unit, _At(*state[:5])
     dtype = unit.dtype
     _, unravel = ravel_pytree(state.theta)
-
-    def whitened(tree):
-        return ravel_pytree(state.whitening(jax.tree.map(lambda leaf: leaf / unit, tree)))[0]
-
+    whitened = partial(_whitened, state.whitening, unit)
     gradient = whitened(start.gradient)
     # After a failure the step stays in place and solves for W to full accuracy.
     refresh = state.failures == 1
-    descent = jnp.where(refresh, 0, state.inverse.descent(gradient))
+    descent = jnp.where(refresh, 0, state.descent)
     direction = state.whitening(unravel(descent))
     slope = gradient @ descent
     promise = -0.5 * slope
@@ -216,21 +229,24 @@ def _step(problem, tolerance, state, data):
     # A model in which the slope promises more than the whole of the objective bends too little.
     size = _size(start) / unit
     first = jnp.minimum(1, size / jnp.where(promise > 0, promise, 1))
+    # The whole of an inverse Hessian is mostly too large along a step. (Pairs are not, with which a
+    # trial of this length gains nothing.)
+    usual = jnp.clip(state.decrease / unit / jnp.where(promise > 0, promise, 1), SHORT, 1)
     noise = state.rounding / unit / data[1].size ** 0.5
     noise = ROUNDINGS * (jnp.finfo(dtype).eps * size + noise)
     found = search(
         evaluate,
         start,
         slope,
-        jnp.where(state.inverse.empty, first, 1),
+        jnp.where(state.inverse.empty, first, usual),
         noise,
         jnp.where(state.inverse.empty, FIRST_ENOUGH, ENOUGH),
     )
     at, gain, accepted = found.aux, found.point.gain, found.accepted
-    change = whitened(at.gradient) - gradient
-    inverse = state.inverse.following(
-        found.point.length, gradient, descent, change, accepted & ~refresh
-    ).forget(refresh)
+    there = whitened(at.gradient)
+    inverse, next_descent = state.inverse.following(
+        found.point.length, descent, there - gradient, there, accepted & ~refresh, refresh
+    )
     failures = jnp.select([refresh, ~accepted], [2, state.failures + 1], 0)
 
     if tolerance is None:
@@ -250,7 +266,8 @@ def _step(problem, tolerance, state, data):
         **at._asdict(),
         decrease=jnp.where(accepted, gain * unit, state.decrease),
         unit=unit,
-        inverse=inverse,
+        inverse=inverse.without_root(),
+        descent=next_descent,
         whitening=state.whitening,
         failures=failures.astype(jnp.int32),
         quiet=quiet.astype(jnp.int32),
