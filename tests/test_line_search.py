@@ -1,4 +1,4 @@
-"""Pairs against the dense BFGS formula, and the search along a line against what it promises."""
+"""The search along a line against what it promises."""
 
 from functools import partial
 
@@ -7,30 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varprox.quasi_newton import ENOUGH, FIRST_ENOUGH, STEEP, no_pairs, search
-
-
-@pytest.mark.parametrize("added", [0, 2, 3, 5])
-def test_pairs_give_the_inverse_of_bfgs(added, x64):
-    """Of the last three pairs, whatever came before; one along which nothing bends is left out."""
-    rng = np.random.default_rng(added)
-    root = rng.normal(size=(6, 6))
-    pairs, kept = no_pairs(3, jnp.zeros(6)), []
-    for _ in range(added):
-        step = rng.normal(size=6)
-        change = root @ root.T @ step
-        pairs = pairs.add(step, change, jnp.array(True))
-        pairs = pairs.add(step, -change, jnp.array(True)).add(step, change, jnp.array(False))
-        kept.append((step, change))
-    inverse = np.eye(6) * (kept[-1][0] @ kept[-1][1] / np.sum(kept[-1][1] ** 2) if kept else 1)
-    for step, change in kept[-3:]:
-        left = np.eye(6) - np.outer(step, change) / (step @ change)
-        inverse = left @ inverse @ left.T + np.outer(step, step) / (step @ change)
-    vector = rng.normal(size=6)
-    np.testing.assert_allclose(pairs.solve(vector), inverse @ vector, rtol=1e-9)
-    forgotten = pairs.forget(jnp.array(True))
-    assert forgotten.empty and pairs.empty == (added == 0)
-    np.testing.assert_allclose(forgotten.solve(vector), pairs.scale * vector)
+from varprox.line_search import ENOUGH, FIRST_ENOUGH, STEEP, search
 
 
 FUNCTIONS = {
