@@ -126,17 +126,17 @@ def test_the_whole_inverse_is_that_of_broydens_class(rule, x64):
 def test_a_step_that_tells_nothing_leaves_the_inverse(x64):
     """One that is not to be kept, and one along which nothing bends upwards; and it can forget."""
     rng = np.random.default_rng(0)
-    gradient, new = rng.normal(size=(2, 4))
-    one = jnp.ones(())
-    # Two steps, for the first only scales the identity where the gradient is the first one's.
-    inverse, descent = told(whole(jnp.asarray(gradient)), one, -gradient, -2 * gradient, new)
-    before = np.asarray(inverse.root + inverse.left.T @ inverse.right) * inverse.factor
+    start, one = rng.normal(size=4), jnp.ones(())
+    gradient = np.array([0.7, 0.2, 0.9, 0.4]) * start
+    inverse, descent = told(whole(jnp.asarray(start)), one, -start, gradient - start, gradient)
+    root = np.asarray(inverse.root + inverse.left.T @ inverse.right) * inverse.factor
     for change, keep in ((descent, FALSE), (-descent, TRUE)):
-        same, ahead = told(inverse, one, descent, change, new + change, keep)
-        after = np.asarray(same.root + same.left.T @ same.right) * same.factor
-        np.testing.assert_array_equal(after, before)
-        np.testing.assert_allclose(ahead, -before @ before.T @ (new + change), rtol=1e-12)
-    forgotten, ahead = told(inverse, one, descent, new, new, FALSE, TRUE)
+        new = gradient + change
+        same, ahead = told(inverse, one, descent, change, new, keep)
+        np.testing.assert_array_equal(same.left, inverse.left)
+        assert same.factor == inverse.factor and not same.empty
+        np.testing.assert_allclose(ahead, -root @ root.T @ new, rtol=1e-12)
+    forgotten, ahead = told(inverse, one, descent, new - gradient, new, FALSE, TRUE)
     assert forgotten.empty and not forgotten.forgotten and not inverse.empty
     np.testing.assert_allclose(forgotten.root, np.sqrt(inverse.scale) * np.eye(4))
     np.testing.assert_allclose(ahead, -inverse.scale * new)

@@ -29,7 +29,7 @@ from varprox.projection import (
 from varprox.quadratic import Form
 from varprox.reduced import hessian_factor
 
-PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
+PATIENCE = 3  # iterations in a row: with low gain ratios, until Newton products take over; idle ones
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
@@ -52,6 +52,7 @@ class State(NamedTuple):
     shift: jax.Array  # σ of the last step
     norm: Any  # of the trust region: see `varprox.quadratic`
     low: jax.Array  # iterations in a row whose gain ratio was low
+    idle: jax.Array  # iterations in a row whose gain was below rounding of the objective
     newton: jax.Array  # have Newton products taken over?
     work_units: jax.Array  # so far
     status: jax.Array
@@ -250,6 +251,7 @@ def _start(problem, theta, data, *, form, memory, whiten, kaufman):
             kaufman=_kaufman(projection.w, kaufman),
         ),
         low=jnp.zeros((), jnp.int32),
+        idle=jnp.zeros((), jnp.int32),
         newton=jnp.array(False),
         work_units=jnp.int32(3 if form is Form.KRYLOV and whiten else 1),
         status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
@@ -352,9 +354,13 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     )
     value, error, projection = result.aux
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
+    idle = jnp.where(result.accepted & (result.decrease <= rounding), state.idle + 1, 0)
     newton = state.newton | (options.hand_over & (form is Form.KRYLOV) & (low >= PATIENCE))
     # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.
-    next_radius = jnp.where(newton & ~state.newton, jnp.inf, result.radius)
+    again = newton & ~state.newton
+    # One that rounding has shrunk neither.
+    again |= idle == PATIENCE
+    next_radius = jnp.where(again, jnp.inf, result.radius)
     info = Info(
         objective=value,
         gradient_norm=gradient_norm,
@@ -375,20 +381,24 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     # A model without a minimiser promises nothing.
     near, far_off = result.promise
     promises = (near > 0) | (gradient_norm == 0)
-    converged = promises & ((near <= tolerance * size) | (far_off <= rounding))
+    # Rounding of half the digits hides a lower point as well as it hides that there is none.
+    known = rounding <= jnp.finfo(size.dtype).eps ** 0.5 * size
+    converged = promises & ((near <= tolerance * size) | known & (far_off <= rounding))
     # A step that has gained more than this shows the model to be wrong.
     converged &= ~(result.decrease > tolerance * size + rounding)
     held = converged
     # What is only estimated does not end a run.
     converged &= ~model.estimated
-    converged |= jnp.abs(value) <= error**2  # the residual is that of rounding
+    # Or nothing is left that the objective would show, or the residual is that of rounding.
+    ended = idle >= 2 * PATIENCE
+    converged |= (ended & known) | (jnp.abs(value) <= error**2)
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)
     status = jnp.select(
         [
             ~finite,
             first & (gradient_norm == 0) & (state.objective > rounding),
             converged,
-            ~(result.accepted | model.estimated)
+            ended | ~(result.accepted | model.estimated)
             & (result.radius <= jnp.finfo(value.dtype).eps * model.reach),
         ],
         [Status.NON_FINITE, Status.FLAT, Status.CONVERGED, Status.STALLED],
@@ -405,6 +415,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         shift=result.shift,
         norm=model.following(result, projection.slopes, projection.w, held),
         low=low,
+        idle=idle,
         newton=newton,
         work_units=state.work_units + model.work + result.trials,
         status=status.astype(jnp.int32),

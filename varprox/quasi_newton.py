@@ -29,7 +29,7 @@ from varprox.whitening import Whitening, whitening
 ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
 TOLERANCE = 1e-12  # see `lbfgsvpro`
 ROUNDINGS = 10  # that the objective may be off by; with 1, 3 or 10 runs end alike
-QUIET = 2  # steps in a row
+QUIET, IDLE = 2, 10  # steps in a row
 SHORT = 1e-2  # first trial along a line, of the whole step; with 0.1 and 1e-3 runs take as long
 
 
@@ -48,6 +48,7 @@ class State(NamedTuple):
     whitening: Whitening
     failures: jax.Array  # 1 after a step that failed, 2 when W has been solved for again
     quiet: jax.Array  # steps in a row that promised and gained no more than the tolerance
+    idle: jax.Array  # and no more than rounding of the objective
     work_units: jax.Array  # so far
     status: jax.Array
 
@@ -164,6 +165,7 @@ def _start(problem, theta, data, *, memory):
         whitening=whiten,
         failures=zero,
         quiet=zero,
+        idle=zero,
         work_units=jnp.full((), 4, jnp.int32),
         status=status.astype(jnp.int32),
     )
@@ -249,17 +251,23 @@ def _advance(problem, tolerance, state, data):
     )
     failures = jnp.select([refresh, ~accepted], [2, state.failures + 1], 0)
 
-    if tolerance is None:
-        tolerance = max(TOLERANCE, 4 * float(jnp.finfo(dtype).eps))
     rounding = ROUNDINGS * state.rounding / unit
-    little = tolerance * size + rounding * (rounding / jnp.where(size > 0, size, 1))
-    still = (promise <= jnp.maximum(little, noise)) & (gain <= little)
+    # Rounding of half the digits hides a lower point as well as it hides that there is none.
+    known = noise <= jnp.finfo(dtype).eps ** 0.5 * size
+    tolerance = TOLERANCE if tolerance is None else tolerance
+    little = rounding * (rounding / jnp.where(size > 0, size, 1))
+    little = tolerance * size + jnp.where(known, little, 0)
+    still = (promise <= little) & (gain <= little)
     still = still | (size <= rounding)  # the residual is that of rounding
-    quiet = jnp.where(accepted, still, promise <= noise)
+    quiet = jnp.where(accepted, still, known & (promise <= noise))
     quiet = jnp.where(quiet, state.quiet + 1, jnp.where(accepted, 0, state.quiet))
     quiet = jnp.where(refresh, state.quiet, quiet)
+    idle = (promise <= noise) & (gain <= noise)
+    idle = jnp.where(refresh, state.idle, jnp.where(idle, state.idle + 1, 0))
     status = jnp.select(
-        [quiet >= QUIET, failures > 2], [Status.CONVERGED, Status.STALLED], Status.RUNNING
+        [(quiet >= QUIET) | known & (idle >= IDLE), (failures > 2) | (idle >= IDLE)],
+        [Status.CONVERGED, Status.STALLED],
+        Status.RUNNING,
     )
     norm = unit * jnp.linalg.norm(ravel_pytree(at.gradient)[0] / unit)
     new = State(
@@ -271,6 +279,7 @@ def _advance(problem, tolerance, state, data):
         whitening=state.whitening,
         failures=failures.astype(jnp.int32),
         quiet=quiet.astype(jnp.int32),
+        idle=idle.astype(jnp.int32),
         work_units=state.work_units + 2 * found.trials,
         status=status.astype(jnp.int32),
     )

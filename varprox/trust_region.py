@@ -17,6 +17,7 @@ ACCEPT, GROW = 1e-4, 0.75  # gain ratios from which a step is taken, and from wh
 POOR = 0.25  # gain ratio below which the radius shrinks, and a first step is not taken
 SHORT = 0.5  # the greatest length of a correction, in that of its step
 CLOSE = 0.1  # how near to the radius `matrix_step` comes, relatively
+ROUNDINGS = 10  # times eps and the trace: a σ that rounding of H may make of none
 ROUNDS = 60  # of the searches for σ; most take two to four
 
 
@@ -27,6 +28,7 @@ class Step(NamedTuple):
     decrease: jax.Array  # of the model, ≥ 0
     on_boundary: jax.Array
     shift: jax.Array  # σ ≥ 0 with (H + σ I) s = −g
+    excess: jax.Array  # of σ over what rounding of H may make of none
 
 
 class Iteration(NamedTuple):
@@ -97,7 +99,8 @@ def _spectral_step(eigenvalues, gradient, radius, shift):
     toward = jnp.where(gradient[0] > 0, -missing, missing)
     s = s.at[0].add(jnp.where(convex | close, 0, toward))
     decrease = -(gradient @ s + 0.5 * jnp.sum(eigenvalues * s**2))
-    return Step(s, decrease, ~interior, jnp.where(interior, 0, mu - lowest))
+    shift = jnp.where(interior, 0, mu - lowest)
+    return Step(s, decrease, ~interior, shift, _excess(shift, jnp.sum(jnp.abs(eigenvalues))))
 
 
 def _in_units(solve, hessian, gradient, radius, shift):
@@ -113,8 +116,13 @@ def _in_units(solve, hessian, gradient, radius, shift):
         jnp.where(finite, step, 0),
         jnp.where(finite, found.decrease * (b / a) * b, 0),
         found.on_boundary,
-        jnp.where(jnp.isfinite(found.shift), found.shift * a, 0),
+        *(jnp.where(jnp.isfinite(x), x * a, 0) for x in (found.shift, found.excess)),
     )
+
+
+def _excess(shift, trace):
+    """Of σ over the rounding of a matrix with this sum of absolute eigenvalues."""
+    return jnp.maximum(shift - ROUNDINGS * jnp.finfo(shift.dtype).eps * trace, 0)
 
 
 def _power(x):
@@ -224,7 +232,8 @@ def _matrix_step(matrix, gradient, radius, shift):
     decrease = -(gradient @ s + 0.5 * s @ (matrix @ s))
     solved = ~hard & (shift < most)  # then (H + σ I) s = −g, and nothing cancels
     decrease = jnp.where(solved, 0.5 * (shift * (s @ s) - gradient @ s), decrease)
-    return Step(s, decrease, (shift > least) & jnp.isfinite(radius), shift)
+    excess = _excess(shift, jnp.trace(jnp.abs(matrix)))
+    return Step(s, decrease, (shift > least) & jnp.isfinite(radius), shift, excess)
 
 
 def search(
@@ -267,7 +276,7 @@ def search(
         length = norm(step)
         unset = jnp.isinf(carry.radius)
         beyond = jnp.maximum(reach - length, 0) * (reach + length)
-        promise = found.decrease + 0.5 * found.shift * beyond
+        promise = found.decrease + 0.5 * found.excess * beyond
         again = jnp.array(False)
         if correct is not None:
             again = ~accepted & ~corrected
@@ -310,7 +319,7 @@ def search(
     false = jnp.array(False)
     nothing = jnp.zeros_like(reach * zero)
     start = Iteration(x, aux, radius, shift, false, zero, zero, zero, nothing, none)
-    no_step = Step(jnp.zeros_like(x), zero, false, zero)
+    no_step = Step(jnp.zeros_like(x), zero, false, zero, zero)
     goes_on = lambda c: ~c[0].accepted & (c[0].trials < max_trials)  # noqa: E731
     return jax.lax.while_loop(goes_on, attempt, (start, false, no_step))[0]
 
