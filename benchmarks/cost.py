@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 import varprox as vp
 from varprox.curvature import linearise
-from varprox.quasi_newton import ACCURACY
 from varprox.model import Problem
 from varprox.projection import project, start_projection
+from varprox.quasi_newton import ACCURACY
 from varprox.reduced import hessian_factor
 
 PRODUCTS = 10

@@ -9,7 +9,6 @@ import pytest
 
 from varprox.line_search import ENOUGH, FIRST_ENOUGH, STEEP, search
 
-
 FUNCTIONS = {
     "quadratic": lambda t: (t - 1) ** 2,
     "valley": lambda t: -t / (t**2 + 2),

@@ -18,11 +18,11 @@ from varprox.slimtrain import slimtrain
 
 __version__ = "0.1.0"
 __all__ = [
-    "Curvature", "Head", "Method", "Problem", "Separable", "Solution", "Status", "broydenvpro", "constant", "conv",
-    "conv_transpose", "convex_loss", "dense", "fit", "fit_levels", "gauss_newton", "gnvpro",
-    "lbfgsvpro", "least_squares", "logistic", "newton", "predict", "proportional",
-    "reduced_objective", "sdp", "sgcv", "slimtik", "slimtrain", "smoothness_in_time",
-    "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
+    "Curvature", "Head", "Method", "Problem", "Separable", "Solution", "Status", "broydenvpro",
+    "constant", "conv", "conv_transpose", "convex_loss", "dense", "fit", "fit_levels",
+    "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "logistic", "newton", "predict",
+    "proportional", "reduced_objective", "sdp", "sgcv", "slimtik", "slimtrain",
+    "smoothness_in_time", "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
 ]  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from varprox.method import Method, Status
 from varprox.model import Problem, check_data, derivatives, predict
 from varprox.precision import full_products
 from varprox.quadratic import Form, usable
-from varprox.quasi_newton import lbfgsvpro
+from varprox.quasi_newton import MAX_BYTES, broydenvpro, bytes_of_inverse, lbfgsvpro
 from varprox.slimtrain import with_learned
 from varprox.threads import one_blas_thread
 
@@ -261,9 +261,14 @@ def _default_method(problem, theta, data):
     check_data(problem, theta, data, full_batch=True)
     _, reverse = derivatives(problem, theta, data[0])
     if reverse and not usable(problem, theta, data[0]):
-        return lbfgsvpro(problem)
+        return _quasi_newton(problem, theta)
     form = select_form(problem, theta, data)
-    return lbfgsvpro(problem) if form is Form.KRYLOV else gnvpro(problem)
+    return _quasi_newton(problem, theta) if form is Form.KRYLOV else gnvpro(problem)
+
+
+def _quasi_newton(problem, theta):
+    """The one that knows the most of what memory allows."""
+    return broydenvpro(problem) if bytes_of_inverse(theta) <= MAX_BYTES else lbfgsvpro(problem)
 
 
 def _timed(fn, *args):

@@ -29,7 +29,9 @@ from varprox.projection import (
 from varprox.quadratic import Form
 from varprox.reduced import hessian_factor
 
-PATIENCE = 3  # iterations in a row: with low gain ratios, until Newton products take over; idle ones
+PATIENCE = (
+    3  # iterations in a row: with low gain ratios, until Newton products take over; idle ones
+)
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
@@ -145,11 +147,13 @@ def gnvpro(
     size of rounding are measured by gradients.
 
     The run has converged when a model without what is learnt gains no more than the fraction
-    `tolerance` of Φ within the distance that θ has from zero; or no more than rounding, there and
-    where the residuals move by their size. The last step must not have gained more than this
-    either. A `tolerance` of None stands for eps^¾, 2e-12 or 6e-6. Where no step of ten is accepted
-    the next iteration goes on with the shrunken radius; the run has stalled when rounding swallows
-    the steps.
+    `tolerance` of Φ within the distance that θ has from zero; or, if half of the digits of Φ are
+    known, no more than rounding, there and where the residuals move by their size. The last step
+    must not have gained more than this either. A `tolerance` of None stands for eps^¾, 2e-12 or
+    6e-6. Where no step of ten is accepted the next iteration goes on with the shrunken radius.
+    Where three steps in a row gain less than rounding of Φ the trust region begins anew, and after
+    three more the run ends: CONVERGED if half of the digits are known. Else it has stalled, as it
+    has when rounding swallows the steps.
 
     Work units: in a Krylov space 2 a step and 2 a product (4 with the full Hessian), and 2 for the
     whitening, an upper bound; with "forward" 1 a step and 1 a weight; with rows 1 a step and 1 a
@@ -398,7 +402,8 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
             ~finite,
             first & (gradient_norm == 0) & (state.objective > rounding),
             converged,
-            ended | ~(result.accepted | model.estimated)
+            ended
+            | ~(result.accepted | model.estimated)
             & (result.radius <= jnp.finfo(value.dtype).eps * model.reach),
         ],
         [Status.NON_FINITE, Status.FLAT, Status.CONVERGED, Status.STALLED],

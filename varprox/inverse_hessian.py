@@ -155,7 +155,7 @@ class Broyden(NamedTuple):
     write a matrix of some thousand rows to new memory takes as long as ten products with it.
     """
 
-    root: jax.Array | None  # (size, size); None where it is that of the object before
+    root: jax.Array  # (size, size); None as long as it is that of the object before
     left: jax.Array  # (2 · UPDATES, size)
     right: jax.Array  # (2 · UPDATES, size)
     used: jax.Array  # rows of the two
@@ -227,6 +227,7 @@ class Broyden(NamedTuple):
         return new, -jnp.where(forget, scale * gradient, ahead)
 
     def without_root(self) -> "Broyden":
+        """A compiled function that gave the root back would copy it."""
         return self._replace(root=None)
 
     def after(self, before: "Broyden") -> "Broyden":

@@ -28,6 +28,7 @@ from varprox.whitening import Whitening, whitening
 
 ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
 TOLERANCE = 1e-12  # see `lbfgsvpro`
+MAX_BYTES = 2**30  # of an inverse Hessian
 ROUNDINGS = 10  # that the objective may be off by; with 1, 3 or 10 runs end alike
 QUIET, IDLE = 2, 10  # steps in a row
 SHORT = 1e-2  # first trial along a line, of the whole step; with 0.1 and 1e-3 runs take as long
@@ -86,38 +87,68 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = N
     The run has converged when two steps in a row promised, and gained, no more than the fraction
     `tolerance` of the objective, or no more than rounding; where a direction is flatter by a factor
     κ than the model takes it to be, the next gains may add up to κ times that. None stands for
-    1e-12, which allows for κ = 1e6 where a relative gain of 1e-6 is left, and for 4 eps in single
-    precision. A start where the gradient is zero and the objective is not has the status FLAT.
+    1e-12, which allows for κ = 1e6 where a relative gain of 1e-6 is left. Ten steps in a row below
+    rounding of the objective end the run, too: CONVERGED where at least half of its digits are
+    known, STALLED elsewhere. A start where the gradient is zero and the objective is not has the
+    status FLAT.
 
     Work units: 2 for the start, 2, an upper bound, for the whitening and 2 a trial point of the
     line search, most steps needing one. Where a step found nothing lower, the next one stays in
     place, solves for W to full accuracy and forgets the pairs; only if the step after that, along
     the gradient, fails, too, has the run stalled. `data` is all of it at every step.
+
+    Source: arXiv:2007.13171, section 3.
     """
     check_problem(problem)
     memory = check_integer("memory", memory, least=1)
-    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
-    return _method(problem, memory, tolerance)
+    return _method(problem, tolerance, memory=memory, max_bytes=None)
 
 
 def broydenvpro(
-    problem: Problem, *, tolerance: float | None = None, max_bytes: int = 2**30
+    problem: Problem, *, tolerance: float | None = None, max_bytes: int = MAX_BYTES
 ) -> Method:
-    """Self-scaled Broyden."""
+    """Self-scaled Broyden on the reduced objective: the whole inverse Hessian from gradients alone.
+
+    Between `lbfgsvpro`, whose steps cost as many passes and know less, and `gnvpro`, whose steps
+    are worth more and cost more. It asks of the features no more than a reverse rule: they may
+    couple samples, or be a solver. Everything else is as with `lbfgsvpro`: the whitened variables,
+    the end of a run, the work units, and what follows a step that found nothing lower.
+
+    The inverse Hessian of θ takes the square of its size in numbers, twice while it is changed,
+    which is every 32 steps; a step takes two products with it. Where it alone would take more than
+    `max_bytes`, by default 1 GiB for 11,585 weights in double precision, the start raises
+    ValueError.
+
+    Source: for the update, Urbán, Stefanou, Pons, J. Comput. Phys. 523 (2025); see
+    `varprox.inverse_hessian`.
+    """
     check_problem(problem)
     max_bytes = check_integer("max_bytes", max_bytes, least=1)
-    tolerance = None if tolerance is None else check_number("tolerance", tolerance)
-    return _method(problem, None, tolerance)
+    return _method(problem, tolerance, memory=None, max_bytes=max_bytes)
 
 
-def _method(problem, memory, tolerance):
+def bytes_of_inverse(theta: Any) -> int:
+    """What the inverse Hessian of `broydenvpro` takes."""
+    leaves = jax.tree.leaves(theta)
+    return sum(leaf.size for leaf in leaves) ** 2 * jnp.result_type(*leaves).itemsize
+
+
+def _method(problem, tolerance, *, memory, max_bytes):
     """With the last `memory` pairs, or the whole of the inverse Hessian if it is None."""
-    return Method(partial(_init, problem, memory), partial(_step, problem, tolerance), problem)
+    tolerance = TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
+    init = partial(_init, problem, memory=memory, max_bytes=max_bytes)
+    return Method(init, partial(_step, problem, tolerance), problem)
 
 
-def _init(problem, memory, theta, data, key=None):
+def _init(problem, theta, data, key=None, *, memory, max_bytes):
     check_data(problem, theta, data, full_batch=True)
     _check_reverse(problem, theta, data[0])
+    if memory is None and (taken := bytes_of_inverse(theta)) > max_bytes:
+        raise ValueError(
+            f"theta: expected so few weights that their inverse Hessian takes at most "
+            f"max_bytes={max_bytes:,} bytes, got one of {taken:,}; varprox.lbfgsvpro keeps pairs "
+            "instead"
+        )
     return _start(problem, theta, data, memory=memory)
 
 
@@ -128,9 +159,9 @@ def _check_reverse(problem, theta, inputs):
         jax.eval_shape(jax.grad(total), theta)
     except Exception as error:
         raise TypeError(
-            "features: expected a function that JAX can differentiate in reverse, which lbfgsvpro "
-            'needs; vp.gnvpro(problem, curvature="forward") works with a forward rule alone; got '
-            f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+            "features: expected a function that JAX can differentiate in reverse, as quasi-Newton "
+            'methods need; vp.gnvpro(problem, curvature="forward") works with a forward rule alone; '
+            f"got {type(error).__name__}: {str(error).splitlines()[0]:.200}"
         ) from error
 
 
@@ -254,7 +285,6 @@ def _advance(problem, tolerance, state, data):
     rounding = ROUNDINGS * state.rounding / unit
     # Rounding of half the digits hides a lower point as well as it hides that there is none.
     known = noise <= jnp.finfo(dtype).eps ** 0.5 * size
-    tolerance = TOLERANCE if tolerance is None else tolerance
     little = rounding * (rounding / jnp.where(size > 0, size, 1))
     little = tolerance * size + jnp.where(known, little, 0)
     still = (promise <= little) & (gain <= little)
