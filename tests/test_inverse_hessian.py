@@ -170,3 +170,28 @@ def test_it_stays_definite_whatever_it_is_told(dtype):
         )
         assert np.isfinite(slopes).all() and np.max(slopes) < 0
         assert np.max(used) == 2 * UPDATES - 2
+
+
+@pytest.mark.parametrize("condition, agreement", [(1e2, 1e-11), (1e4, 1e-9), (1e6, 1e-6)])
+def test_a_linear_change_of_variables_does_not_matter(condition, agreement, x64):
+    """Thirty steps in θ and in u with θ = A u: rounding grows with the condition of A."""
+    size, rng = 5, np.random.default_rng(4)
+    u, v = (np.linalg.qr(rng.normal(size=(size, size)))[0] for _ in range(2))
+    change = u @ np.diag(np.geomspace(1, condition, size)) @ v
+    ends = []
+    for a in (np.eye(size), change):
+        there = np.linalg.solve(a, np.linspace(-1, 1, size))
+        gradient = a.T @ quartic(a @ there)
+        root = 0.1 * np.linalg.inv(a)
+        scaled = root.T @ gradient
+        inverse = whole(jnp.asarray(gradient))
+        inverse = inverse._replace(root=jnp.asarray(root), scaled=scaled, empty=FALSE)
+        descent = -root @ scaled
+        for _ in range(30):
+            there = there + 0.3 * np.asarray(descent)
+            new = a.T @ quartic(a @ there)
+            inverse, descent = told(inverse, jnp.asarray(0.3), descent, new - gradient, new)
+            gradient = new
+        ends.append(a @ there)
+    assert np.linalg.norm(ends[0]) < 0.1
+    np.testing.assert_allclose(ends[1], ends[0], atol=agreement)

@@ -17,6 +17,7 @@ METHODS = {
     "gnvpro-dense": functools.partial(vp.gnvpro, curvature="dense"),
     "gnvpro-kernel": functools.partial(vp.gnvpro, curvature="kernel"),
     "lbfgsvpro": functools.partial(vp.lbfgsvpro, memory=8),
+    "broydenvpro": vp.broydenvpro,
 }
 LOSSES = {"least_squares": vp.least_squares(), "softmax_cross_entropy": vp.softmax_cross_entropy()}
 PENALTY, W_PENALTY = 3e-2, 3e-2
@@ -217,6 +218,8 @@ def test_vmap_over_starts_equals_a_loop(name, x64):
     ("lbfgsvpro", "softmax_cross_entropy", False),
     ("lbfgsvpro", "least_squares", True),
     ("lbfgsvpro", "softmax_cross_entropy", True),
+    ("broydenvpro", "least_squares", False),
+    ("broydenvpro", "softmax_cross_entropy", True),
 ])  # fmt: skip
 def test_single_precision_is_kept(name, loss, enabled):
     """Also where double precision is enabled."""

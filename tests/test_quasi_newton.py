@@ -1,5 +1,7 @@
-"""LBFGSvpro: what it costs, where it ends and what it refuses; the contract is in
-test_method.py."""
+"""LBFGSvpro and Broydenvpro: what they cost, where they end and what they refuse.
+
+The contract is in test_method.py, what stands for the inverse Hessian in test_inverse_hessian.py.
+"""
 
 import pickle
 
@@ -10,16 +12,19 @@ import pytest
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 from problems import Case, dense_reference, features
-from test_method import losses, make_problem, run
+from test_method import METHODS, losses, make_problem, run
 
 import varprox as vp
 from varprox.model import objective
 
+methods = pytest.mark.parametrize("name", ["lbfgsvpro", "broydenvpro"])
 
+
+@methods
 @losses
-def test_work_units_add_up(loss):
+def test_work_units_add_up(name, loss):
     """2 for the start, 2 for the whitening and 2 a trial point of the line search."""
-    _, _, states, infos, *_ = run("lbfgsvpro", loss)
+    _, _, states, infos, *_ = run(name, loss)
     trials = np.array([int(info.trials) for info in infos])
     work = np.array([int(state.work_units) for state in states])
     assert work[0] == 4 and (trials >= 1).all()
@@ -27,12 +32,13 @@ def test_work_units_add_up(loss):
     assert np.median(trials) == 1
 
 
+@methods
 @losses
-def test_gradient_is_that_of_the_reduced_objective(loss, x64):
+def test_gradient_is_that_of_the_reduced_objective(name, loss, x64):
     """By the envelope theorem, the derivative of Φ in θ at the W of the state; how near this is to
     W(θ) is tested in test_method.py. Under least squares it is there."""
     case = Case(loss, 2, penalty="tikhonov", w_penalty=3e-2)
-    _, data, states, infos, *_ = run("lbfgsvpro", loss)
+    _, data, states, infos, *_ = run(name, loss)
     derivative = jax.jit(jax.grad(lambda theta, w: objective(make_problem(loss), theta, w, data)))
     for state, info in list(zip(states[1:], infos, strict=True))[:5]:
         gradient = ravel_pytree(state.gradient)[0]
@@ -47,11 +53,12 @@ def test_gradient_is_that_of_the_reduced_objective(loss, x64):
         assert info.objective == state.objective
 
 
+@methods
 @losses
-def test_after_a_failure_it_stays_and_then_follows_the_gradient(loss, x64):
-    """The whitened gradient, whatever the pairs before the failure were."""
-    _, data, states, *_ = run("lbfgsvpro", loss)
-    step = vp.lbfgsvpro(make_problem(loss), memory=8).step
+def test_after_a_failure_it_stays_and_then_follows_the_gradient(name, loss, x64):
+    """The whitened gradient, whatever was known before the failure."""
+    _, data, states, *_ = run(name, loss)
+    step = METHODS[name](make_problem(loss)).step
     failed = states[6]._replace(failures=states[6].failures + 1)
     stayed, _ = step(failed, data)
     jax.tree.map(np.testing.assert_array_equal, stayed.theta, failed.theta)
@@ -87,9 +94,20 @@ def test_bad_options_are_refused(options, error, named, came):
     assert came in str(caught.value).split("got", 1)[1]
 
 
-def test_what_is_not_a_problem_is_refused():
+@methods
+def test_what_is_not_a_problem_is_refused(name):
     with pytest.raises(TypeError, match=r"^problem: expected a varprox\.Problem, got"):
-        vp.lbfgsvpro(vp.Separable(features))
+        METHODS[name](vp.Separable(features))
+
+
+def test_more_weights_than_memory_allows_are_refused(x64):
+    """Two weights in double precision make an inverse Hessian of 32 bytes."""
+    start = np.array([-1.0, 0.5])
+    with pytest.raises(ValueError, match="^theta: expected .*max_bytes=31 bytes, got one of 32"):
+        vp.broydenvpro(of_curve(), max_bytes=31).init(start, curve())
+    vp.broydenvpro(of_curve(), max_bytes=32).init(start, curve())
+    with pytest.raises(ValueError, match="^max_bytes: expected an integer"):
+        vp.broydenvpro(of_curve(), max_bytes=0)
 
 
 # Other starts, units and features
@@ -111,9 +129,9 @@ def of_curve(fn=decays, bias=False, **penalties):
     return vp.Problem(vp.Separable(fn, vp.dense(bias=bias)), vp.least_squares(), **penalties)
 
 
-def solver(problem, work=3000, **options):
+def solver(problem, build=vp.lbfgsvpro, work=3000):
     """`init` and the steps until the run ends, in one compiled function."""
-    method = vp.lbfgsvpro(problem, **options)
+    method = build(problem)
 
     @jax.jit
     def solve(theta, data):
@@ -142,9 +160,13 @@ def nearby_minimum(problem, theta, data):
     return fun(flat)[0], min(float(found.fun), fun(flat)[0])
 
 
-def test_a_curve_fit_converges_where_nothing_lower_is_near(x64):
+both = pytest.mark.parametrize("build", [vp.lbfgsvpro, vp.broydenvpro])
+
+
+@both
+def test_a_curve_fit_converges_where_nothing_lower_is_near(build, x64):
     problem, data = of_curve(), curve()
-    solve = solver(problem)
+    solve = solver(problem, build)
     for seed in range(6):
         start = np.random.default_rng(seed).uniform(-2, 2, 2)
         state = solve(start, data)
@@ -154,18 +176,20 @@ def test_a_curve_fit_converges_where_nothing_lower_is_near(x64):
         assert abs(float(state.objective) - here) <= 1e-12 * here
 
 
-def test_a_fit_without_a_residual_converges(x64):
+@both
+def test_a_fit_without_a_residual_converges(build, x64):
     t = np.linspace(0, 5, 60)
     data = t, np.exp(-t[:, None] * [0.5, 3.0]) @ [[1.0], [2.0]]
-    state = solver(of_curve())(np.array([-2.0, 1.5]), data)
+    state = solver(of_curve(), build)(np.array([-2.0, 1.5]), data)
     assert state.status == vp.Status.CONVERGED
     assert state.objective < 1e-25 and state.work_units < 300
     np.testing.assert_allclose(np.sort(np.exp(state.theta)), [0.5, 3.0], rtol=1e-10)
 
 
-def test_single_precision_goes_as_far_as_it_allows():
+@both
+def test_single_precision_goes_as_far_as_it_allows(build):
     """Near the minimum in double precision, and it knows that it is there."""
-    state = solver(of_curve())(jnp.array([-1.0, 0.5], jnp.float32), curve(dtype=np.float32))
+    state = solver(of_curve(), build)(jnp.array([-1.0, 0.5], jnp.float32), curve(dtype=np.float32))
     assert state.status == vp.Status.CONVERGED and state.work_units < 300
     with jax.enable_x64(True):
         exact = solver(of_curve())(np.array([-1.0, 0.5]), curve())
@@ -256,12 +280,13 @@ def normalised(theta, x):
     return (z - z.mean(axis=0)) / z.std(axis=0)
 
 
+@both
 @pytest.mark.parametrize("fn, start", [(convolved, [-2.0, 0.0]), (normalised, [1.0, 2.0, 0.5, 0])])
-def test_features_that_couple_samples(fn, start, x64):
+def test_features_that_couple_samples(fn, start, build, x64):
     start, t = np.array(start), np.linspace(0, 5, 48)
     y = np.asarray(fn(start + 0.4, t)) @ [[1.0], [3.0]]
     data = t, y + 0.003 * np.random.default_rng(0).normal(size=y.shape)
-    state = solver(of_curve(fn))(start, data)
+    state = solver(of_curve(fn), build)(start, data)
     assert state.status == vp.Status.CONVERGED
     here, near = nearby_minimum(of_curve(fn), state.theta, data)
     assert here - near <= 1e-6 * here and here < 1e-5
@@ -311,8 +336,9 @@ def test_a_penalty_that_is_not_convex(x64):
     assert np.linalg.eigvalsh(hessian)[0] > 0
 
 
-def test_many_fits_at_once_equal_single_ones(x64):
-    solve, t = solver(of_curve()), curve()[0]
+@both
+def test_many_fits_at_once_equal_single_ones(build, x64):
+    solve, t = solver(of_curve(), build), curve()[0]
     y = np.stack([curve(seed)[1] for seed in range(8)])
     start = np.array([-1.0, 0.5])
     together = jax.vmap(solve, (None, (None, 0)))(start, (t, y))
@@ -323,8 +349,9 @@ def test_many_fits_at_once_equal_single_ones(x64):
         np.testing.assert_allclose(together.theta[i], alone.theta, rtol=1e-6)
 
 
+@methods
 @losses
-def test_all_products_ask_for_full_precision(loss):
+def test_all_products_ask_for_full_precision(name, loss):
     """Whatever the device's default is, the network's own products included."""
     low, total = [], 0
 
@@ -343,20 +370,21 @@ def test_all_products_ask_for_full_precision(loss):
     def is_jaxpr(value):
         return hasattr(value, "eqns") or hasattr(value, "jaxpr")
 
-    _, data, states, *_ = run("lbfgsvpro", loss)
+    _, data, states, *_ = run(name, loss)
     data, state = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32) if np.issubdtype(x.dtype, np.floating) else x,
         (data, states[0]),
     )
-    method = vp.lbfgsvpro(make_problem(loss, dtype=np.float32), memory=8)
+    method = METHODS[name](make_problem(loss, dtype=np.float32))
     walk(jax.make_jaxpr(method.init)(state.theta, data).jaxpr)
     walk(jax.make_jaxpr(method.step)(state, data).jaxpr)
     assert total > 20 and not low, low
 
 
-def test_a_state_can_be_kept(x64):
+@both
+def test_a_state_can_be_kept(build, x64):
     problem, data = of_curve(), curve()
-    method = vp.lbfgsvpro(problem)
+    method = build(problem)
     state, _ = method.step(method.init(np.array([-1.0, 0.5]), data), data)
     kept = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, state)))
     one, other = (jax.tree.leaves(method.step(s, data)) for s in (state, kept))

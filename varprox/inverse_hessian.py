@@ -5,7 +5,7 @@ step has told, and give the descent −H g from its end. Imports precision.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +155,7 @@ class Broyden(NamedTuple):
     write a matrix of some thousand rows to new memory takes as long as ten products with it.
     """
 
-    root: jax.Array  # (size, size); None as long as it is that of the object before
+    root: Any  # (size, size); None as long as it is that of the object before
     left: jax.Array  # (2 · UPDATES, size)
     right: jax.Array  # (2 · UPDATES, size)
     used: jax.Array  # rows of the two

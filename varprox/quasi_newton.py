@@ -160,8 +160,8 @@ def _check_reverse(problem, theta, inputs):
     except Exception as error:
         raise TypeError(
             "features: expected a function that JAX can differentiate in reverse, as quasi-Newton "
-            'methods need; vp.gnvpro(problem, curvature="forward") works with a forward rule alone; '
-            f"got {type(error).__name__}: {str(error).splitlines()[0]:.200}"
+            'methods need; vp.gnvpro(problem, curvature="forward") works with a forward rule; got '
+            f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
         ) from error
 
 
