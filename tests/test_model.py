@@ -464,17 +464,54 @@ def test_weights_and_inputs_under_trace_are_made_up(fn):
     assert seen == [fn is decays]
 
 
-def test_of_a_problem_under_trace_nothing_is_known():
+def seen_by(transform, fn, bound):
+    """What is found of features under trace, with an array bound to them under trace, too."""
     seen = []
 
-    @jax.jit
-    def traced(shift):
-        bound = jax.tree_util.Partial(lambda shift, theta, x: decays(theta, x) + shift, shift)
-        seen.append(treats_samples_alone(problem(bound), RATES, TIMES))
-        return shift
+    def traced(bound, penalty):
+        features = jax.tree_util.Partial(fn, bound)
+        built = problem(features, theta_penalty=penalty, w_penalty=penalty)
+        seen.append(treats_samples_alone(built, RATES, TIMES))
+        return penalty
 
-    traced(1.0)
-    assert seen == [None]
+    transform(traced)(bound, jnp.full(len(bound), 0.1))
+    return seen
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+@pytest.mark.parametrize("fn", [decays, normalised])
+def test_what_is_bound_to_features_under_trace_is_made_up(transform, fn):
+    shifted = lambda shift, theta, x: fn(theta, x) + jnp.sum(shift)  # noqa: E731
+    for bound in (np.ones(3, np.float32), np.arange(3), np.array([True, False, True])):
+        found = seen_by(transform, lambda s, *a: shifted(s.astype(jnp.float32), *a), bound)
+        assert found == [fn is decays]
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_what_is_made_up_may_have_to_be_positive(coupled):
+    """As the variances of batch norm: of the two, one comes out negative at first."""
+
+    def scaled(variance, theta, x):
+        z = decays(theta, x)
+        last = jnp.cumsum(z[:, 1:], 0) if coupled else z[:, 1:]
+        return jnp.concatenate([z[:, :1], last], 1) / jnp.sqrt(variance)
+
+    assert seen_by(jax.jit, scaled, np.ones(2, np.float32)) == [not coupled]
+
+
+@pytest.mark.parametrize("fn", [decays, normalised])
+def test_random_keys_under_trace_are_made_up(fn):
+    def noisy(keys, theta, x):
+        return fn(theta, x) + jax.random.normal(keys[1], (2,))
+
+    assert seen_by(jax.jit, noisy, jax.random.split(jax.random.key(1))) == [fn is decays]
+
+
+@pytest.mark.parametrize("inputs", [(), None, {}], ids=str)
+def test_without_inputs_no_sample_is_alone(inputs):
+    assert treats_samples_alone(problem(lambda rates, _: decays(rates, TIMES)), RATES, inputs) is (
+        False
+    )
 
 
 @pytest.mark.parametrize("fn", [decays, normalised])

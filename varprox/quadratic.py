@@ -142,7 +142,7 @@ def elsewhere(norm: Any) -> Any:
 def usable(problem: Problem, theta: Any, inputs: Any) -> tuple[Form, ...]:
     """The forms that these features allow."""
     forward, reverse = derivatives(problem, theta, inputs)
-    alone = reverse and treats_samples_alone(problem, theta, inputs) is not False
+    alone = reverse and treats_samples_alone(problem, theta, inputs)
     allowed = {
         Form.KRYLOV: forward and reverse,
         Form.DENSE: alone,
