@@ -340,7 +340,7 @@ def check_data(
     dtype = _check_arrays(problem, theta, inputs, targets)
     _check_targets(problem, targets, of_images)
     _check_inputs(inputs, len(targets))
-    leaves = jax.tree.leaves((problem, theta, data))
+    leaves = jax.tree.leaves((problem.model, theta, data))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         _check_values(problem.model, theta, data, full_batch)
     _check_features(problem, theta, inputs, targets, dtype, of_images)
