@@ -148,6 +148,7 @@ def objective(problem: Problem, theta, w, data) -> jax.Array:
     return problem.w_objective(w, rows, targets) + problem.penalty(theta)
 
 
+@full_products
 def predict(problem: Problem, theta, w, inputs) -> jax.Array:
     """The model's predictions (batch, outputs), or (batch, height, width, outputs) for a
     convolutional head; under cross entropy these are logits."""
