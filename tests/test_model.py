@@ -15,11 +15,15 @@ from problems import (
     initial_theta,
     make_data,
     plain_rows,
+    plain_w,
+    products,
+    quartic,
     relative,
     w_value,
 )
 
 import varprox as vp
+from varprox.heads import ConvHead
 from varprox.model import derivatives, objective, treats_samples_alone
 
 THETA = initial_theta(dtype=np.float32)
@@ -315,6 +319,45 @@ def test_penalties_of_any_precision_leave_single_precision_single(number, promot
         value = objective(built, THETA, w, DATA)
     assert w.dtype == value.dtype == jnp.float32
     np.testing.assert_allclose(w, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["least_squares", "logistic"])
+def test_penalties_under_trace_leave_single_precision_single(loss, x64):
+    """A number that `jit` takes from NumPy is in double precision there."""
+    data = make_data(loss, 2, dtype=np.float32)
+
+    def value(alpha):
+        built = problem(loss=LOSSES[loss], w_penalty=alpha, theta_penalty=(alpha, quartic))
+        reduced, w = vp.reduced_objective(built)(THETA, data)
+        curvature = vp.gauss_newton(built, THETA, data)
+        return reduced, w, built.penalty_on_w(w), curvature.matvec(THETA)
+
+    found = jax.jit(value)(np.float64(0.1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(np.float32)}
+    rows = plain_rows(THETA, data[0], bias=True).astype(np.float64)
+    assert relative(found[1], plain_w(loss, rows, data[1].astype(np.float64), 0.1)) < 1e-4
+
+
+@pytest.mark.parametrize("curvature", ["dense", "krylov", "forward", None])
+def test_methods_stay_in_single_precision_under_a_double_penalty(curvature, x64):
+    def step(alpha):
+        built = problem(w_penalty=alpha, theta_penalty=alpha)
+        method = vp.gnvpro(built, curvature=curvature) if curvature else vp.lbfgsvpro(built)
+        return method.step(method.init(THETA, DATA), DATA)[0].objective
+
+    assert jax.eval_shape(step, np.float64(0.1)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("head", [vp.dense(), vp.conv((2, 2))])
+def test_predictions_ask_for_full_precision(head):
+    """Those of the features and that of the head."""
+    images = isinstance(head, ConvHead)
+    fn = (lambda theta, y: jnp.tanh(y @ theta)) if images else features
+    theta, inputs = (jnp.ones((2, 2)), jnp.ones((3, 4, 4, 2))) if images else (THETA, INPUTS)
+    built = vp.Problem(vp.Separable(fn, head), vp.least_squares())
+    w = jnp.ones((9, 2)) if images else W
+    found = products(lambda w: vp.predict(built, theta, w, inputs), w)
+    assert len(found) >= 2 and all(full for _, full in found), found
 
 
 def test_inputs_may_have_parts_without_entries():

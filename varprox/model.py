@@ -109,9 +109,13 @@ class Problem:
         values = (jnp.asarray(p(theta), dtype) for p in self.theta_penalty)
         return sum(values, start=jnp.zeros((), dtype))
 
+    def w_penalty_like(self, array) -> jax.Array:
+        """`w_penalty` in an array's dtype: under trace it may come in another one."""
+        return jnp.asarray(self.w_penalty, jnp.result_type(array))
+
     def penalty_on_w(self, w) -> jax.Array:
         """½ w_penalty ‖W‖², a scalar of W's dtype."""
-        return 0.5 * jnp.asarray(self.w_penalty, jnp.result_type(w)) * jnp.sum(w**2)
+        return 0.5 * self.w_penalty_like(w) * jnp.sum(w**2)
 
     def w_objective(self, w, rows, targets) -> jax.Array:
         """The part of Φ that sees W: loss(rows W, targets) + ½ w_penalty ‖W‖²."""

@@ -62,7 +62,7 @@ def _w_of_rows_jvp(primals, tangents):
 
     def stationarity(problem, rows, targets):
         gradient = problem.loss.gradient(rows @ w, targets)
-        return rows.T @ gradient + problem.w_penalty * w
+        return rows.T @ gradient + problem.w_penalty_like(w) * w
 
     _, change = jax.jvp(stationarity, primals, tangents)
     dw = jax.lax.custom_linear_solve(
