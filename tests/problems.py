@@ -73,6 +73,28 @@ def layers(theta):
     return theta["layers"]
 
 
+def products(fn, *args):
+    """Where the products and convolutions of a function of arrays stand in the code, and whether
+    they ask for full precision: a list of pairs."""
+    found = []
+
+    def is_jaxpr(value):
+        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
+
+    def walk(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name in ("dot_general", "conv_general_dilated"):
+                precision = equation.params["precision"]
+                full = precision is not None and set(precision) == {jax.lax.Precision.HIGHEST}
+                found.append((str(equation.source_info.traceback), full))
+            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+                if is_jaxpr(value):
+                    walk(getattr(value, "jaxpr", value))
+
+    walk(jax.make_jaxpr(fn)(*args).jaxpr)
+    return found
+
+
 LOSSES = {
     "least_squares": vp.least_squares(),
     "softmax_cross_entropy": vp.softmax_cross_entropy(),

@@ -459,6 +459,36 @@ def test_a_stochastic_method_is_run_by_epochs(x64):
     np.testing.assert_allclose(predicted, vp.predict(problem, state.theta, state.w, data[0]))
 
 
+def test_features_may_need_no_inputs(x64):
+    """Their grid being a constant of theirs. The end is the best of its neighbourhood by NumPy."""
+    t = np.linspace(0, 5, 30)
+    noise = np.random.default_rng(0).normal(size=(30, 1))
+    targets = np.exp(-t[:, None] * [0.5, 3.0]) @ [[1.0], [2.0]] + 0.01 * noise
+    decays = lambda rates, _: jnp.exp(-t[:, None] * jnp.exp(rates))  # noqa: E731
+    model = vp.Separable(decays, vp.dense(bias=False))
+    problem, start = vp.Problem(model, vp.least_squares()), np.array([-1.0, 0.5])
+
+    def plain(rates):
+        z = np.exp(-t[:, None] * np.exp(rates))
+        residual = z @ np.linalg.lstsq(z, targets)[0] - targets
+        return 0.5 * np.sum(residual**2) / len(t)
+
+    options = {"validation": (None, targets), "metrics": {"worst": worst}, "max_work": 200}
+    krylov = vp.gnvpro(problem, curvature="krylov")
+    for method in (problem, krylov, vp.lbfgsvpro(problem)):
+        solution = vp.fit(method, start, (None, targets), **options)
+        value = plain(np.asarray(solution.theta))
+        np.testing.assert_allclose(solution.history["objective"][-1], value, rtol=1e-10)
+        for step in (*np.eye(2), *-np.eye(2)):
+            assert plain(solution.theta + 1e-3 * step) > value
+    predicted = vp.predict(problem, solution.theta, solution.w, None)
+    assert np.abs(predicted - targets).max() == solution.history["validation_worst"][-1]
+    for curvature in ("dense", "kernel"):
+        with pytest.raises(ValueError, match="'krylov' or 'forward' for features that depend on"):
+            given = vp.Problem(model, vp.least_squares(), 1e-8)
+            vp.fit(vp.gnvpro(given, curvature=curvature), start, (None, targets), epochs=1)
+
+
 def test_levels_go_on_from_one_another(x64):
     """On finer and finer grids in time, with half of the penalty on each."""
     net = vp.networks.AntisymmetricResNet(2, 3, 1, steps=2, final_time=1.0, rngs=nnx.Rngs(0))

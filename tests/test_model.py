@@ -15,11 +15,15 @@ from problems import (
     initial_theta,
     make_data,
     plain_rows,
+    plain_w,
+    products,
+    quartic,
     relative,
     w_value,
 )
 
 import varprox as vp
+from varprox.heads import ConvHead
 from varprox.model import derivatives, objective, treats_samples_alone
 
 THETA = initial_theta(dtype=np.float32)
@@ -317,6 +321,45 @@ def test_penalties_of_any_precision_leave_single_precision_single(number, promot
     np.testing.assert_allclose(w, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("loss", ["least_squares", "logistic"])
+def test_penalties_under_trace_leave_single_precision_single(loss, x64):
+    """A number that `jit` takes from NumPy is in double precision there."""
+    data = make_data(loss, 2, dtype=np.float32)
+
+    def value(alpha):
+        built = problem(loss=LOSSES[loss], w_penalty=alpha, theta_penalty=(alpha, quartic))
+        reduced, w = vp.reduced_objective(built)(THETA, data)
+        curvature = vp.gauss_newton(built, THETA, data)
+        return reduced, w, built.penalty_on_w(w), curvature.matvec(THETA)
+
+    found = jax.jit(value)(np.float64(0.1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {jnp.dtype(np.float32)}
+    rows = plain_rows(THETA, data[0], bias=True).astype(np.float64)
+    assert relative(found[1], plain_w(loss, rows, data[1].astype(np.float64), 0.1)) < 1e-4
+
+
+@pytest.mark.parametrize("curvature", ["dense", "krylov", "forward", None])
+def test_methods_stay_in_single_precision_under_a_double_penalty(curvature, x64):
+    def step(alpha):
+        built = problem(w_penalty=alpha, theta_penalty=alpha)
+        method = vp.gnvpro(built, curvature=curvature) if curvature else vp.lbfgsvpro(built)
+        return method.step(method.init(THETA, DATA), DATA)[0].objective
+
+    assert jax.eval_shape(step, np.float64(0.1)).dtype == jnp.float32
+
+
+@pytest.mark.parametrize("head", [vp.dense(), vp.conv((2, 2))])
+def test_predictions_ask_for_full_precision(head):
+    """Those of the features and that of the head."""
+    images = isinstance(head, ConvHead)
+    fn = (lambda theta, y: jnp.tanh(y @ theta)) if images else features
+    theta, inputs = (jnp.ones((2, 2)), jnp.ones((3, 4, 4, 2))) if images else (THETA, INPUTS)
+    built = vp.Problem(vp.Separable(fn, head), vp.least_squares())
+    w = jnp.ones((9, 2)) if images else W
+    found = products(lambda w: vp.predict(built, theta, w, inputs), w)
+    assert len(found) >= 2 and all(full for _, full in found), found
+
+
 def test_inputs_may_have_parts_without_entries():
     nothing = np.zeros((16, 0), np.float32)
     fn = lambda theta, inputs: features(theta, inputs["y"])  # noqa: E731
@@ -464,17 +507,54 @@ def test_weights_and_inputs_under_trace_are_made_up(fn):
     assert seen == [fn is decays]
 
 
-def test_of_a_problem_under_trace_nothing_is_known():
+def seen_by(transform, fn, bound):
+    """What is found of features under trace, with an array bound to them under trace, too."""
     seen = []
 
-    @jax.jit
-    def traced(shift):
-        bound = jax.tree_util.Partial(lambda shift, theta, x: decays(theta, x) + shift, shift)
-        seen.append(treats_samples_alone(problem(bound), RATES, TIMES))
-        return shift
+    def traced(bound, penalty):
+        features = jax.tree_util.Partial(fn, bound)
+        built = problem(features, theta_penalty=penalty, w_penalty=penalty)
+        seen.append(treats_samples_alone(built, RATES, TIMES))
+        return penalty
 
-    traced(1.0)
-    assert seen == [None]
+    transform(traced)(bound, jnp.full(len(bound), 0.1))
+    return seen
+
+
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+@pytest.mark.parametrize("fn", [decays, normalised])
+def test_what_is_bound_to_features_under_trace_is_made_up(transform, fn):
+    shifted = lambda shift, theta, x: fn(theta, x) + jnp.sum(shift)  # noqa: E731
+    for bound in (np.ones(3, np.float32), np.arange(3), np.array([True, False, True])):
+        found = seen_by(transform, lambda s, *a: shifted(s.astype(jnp.float32), *a), bound)
+        assert found == [fn is decays]
+
+
+@pytest.mark.parametrize("coupled", [False, True])
+def test_what_is_made_up_may_have_to_be_positive(coupled):
+    """As the variances of batch norm: of the two, one comes out negative at first."""
+
+    def scaled(variance, theta, x):
+        z = decays(theta, x)
+        last = jnp.cumsum(z[:, 1:], 0) if coupled else z[:, 1:]
+        return jnp.concatenate([z[:, :1], last], 1) / jnp.sqrt(variance)
+
+    assert seen_by(jax.jit, scaled, np.ones(2, np.float32)) == [not coupled]
+
+
+@pytest.mark.parametrize("fn", [decays, normalised])
+def test_random_keys_under_trace_are_made_up(fn):
+    def noisy(keys, theta, x):
+        return fn(theta, x) + jax.random.normal(keys[1], (2,))
+
+    assert seen_by(jax.jit, noisy, jax.random.split(jax.random.key(1))) == [fn is decays]
+
+
+@pytest.mark.parametrize("inputs", [(), None, {}], ids=str)
+def test_without_inputs_no_sample_is_alone(inputs):
+    assert treats_samples_alone(problem(lambda rates, _: decays(rates, TIMES)), RATES, inputs) is (
+        False
+    )
 
 
 @pytest.mark.parametrize("fn", [decays, normalised])

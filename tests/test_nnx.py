@@ -161,9 +161,10 @@ class Images(nnx.Module):
     def __init__(self, layer):
         self.scale = nnx.Param(jnp.full((), 2.0, layer.kernel[...].dtype))
         self.head = layer
+        self.after = lambda out: out
 
     def __call__(self, images):
-        return self.head(self.scale[...] * images)
+        return self.after(self.head(self.scale[...] * images))
 
 
 def convolution(kind, size=(4, 4), **options):
@@ -249,6 +250,13 @@ AROUND = {
     "a pair": (lambda net, z, y: (net.head(z), z), LAST),
     "normalised": (lambda net, z, y: net.norm(net.head(z)), LAST),
     "dropped out": (lambda net, z, y: net.drop(net.head(z)), LAST + " the output of this layer in"),
+    "gated": (lambda net, z, y: net.head(z) * (y[:, :1] < 1.5), LAST),
+    "its largest": (lambda net, z, y: net.head(z).max(-1, keepdims=True), LAST),
+    "its sum": (lambda net, z, y: net.head(z).sum(-1, keepdims=True), LAST),
+    "its logsumexp": (lambda net, z, y: jax.nn.logsumexp(net.head(z), -1, keepdims=True), LAST),
+    "its first output": (lambda net, z, y: net.head(z)[:, :1], LAST),
+    "in another order": (lambda net, z, y: net.head(z)[:, ::-1], LAST),
+    "samples in another order": (lambda net, z, y: net.head(z)[::-1], LAST),
     "another layer": (lambda net, z, y: net.hidden(net.head(z)), LAST),
     "twice": (lambda net, z, y: net.head(net.head(z)), ONCE + "calls it 2 times"),
     "a difference": (lambda net, z, y: net.head(z) - net.head(2 * z), ONCE + "calls it 2 times"),
@@ -276,10 +284,45 @@ def checked(net, head="head", y=None, targets=3, **options):
 
 @pytest.mark.parametrize("name", AROUND)
 def test_what_is_not_its_heads_output_is_refused(name):
+    """Whatever the targets are that would fit it."""
     call, message = AROUND[name]
+    for targets in (1, 3):
+        with pytest.raises(ValueError) as caught:
+            checked(Around(call), targets=targets)
+        assert str(caught.value).startswith(message)
+
+
+def test_what_is_done_to_few_samples_is_seen():
+    """In a batch of many."""
+    y = jnp.zeros((1000, 2)).at[600:700].set(9)
+    checked(Around(PLAIN["plain"]), y=y)
+    with pytest.raises(ValueError, match=LAST):
+        checked(Around(lambda net, z, y: net.head(z) * (y[:, :1] < 5)), y=y)
+
+
+@pytest.mark.parametrize("targets", [1, 2, 4])
+def test_targets_of_another_width_are_refused(targets):
+    """Their W could not be merged into the network."""
     with pytest.raises(ValueError) as caught:
-        checked(Around(call))
-    assert str(caught.value).startswith(message)
+        checked(Around(PLAIN["plain"]), targets=targets)
+    assert str(caught.value).startswith(
+        f"targets: expected 3 outputs, as many as the network's layer 'head' has, got {targets}"
+    )
+
+
+@pytest.mark.parametrize("kind", [nnx.Conv, nnx.ConvTranspose])
+def test_networks_with_convolutional_heads_are_checked(kind):
+    def check(after):
+        net = convolution(kind, strides=(2, 2))
+        net.after = after
+        theta, model = split(net)
+        data = images(), jnp.zeros_like(net(images()))
+        check_data(vp.Problem(model, vp.least_squares()), theta, data, images=True)
+
+    check(lambda out: out)
+    for after in (jax.nn.relu, lambda out: out.max(-1, keepdims=True), lambda out: out[:, :-1]):
+        with pytest.raises(ValueError, match=LAST):
+            check(after)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -301,6 +344,8 @@ def test_fit_refuses_it_and_so_does_init_under_jit():
         vp.fit(vp.lbfgsvpro(problem), theta, data, epochs=1)
     with pytest.raises(ValueError, match=LAST):
         jax.jit(lambda: vp.solve_w(problem, theta, data))()
+    with pytest.raises(ValueError, match=LAST):
+        jax.jit(lambda alpha: vp.solve_w(vp.Problem(model, problem.loss, alpha), theta, data))(1.0)
     jax.eval_shape(lambda theta: vp.solve_w(problem, theta, data), theta)  # has no numbers to see
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
-from problems import Case, dense_reference, initial_theta, projection_at, relative
+from problems import Case, dense_reference, features, initial_theta, projection_at, relative
 
 import varprox as vp
 from varprox import quadratic, trust_region
@@ -139,6 +139,34 @@ def test_the_cheapest_form_is_chosen():
     assert choose(50, 5000) is Form.KERNEL
     assert choose(10**6, 10**5) is Form.KRYLOV
     assert choose(100, 4, forms=(Form.KRYLOV, Form.FORWARD)) is Form.FORWARD
+
+
+def coupled(theta, inputs):
+    return jnp.cumsum(features(theta, inputs), 0)
+
+
+@pytest.mark.parametrize("fn", [features, coupled])
+@pytest.mark.parametrize("transform", [jax.jit, jax.vmap], ids=["jit", "vmap"])
+def test_features_are_known_where_a_penalty_is_traced(fn, transform, x64):
+    data, theta, seen = CASE.data, initial_theta(), []
+
+    def traced(alpha):
+        problem = vp.Problem(vp.Separable(fn), CASE.problem.loss, alpha, alpha)
+        seen.append(quadratic.usable(problem, theta, data[0]))
+        if fn is coupled:
+            with pytest.raises(ValueError, match="that depend on the other samples of the batch"):
+                vp.gnvpro(problem, curvature="dense").init(theta, data)
+        return alpha
+
+    transform(traced)(np.ones(2) if transform is jax.vmap else 1.0)
+    assert seen == [tuple(Form) if fn is features else (Form.KRYLOV, Form.FORWARD)]
+
+
+@pytest.mark.parametrize("inputs", [(), None, {}], ids=str)
+def test_without_inputs_samples_cannot_be_taken_apart(inputs, x64):
+    theta, (given, _) = initial_theta(), CASE.data
+    problem = vp.Problem(vp.Separable(lambda theta, _: features(theta, given)), vp.least_squares())
+    assert quadratic.usable(problem, theta, inputs) == (Form.KRYLOV, Form.FORWARD)
 
 
 def test_no_matrix_is_formed_that_is_too_large(monkeypatch):

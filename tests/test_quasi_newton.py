@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
-from problems import Case, dense_reference, features
+from problems import Case, dense_reference, features, products
 from test_method import METHODS, losses, make_problem, run
 
 import varprox as vp
@@ -353,32 +353,15 @@ def test_many_fits_at_once_equal_single_ones(build, x64):
 @losses
 def test_all_products_ask_for_full_precision(name, loss):
     """Whatever the device's default is, the network's own products included."""
-    low, total = [], 0
-
-    def walk(jaxpr):
-        nonlocal total
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "dot_general":
-                total += 1
-                precision = equation.params["precision"]
-                if precision is None or set(precision) != {jax.lax.Precision.HIGHEST}:
-                    low.append(str(equation.source_info.traceback))
-            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
-                if is_jaxpr(value):
-                    walk(getattr(value, "jaxpr", value))
-
-    def is_jaxpr(value):
-        return hasattr(value, "eqns") or hasattr(value, "jaxpr")
-
     _, data, states, *_ = run(name, loss)
     data, state = jax.tree.map(
         lambda x: jnp.asarray(x, jnp.float32) if np.issubdtype(x.dtype, np.floating) else x,
         (data, states[0]),
     )
     method = METHODS[name](make_problem(loss, dtype=np.float32))
-    walk(jax.make_jaxpr(method.init)(state.theta, data).jaxpr)
-    walk(jax.make_jaxpr(method.step)(state, data).jaxpr)
-    assert total > 20 and not low, low
+    found = products(method.init, state.theta, data) + products(method.step, state, data)
+    low = [place for place, full in found if not full]
+    assert len(found) > 20 and not low, low
 
 
 @both

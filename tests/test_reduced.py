@@ -19,6 +19,7 @@ from problems import (
     move,
     plain_rows,
     plain_w,
+    products,
     relative,
     w_gradient,
 )
@@ -293,6 +294,21 @@ def test_vmap_over_starts_equals_a_loop(loss, x64):
 
 
 # Single precision
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_all_products_ask_for_full_precision(loss):
+    """Whatever the device's default is; also those of derivatives, which are traced outside."""
+    case, theta = Case(loss, 2), initial_theta(dtype=np.float32)
+    data = make_data(loss, 2, dtype=np.float32)
+    reduced = lambda theta: vp.reduced_objective(case.problem)(theta, data)[0]  # noqa: E731
+    solved = lambda theta: jnp.sum(vp.solve_w(case.problem, theta, data) ** 2)  # noqa: E731
+    for fn in (reduced, solved):
+        hessians = jax.hessian(fn), jax.jacfwd(jax.jacfwd(fn)), jax.jacrev(jax.grad(fn))
+        for derivative in (fn, jax.grad(fn), *hessians):
+            found = products(derivative, theta)
+            low = [place for place, full in found if not full]
+            assert len(found) > 5 and not low, low
 
 
 @pytest.mark.parametrize("loss", LOSSES)

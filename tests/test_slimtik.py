@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -318,6 +319,26 @@ def test_it_scans_and_maps_in_single_precision():
     np.testing.assert_allclose(mapped.w[1], mapped.w[0], rtol=1e-3, atol=1e-5)
 
 
+def test_numbers_in_double_leave_single_precision_single(x64, standard_promotion):
+    """Those of NumPy, and those that `jit` takes from there."""
+    rows, targets = (x[0].astype(np.float32) for x in batches(1))
+
+    def ends(number, selection):
+        method = vp.slimtik(2, selection, initial=number, lower_bound=number)
+        state, info = method.update(method.init(np.zeros((5, 2), np.float32)), rows, targets)
+        return state.w, state.lambda_sum, state.grams, info
+
+    number = np.float64(0.5)
+    for make in (vp.sgcv, lambda: vp.constant(number), lambda: vp.supre(number)):
+        expected = ends(0.5, make())
+        traced = jax.jit(lambda x, make=make: ends(x, make()))(number)
+        chex.assert_trees_all_equal_dtypes(ends(number, make()), traced, expected)
+        chex.assert_trees_all_close(traced, expected, rtol=1e-4)
+        assert expected[0].dtype == jnp.float32
+    traced = jax.jit(lambda x: ends(0.5, vp.supre(x)))(number)
+    chex.assert_trees_all_equal_dtypes(traced, expected)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -353,3 +374,20 @@ def test_bad_batches_are_refused(rows, targets, message):
     with pytest.raises(ValueError) as caught:
         method.update(state, rows.astype(np.float32), targets.astype(np.float32))
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, np.int32])
+def test_weights_without_a_factorisation_are_refused(dtype):
+    with pytest.raises(TypeError, match="w: expected float32 or float64, got .*; cast it to float"):
+        vp.slimtik().init(jnp.zeros((5, 2), dtype))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, np.float64, np.int32])
+@pytest.mark.parametrize("name", ["rows", "targets"])
+def test_batches_of_another_dtype_are_refused(name, dtype, x64):
+    method = vp.slimtik()
+    batch = {"rows": np.ones((4, 5), np.float32), "targets": np.ones((4, 2), np.float32)}
+    batch[name] = batch[name].astype(dtype)
+    with pytest.raises(TypeError) as caught:
+        method.update(method.init(np.zeros((5, 2), np.float32)), **batch)
+    assert str(caught.value).startswith(f"{name}: expected dtype float32, that of W, got")

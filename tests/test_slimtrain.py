@@ -540,6 +540,25 @@ def test_constant_features_leave_w_finite(x64):
         assert np.isfinite(state.w).all() and info.finite
 
 
+def test_numbers_in_double_leave_single_precision_single(x64):
+    number = np.float64(1e-7)
+    ends = []
+    for bound in (1e-7, number):
+        _, method, theta, data = make(np.float32, lower_bound=bound, initial=10 * bound)
+        state, _ = method.epoch(method.init(theta, data), data, batch_size=BATCH)
+        ends.append(state)
+    chex.assert_trees_all_equal(*ends)
+
+    def step(alpha):
+        problem = vp.Problem(vp.Separable(features), vp.least_squares(), alpha, alpha)
+        method = vp.slimtrain(problem, optax.sgd(RATE), lower_bound=alpha)
+        return method.step(method.init(theta, data), data)
+
+    state, info = jax.eval_shape(step, number)
+    single = {info.objective.dtype, state.tikhonov.w.dtype, state.objective.dtype}
+    assert single == {jnp.dtype(np.float32)}
+
+
 # Bad input
 
 
@@ -561,6 +580,17 @@ def with_batch(inputs=ONES, targets=ONES):
     method = vp.slimtrain(problem, optax.sgd(0.1))
     state = method.init(initial_theta(), (ONES, ONES))
     jax.jit(method.step)(state, (inputs, targets))
+
+
+def with_state_of_another():
+    problem, method, theta, data = make()
+    method.step(vp.lbfgsvpro(problem).init(theta, data), data)
+
+
+def with_features_of_all():
+    fixed = lambda theta, _: features(theta, np.ones((4, 2)))  # noqa: E731
+    method = vp.slimtrain(vp.Problem(vp.Separable(fixed), vp.least_squares()), optax.sgd(0.1))
+    method.step(method.init(initial_theta(), ((), ONES)), ((), ONES[:1]))
 
 
 def of_batches(size):
@@ -617,6 +647,16 @@ def of_batches(size):
             lambda: with_batch(np.ones((0, 2)), np.ones((0, 2))),
             ValueError,
             "targets: expected at least one sample, got shape (0, 2)",
+        ),
+        (
+            with_state_of_another,
+            TypeError,
+            "state: expected one of varprox.slimtrain, got varprox.quasi_newton.State",
+        ),
+        (
+            with_features_of_all,
+            ValueError,
+            "features: expected those of 1 samples for a batch of as many, with predictions of",
         ),
         (lambda: make(memory=-1), ValueError, "memory: expected an integer ≥ 0, got -1"),
         (lambda: make(selection=3), TypeError, "selection: expected one such as"),

@@ -286,6 +286,21 @@ def test_batches_that_do_not_fit_the_head_are_refused(features, targets, message
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize("name", ["features", "targets"])
+def test_batches_of_another_dtype_are_refused(name, x64):
+    params = params_with_head(np.float32)
+    batch = {"features": np.ones((4, 3), np.float32), "targets": np.ones((4, 2), np.float32)}
+    batch[name] = batch[name].astype(np.float64)
+    with pytest.raises(TypeError) as caught:
+        slimtik().update(params, slimtik().init(params), params, **batch)
+    assert str(caught.value).startswith(f"{name}: expected dtype float32, that of W, got float64")
+
+
+def test_a_last_layer_in_half_precision_is_refused():
+    with pytest.raises(TypeError, match="w: expected float32 or float64, got float16"):
+        slimtik().init(params_with_head(np.float16))
+
+
 def test_numbers_can_be_injected(x64, standard_promotion):
     """ΣΛ's bound as a hyperparameter, the memory being static, and the rate of the optimizer."""
     params = jax.tree.map(jnp.asarray, params_with_head())

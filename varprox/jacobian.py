@@ -129,7 +129,7 @@ def gauss_newton_matrix(
         rows = block if keep else rows_of(block)[0]
         return matrix + _gram(rows.rooted - rows.weights @ along), None
 
-    matrix = _gram(jnp.sqrt(problem.w_penalty) * span.rooted(c))
+    matrix = _gram(jnp.sqrt(problem.w_penalty_like(c)) * span.rooted(c))
     matrix, _ = jax.lax.scan(add, matrix, kept if keep else index)
     if not kaufman:
         of_part = lambda part: _gram(span.transposed(a[part] / samples))  # noqa: E731
@@ -165,7 +165,7 @@ def gauss_newton_root(
     c = span.inward(rows.weights.T @ rows.rooted)
     parts = [
         rows.rooted - rows.weights @ span.outward(c),
-        jnp.sqrt(problem.w_penalty) * span.rooted(c),
+        jnp.sqrt(problem.w_penalty_like(c)) * span.rooted(c),
         *([] if kaufman else [span.transposed(_a(rows.slope, rows.pulled) / samples)]),
     ]
     penalty_gradient = jax.grad(lambda flat: problem.penalty(unravel(flat)))(flat)
@@ -315,7 +315,7 @@ def _transposed(problem, w, span, rows, c, *, kaufman):
     onto = w.T if passes(w, kaufman=kaufman) == len(w) else basis
 
     def product(slopes, weights):
-        along = rows.z.T @ slopes + problem.w_penalty * weights
+        along = rows.z.T @ slopes + problem.w_penalty_like(weights) * weights
         by_a = 0 if kaufman else rows.slope @ span.factor.solve(along).T / len(slopes)
         by_b = span.factor.transposed_root(to_flat(along @ basis)) @ c
         return jnp.tensordot(slopes @ onto - by_a, rows.pulled, 2) - by_b

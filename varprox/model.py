@@ -109,9 +109,13 @@ class Problem:
         values = (jnp.asarray(p(theta), dtype) for p in self.theta_penalty)
         return sum(values, start=jnp.zeros((), dtype))
 
+    def w_penalty_like(self, array) -> jax.Array:
+        """`w_penalty` in an array's dtype: under trace it may come in another one."""
+        return jnp.asarray(self.w_penalty, jnp.result_type(array))
+
     def penalty_on_w(self, w) -> jax.Array:
         """½ w_penalty ‖W‖², a scalar of W's dtype."""
-        return 0.5 * jnp.asarray(self.w_penalty, jnp.result_type(w)) * jnp.sum(w**2)
+        return 0.5 * self.w_penalty_like(w) * jnp.sum(w**2)
 
     def w_objective(self, w, rows, targets) -> jax.Array:
         """The part of Φ that sees W: loss(rows W, targets) + ½ w_penalty ‖W‖²."""
@@ -148,6 +152,7 @@ def objective(problem: Problem, theta, w, data) -> jax.Array:
     return problem.w_objective(w, rows, targets) + problem.penalty(theta)
 
 
+@full_products
 def predict(problem: Problem, theta, w, inputs) -> jax.Array:
     """The model's predictions (batch, outputs), or (batch, height, width, outputs) for a
     convolutional head; under cross entropy these are logits."""
@@ -170,10 +175,11 @@ def predict(problem: Problem, theta, w, inputs) -> jax.Array:
     return head.apply(z, w)
 
 
-def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
+def treats_samples_alone(problem: Problem, theta, inputs) -> bool:
     """Are the features of a sample the same without the rest of the batch?
 
-    Where θ or inputs are traced, random ones in their place tell; None where the problem is.
+    Where θ, inputs or arrays bound to the features are traced, random ones in their place tell.
+    Inputs without an array have no samples to take apart, so features of them are never alone.
 
     The first, the middle and the last sample are compared. A coupling along the batch in one
     direction, such as a convolution, a solution in time or a cumulative sum, leaves only the sample
@@ -191,17 +197,16 @@ def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
     eps^¾ of the largest of all, for columns that are nothing but rounding. The cost is a pass over
     the data and its compilation.
     """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(problem)):
-        return None
-    theta, inputs = jax.tree.map(_concrete, (theta, inputs))
-    batch = len(jax.tree.leaves(inputs)[0])
-    if batch == 1:
+    batches = [len(leaf) for leaf in jax.tree.leaves(inputs)]
+    if not batches:
+        return False
+    if batches[0] == 1:
         return True
-    chosen = np.array([0, batch // 2, batch - 1])
-    for at in (_shifted(theta), theta):
+    chosen = np.array([0, batches[0] // 2, batches[0] - 1])
+    for at in _places(problem.model.features, theta, inputs):
         try:
             with jax.ensure_compile_time_eval():  # a caller's jit may hold all of this as constants
-                both = _features_alone(problem.model.features, at, inputs, chosen)
+                both = _features_alone(*at, chosen)
             z, alone = map(np.asarray, both)
         except Exception:  # features may raise anything for a shape that they do not expect
             return False
@@ -218,14 +223,35 @@ def treats_samples_alone(problem: Problem, theta, inputs) -> bool | None:
     return True
 
 
-def _concrete(leaf):
-    """The array itself, or where it is traced a random one of its shape and dtype."""
-    if not isinstance(leaf, jax.core.Tracer):
-        return leaf
+def _places(features, theta, inputs):
+    """Features, θ and inputs to compare at, the next ones for where features are not finite: at a
+    shifted θ, at θ itself, and where arrays are made up with positive ones, as variances are."""
+    given = features, theta, inputs
+    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(given))
+    for positive in (False, True) if traced else (False,):
+        features, theta, inputs = _made_up(given, positive)
+        yield features, _shifted(theta), inputs
+        yield features, theta, inputs
+
+
+def _made_up(tree, positive):
+    """The tree with random arrays of the same shapes and dtypes where it is traced."""
     rng = np.random.default_rng(0)
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return rng.normal(size=leaf.shape).astype(leaf.dtype)
-    return rng.integers(0, 2, leaf.shape).astype(leaf.dtype)
+
+    def concrete(leaf):
+        if not isinstance(leaf, jax.core.Tracer):
+            return leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            with jax.ensure_compile_time_eval():
+                return jnp.broadcast_to(
+                    jax.random.key(0, impl=jax.random.key_impl(leaf)), leaf.shape
+                )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return rng.integers(0, 2, leaf.shape).astype(leaf.dtype)
+        drawn = rng.uniform(0.5, 1.5, leaf.shape) if positive else rng.normal(size=leaf.shape)
+        return np.asarray(drawn).astype(leaf.dtype)
+
+    return jax.tree.map(concrete, tree)
 
 
 @jax.jit
@@ -319,7 +345,7 @@ def check_data(
     dtype = _check_arrays(problem, theta, inputs, targets)
     _check_targets(problem, targets, of_images)
     _check_inputs(inputs, len(targets))
-    leaves = jax.tree.leaves((problem, theta, data))
+    leaves = jax.tree.leaves((problem.model, theta, data))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         _check_values(problem.model, theta, data, full_batch)
     _check_features(problem, theta, inputs, targets, dtype, of_images)

@@ -10,11 +10,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.tree_util import Partial
 
-from varprox.heads import conv, conv_transpose, dense
+from varprox.heads import ConvHead, Head, conv, conv_transpose, dense
 from varprox.model import Separable
+
+SOME = 64  # samples that show what a network does
 
 
 def split(net: nnx.Module, head: str = "head") -> tuple[Any, Separable]:
@@ -24,7 +27,8 @@ def split(net: nnx.Module, head: str = "head") -> tuple[Any, Separable]:
     "head", "decoder.out" or "layers.2"; in an `nnx.Sequential` the default is its last layer. It
     may be an `nnx.Linear`, or an `nnx.Conv` or `nnx.ConvTranspose` over images, whose padding is
     the same on both sides. Whether it is the last, and called once, can be seen only with inputs at
-    hand: methods and `solve_w` look, and raise ValueError where it is not.
+    hand: methods and `solve_w` look, and raise ValueError where it is not, and where it has another
+    number of outputs than the targets, which `merge` could not give it back.
 
     Returns `theta`, nested dicts of the `nnx.Param` arrays of everything but the head (the entries
     of an `nnx.List` under integer keys), and `model`, a `Separable` whose `features(theta, inputs)`
@@ -42,7 +46,7 @@ def split(net: nnx.Module, head: str = "head") -> tuple[Any, Separable]:
     body.eval()
     parent, name, layer = _find(body, head)
     last = _head_of(layer, head)
-    _put(parent, name, _Identity())
+    _put(parent, name, _Identity(last, layer.kernel.shape[-1]))
     if any(node is layer.kernel or node is layer.bias for node in _variables(body)):
         raise ValueError(
             f"head: expected a layer with weights of its own, got {head!r}, "
@@ -148,20 +152,46 @@ def _padding(name, size, stride, transposed):
 class _Identity(nnx.Module):
     """What stands in the head's place, called as `nnx.Linear` is."""
 
+    def __init__(self, head: Head, outputs: int):
+        self.head, self.outputs = head, outputs
+
     def __call__(self, inputs, out_sharding=None):
         return inputs
+
+
+class _Seen:
+    """What is kept of a call while it is traced: the shape of its output."""
+
+    shape: tuple | None = None
 
 
 class _Answer(nnx.Module):
     """What answers in the head's place with numbers of its own, and counts how often."""
 
-    def __init__(self, answer):
-        self.answer = nnx.Variable(answer)
+    def __init__(self, place: _Identity, dtype, seen: _Seen):
+        self.head, self.outputs, self.dtype, self.seen = place.head, place.outputs, dtype, seen
         self.calls = nnx.Variable(jnp.zeros((), jnp.int32))
 
     def __call__(self, inputs, out_sharding=None):
         self.calls[...] = self.calls[...] + 1
-        return self.answer[...]
+        self.seen.shape = self._shape(inputs)
+        return _numbers(self.seen.shape, self.dtype)
+
+    def _shape(self, inputs):
+        """That of the head's output."""
+        if not isinstance(self.head, ConvHead):
+            return (*inputs.shape[:-1], self.outputs)
+        columns = jax.eval_shape(self.head.rows, inputs).shape[1]
+        w = jax.ShapeDtypeStruct((columns, self.outputs), inputs.dtype)
+        return jax.eval_shape(self.head.apply, inputs, w).shape
+
+
+def _numbers(shape, dtype):
+    """Of either sign and many sizes, so that no range of an activation has them all; the same ones
+    for the same shape, to the last bit."""
+    drawn = np.cos(np.arange(1, np.prod(shape, dtype=int) + 1))
+    drawn = 10 ** (3 * np.sin(1e4 * drawn)) * drawn
+    return jnp.asarray(drawn.reshape(shape).astype(dtype))
 
 
 @dataclass(frozen=True)
@@ -172,27 +202,33 @@ class _Features:
         return nnx.merge(graphdef, theta, state)(inputs)
 
     def varprox_check(self, graphdef, state, theta, inputs, targets):
-        """Refuses a network that does not call its head once, or does anything after it.
+        """Refuses a network that does not call its head once, or does anything after it, and a head
+        with another number of outputs than the targets.
 
-        `varprox.model.check_data` asks for this, with targets shaped like the predictions. In the
-        head's place stands what answers with numbers of its own: these are to come out, in
-        evaluation and in training, whatever θ and the inputs are.
+        `varprox.model.check_data` asks for this. In the head's place stands what answers with
+        numbers of its own, shaped like the head's output: these are to come out, in evaluation and
+        in training, whatever θ and the inputs are.
         """
-        run = partial(_answered, graphdef, state, theta)
+        run = partial(_answered, graphdef, state, theta, dtype=targets.dtype)
+        path, place = _place(nnx.merge(graphdef, theta, state))
         for training in (False, True) if jax.tree.leaves(state) else (False,):
-            try:  # two samples say it; a network that couples samples may want them all
-                calls, same = run(*_first((inputs, targets)), training=training)
+            try:  # some samples say it; a network that couples samples may want them all
+                calls, same = run(_some(inputs), training=training)
             except Exception:
-                calls, same = run(inputs, targets, training=training)
+                calls, same = run(inputs, training=training)
             if calls == 1 and same:
                 continue
-            path, layer = _place(nnx.merge(graphdef, theta, state))
             if calls != 1:
                 came = f"one that calls it {calls} times" if calls > 1 else "one that never does"
                 raise ValueError(
                     f"head: expected a network that calls its layer {path!r} once, got {came}"
                 )
             raise ValueError(_AFTER.format(path=path, came=" in training" if training else ""))
+        if targets.shape[-1] != place.outputs:
+            raise ValueError(
+                f"targets: expected {place.outputs} outputs, as many as the network's layer "
+                f"{path!r} has, got {targets.shape[-1]}; give the layer as many as the targets have"
+            )
 
 
 _FEATURES = _Features()
@@ -203,8 +239,8 @@ _AFTER = (
 )
 
 
-@partial(jax.jit, static_argnames="training")
-def _answered(graphdef, state, theta, inputs, targets, *, training):
+@partial(jax.jit, static_argnames=("dtype", "training"))
+def _answered(graphdef, state, theta, inputs, *, dtype, training):
     """How often the network calls its head, and whether it gives the head's answer as it is."""
 
     def drawn(leaf):
@@ -212,28 +248,28 @@ def _answered(graphdef, state, theta, inputs, targets, *, training):
             return leaf
         return leaf + jnp.cos(jnp.arange(1, leaf.size + 1, dtype=leaf.dtype)).reshape(leaf.shape)
 
-    # Of either sign and many sizes, so that no range of an activation has them all; and weights and
-    # inputs are not as they came, which may be special, such as a scale of one after the head.
-    answer = drawn(jnp.zeros_like(targets))
-    answer = 10 ** (3 * jnp.sin(1e4 * answer)) * answer
+    # Not as they came, which may be special, such as a scale of one after the head.
     theta, inputs = jax.tree.map(drawn, (theta, inputs))
     net = nnx.merge(graphdef, theta, state)
     if training:
         net.train()
-    path, _ = _place(net)
-    head = _Answer(answer)
-    begin = head.calls[...]
+    path, place = _place(net)
+    seen = _Seen()
+    head = _Answer(place, dtype, seen)
     parent, name = _parent(net, path)
     _put(parent, name, head)
     try:
         out = net(inputs)
     except Exception as error:
-        if head.calls[...] is not begin:
+        if seen.shape is not None:
             raise ValueError(_AFTER.format(path=path, came="")) from error
         raise ValueError(
             f"inputs: expected what the network takes up to its layer {path!r}, got "
             f"{jax.tree.map(jnp.shape, inputs)} as shapes: {type(error).__name__}: {error}"
         ) from error
+    if seen.shape is None:
+        return head.calls[...], False
+    answer = _numbers(seen.shape, dtype)
     like = jax.tree.map(jax.typeof, out) == jax.typeof(answer)
     return head.calls[...], jnp.all(out == answer) if like else False
 
@@ -247,9 +283,13 @@ def _place(net):
     )
 
 
-def _first(tree):
-    """The first two samples."""
-    return jax.tree.map(lambda leaf: leaf[:2], tree)
+def _some(inputs):
+    """Up to `SOME` samples, spread over all of them."""
+
+    def chosen(leaf):
+        return leaf[np.unique(np.linspace(0, len(leaf) - 1, SOME).astype(int))]
+
+    return jax.tree.map(chosen, inputs)
 
 
 def _state(model):

@@ -139,9 +139,9 @@ def _ridge(problem, rows, targets):
         mean = jnp.mean(targets, axis=0)
         offset = jnp.zeros((rows.shape[1], len(mean)), rows.dtype).at[-1].set(mean)
         targets = targets - mean
-    found = ridge(rows / scale, targets / scale, problem.w_penalty, offset)
+    found = ridge(rows / scale, targets / scale, problem.w_penalty_like(rows), offset)
     root = found.span.inverse_root
-    value = 0.5 * jnp.sum(found.residual**2) + 0.5 * problem.w_penalty * jnp.sum(found.w**2)
+    value = 0.5 * jnp.sum(found.residual**2) + problem.penalty_on_w(found.w)
     return Projection(
         w=found.w,
         slopes=found.residual / scale,
@@ -164,7 +164,7 @@ class _Iterate(NamedTuple):
 
 
 def _newton(problem, rows, targets, start, tolerance, relative):
-    loss, alpha = problem.loss, problem.w_penalty
+    loss, alpha = problem.loss, problem.w_penalty_like(rows)
     start = carry_over(problem, start, rows)
     columns = len(start.w)
     zero, true, dtype = jnp.zeros((), jnp.int32), jnp.array(True), rows.dtype
@@ -295,7 +295,9 @@ def carry_over(problem: Problem, start: Projection, rows) -> Projection:
     gram = rows.T @ rows
     columns = len(gram)
     scale = jnp.finfo(rows.dtype).eps ** 0.5 * jnp.trace(gram) / columns
-    damping = (len(rows) * problem.w_penalty + scale) * jnp.eye(columns, dtype=rows.dtype)
+    damping = (len(rows) * problem.w_penalty_like(rows) + scale) * jnp.eye(
+        columns, dtype=rows.dtype
+    )
     change = jax.scipy.linalg.solve(gram + damping, rows.T @ start.rows + damping, assume_a="pos")
     factor = start.factor._replace(basis=change @ start.factor.basis)
     return start._replace(w=change @ start.w, rows=rows, factor=factor)
@@ -313,7 +315,7 @@ def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Fac
     blocks = w_hessian(problem, rows, w, targets, whole)
     size = blocks.shape[-1]
     scale = jnp.max(jnp.diagonal(blocks, axis1=1, axis2=2), axis=1)[:, None, None]
-    floor = problem.w_penalty + size * jnp.finfo(w.dtype).eps * scale
+    floor = problem.w_penalty_like(w) + size * jnp.finfo(w.dtype).eps * scale
     identity = jnp.eye(size, dtype=w.dtype)
     lower = jnp.linalg.cholesky(blocks + floor * identity)
     # In single precision rounding may leave no definite matrix; any preconditioner will do then.
@@ -371,4 +373,4 @@ def _entries(i, j):
 def hessian_map(problem: Problem, rows, w, targets) -> Callable[[jax.Array], jax.Array]:
     """v ↦ ∇²_W Φ v at `w`, for v shaped like W."""
     curved = problem.loss.curvature(rows @ w, targets)
-    return lambda v: rows.T @ curved(rows @ v) + problem.w_penalty * v
+    return lambda v: rows.T @ curved(rows @ v) + problem.w_penalty_like(v) * v

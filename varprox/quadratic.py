@@ -142,7 +142,7 @@ def elsewhere(norm: Any) -> Any:
 def usable(problem: Problem, theta: Any, inputs: Any) -> tuple[Form, ...]:
     """The forms that these features allow."""
     forward, reverse = derivatives(problem, theta, inputs)
-    alone = reverse and treats_samples_alone(problem, theta, inputs) is not False
+    alone = reverse and treats_samples_alone(problem, theta, inputs)
     allowed = {
         Form.KRYLOV: forward and reverse,
         Form.DENSE: alone,
@@ -336,7 +336,7 @@ def kernel(
     rest = length(outside)
     beyond = outside / jnp.where(rest > 0, rest, 1)
 
-    alpha = tikhonov_weight(problem.theta_penalty)
+    alpha = jnp.asarray(tikhonov_weight(problem.theta_penalty), rest.dtype)
     eigenvalues = alpha + jnp.concatenate([jnp.zeros_like(singular[:1]), singular**2])
     # What is known to be zero only up to rounding would make a step of any length.
     eigenvalues = jnp.maximum(eigenvalues, jnp.finfo(rest.dtype).eps * eigenvalues[-1])

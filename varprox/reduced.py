@@ -1,6 +1,6 @@
 """W(θ) and the reduced objective Φ_red(θ) = min_W Φ(W, θ), with their derivatives.
 
-Imports model and projection.
+Imports model, precision and projection.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from varprox.model import Problem, check_data, check_problem
+from varprox.precision import full_products
 from varprox.projection import Factor, factorise, hessian_map, project, start_projection
 
 DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
@@ -41,6 +42,7 @@ def _conjugate_gradients(problem, rows, w, targets, factor, y):
 
 
 @jax.custom_jvp
+@full_products
 def w_of_rows(problem: Problem, rows: jax.Array, targets: jax.Array) -> jax.Array:
     """argmin_W Φ to full accuracy, as a differentiable function of rows, targets and penalty.
 
@@ -51,14 +53,16 @@ def w_of_rows(problem: Problem, rows: jax.Array, targets: jax.Array) -> jax.Arra
 
 
 @w_of_rows.defjvp
+@full_products  # for a rule is traced where the caller differentiates
 def _w_of_rows_jvp(primals, tangents):
     problem, rows, targets = primals
     w = w_of_rows(*primals)
-    factor = hessian_factor(problem, rows, w, targets)
+    # Higher derivatives take none of the factor: those of a solution are implicit, too.
+    factor = hessian_factor(*jax.lax.stop_gradient((problem, rows, w, targets)))
 
     def stationarity(problem, rows, targets):
         gradient = problem.loss.gradient(rows @ w, targets)
-        return rows.T @ gradient + problem.w_penalty * w
+        return rows.T @ gradient + problem.w_penalty_like(w) * w
 
     _, change = jax.jvp(stationarity, primals, tangents)
     dw = jax.lax.custom_linear_solve(
@@ -77,9 +81,9 @@ def _turn(factor, rows, d_rows, w):
 
     This is N d_rowsᵀ rows (rowsᵀ rows)⁺ W with the projector N onto the null space; it vanishes
     where the rows have full column rank. Source: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973),
-    theorem 4.3. Its own derivative leaves out that of N and of the pseudo-inverse.
+    theorem 4.3. Its own derivative leaves out that of N and of the pseudo-inverse, as `factor` has
+    none.
     """
-    factor = jax.lax.stop_gradient(factor)
     lifted = d_rows.T @ (rows @ factor.solve(w)) / len(rows)
     (root,) = factor.blocks  # its columns are orthogonal, and zero for the null space
     norms = jnp.linalg.norm(root, axis=0)
@@ -88,12 +92,14 @@ def _turn(factor, rows, d_rows, w):
 
 
 @jax.custom_jvp
+@full_products
 def envelope(problem: Problem, rows: jax.Array, w: jax.Array, targets: jax.Array) -> jax.Array:
     """Φ without R at W = W(θ), where ∇_W Φ = 0: its derivative leaves out that along W."""
     return problem.w_objective(w, rows, targets)
 
 
 @envelope.defjvp
+@full_products
 def _envelope_jvp(primals, tangents):
     problem, rows, w, targets = primals
     d_problem, d_rows, _, d_targets = tangents
@@ -105,6 +111,7 @@ def _envelope_jvp(primals, tangents):
 
 
 @jax.jit
+@full_products
 def _reduced(problem, theta, data):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)

@@ -75,7 +75,8 @@ def slimtik(
     that much. Rows (batch, columns) and targets (batch, outputs) are taken as they are. Several
     outputs share one Gram matrix, whose eigenbasis serves all trials of Λ; `constant` and
     `proportional` try none and take a Cholesky factor, which costs less. `update` raises ValueError
-    for shapes that do not fit W; a batch that is not finite changes nothing but `info.finite`.
+    for shapes and TypeError for dtypes that do not fit W, which is in float32 or float64; a batch
+    that is not finite changes nothing but `info.finite`.
     """
     options = checked(memory, selection, initial, lower_bound)
     return SlimTik(partial(start_tikhonov, options), partial(_update, options))
@@ -84,8 +85,8 @@ def slimtik(
 def checked(memory, selection, initial, lower_bound) -> Options:
     """Refuses what are no options with a TypeError or ValueError."""
     memory = check_integer("memory", memory, least=0)
-    check_number("initial", initial)
-    check_number("lower_bound", lower_bound)
+    initial = check_number("initial", initial)
+    lower_bound = check_number("lower_bound", lower_bound)
     selection = sgcv() if selection is None else selection
     if not callable(selection):
         raise TypeError(f"selection: expected one such as varprox.sgcv(), got {selection!r}")
@@ -98,9 +99,14 @@ def start_tikhonov(options: Options, w: jax.Array) -> State:
     if jnp.ndim(w) != 2:
         raise ValueError(f"w: expected shape (columns, outputs), got {jnp.shape(w)}")
     w, columns = jnp.asarray(w), len(w)
+    if w.dtype not in (jnp.float32, jnp.float64):
+        raise TypeError(
+            f"w: expected float32 or float64, got {w.dtype}; cast it to float32, as there are no "
+            "factorisations in other precisions"
+        )
     return State(
         w,
-        jnp.maximum(jnp.full((), options.initial, w.dtype), options.lower_bound),
+        jnp.maximum(*(jnp.asarray(x, w.dtype) for x in (options.initial, options.lower_bound))),
         jnp.zeros((options.memory + 1, columns, columns), w.dtype),
         jnp.zeros((), jnp.int32),
     )
@@ -118,7 +124,16 @@ def _update(options, state, rows, targets):
         raise ValueError(
             f"targets: expected shape {(len(rows), outputs)}, got {jnp.shape(targets)}"
         )
+    check_dtype(state.w, rows=rows, targets=targets)
     return _update_checked(options, state, rows, targets)
+
+
+def check_dtype(w, **arrays) -> None:
+    """Refuses arrays of another dtype than W has with a TypeError."""
+    for name, array in arrays.items():
+        came = jnp.result_type(array)
+        if came != w.dtype:
+            raise TypeError(f"{name}: expected dtype {w.dtype}, that of W, got {came}; cast them")
 
 
 @jax.jit
@@ -130,7 +145,8 @@ def _update_checked(options, state, rows, targets):
 
 def tikhonov_step(options: Options, state: State, batch: Moments, count: int) -> tuple[State, Info]:
     """The update for a batch of `count` scalar residuals, of which no more is known than this."""
-    w, lambda_sum, lower_bound = state.w, state.lambda_sum, options.lower_bound
+    w, lambda_sum = state.w, state.lambda_sum
+    lower_bound = jnp.asarray(options.lower_bound, w.dtype)  # under trace it may have another
     others = jnp.arange(len(state.grams), dtype=jnp.int32) != state.place
     total = batch.gram + jnp.tensordot(others.astype(w.dtype), state.grams, 1)
     trace, rounding = jnp.trace(total), 4 * jnp.finfo(w.dtype).eps
@@ -151,7 +167,8 @@ def tikhonov_step(options: Options, state: State, batch: Moments, count: int) ->
 
     rows = count / w.shape[1] * len(state.grams)  # in memory, once it is full
     trials = Trials(fit, trace / len(total), trace / rows)
-    lambda_, value = options.selection(trials, count, lambda_sum, lower_bound)
+    chosen = options.selection(trials, count, lambda_sum, lower_bound)
+    lambda_, value = (jnp.asarray(x, w.dtype) for x in chosen)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
     new_w, new_sum = w - change(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)

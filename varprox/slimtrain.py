@@ -188,7 +188,7 @@ def _init(static, options, theta, data, key=None):
 def _epoch(static, options, state, data, *, batch_size):
     """`varprox.minibatches.epoch`; where not all of it was finite, the last θ that a batch has
     verified comes back."""
-    _check_like(state.like, data)
+    _check_like(state, data)
     state, infos = epoch(_step, static, options, state, data, batch_size=batch_size)
     theta = _choose(infos.finite.all(), state.theta, state.verified)
     return state._replace(theta=theta), infos
@@ -197,7 +197,7 @@ def _epoch(static, options, state, data, *, batch_size):
 @partial(jax.jit, static_argnums=0)
 @full_products
 def _step(static, options, state, batch):
-    _check_like(state.like, batch)
+    _check_like(state, batch)
     inputs, targets = batch
     problem, tikhonov_options = options
     problem = with_learned(problem, state.learned)
@@ -207,6 +207,7 @@ def _step(static, options, state, batch):
         z, pullback, model = jax.vjp(
             lambda theta: problem.model.train(theta, inputs), state.theta, has_aux=True
         )
+    _check_features(head, z, state.tikhonov.w, targets)
     centred = targets - state.centre
     moments = head.moments(z, state.tikhonov.w, centred).scaled(1 / len(targets))
     tikhonov, chosen = tikhonov_step(tikhonov_options, state.tikhonov, moments, targets.size)
@@ -226,8 +227,7 @@ def _step(static, options, state, batch):
     parts = [value, penalty, *jax.tree.leaves(theta)]
     finite = chosen.finite & jnp.stack([*map(_finite, parts), *known]).all()
     state_after = state._replace(tikhonov=tikhonov)
-    penalty_on_w = 0.5 * problem.w_penalty * jnp.sum(state_after.w**2)
-    objective = value * unit * unit + penalty + penalty_on_w
+    objective = value * unit * unit + penalty + problem.penalty_on_w(state_after.w)
     after = state._replace(
         theta=_choose(finite, theta, state.verified),
         verified=_choose(finite, state.theta, state.verified),
@@ -256,14 +256,30 @@ def _choose(condition, new, old):
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
-def _check_like(like, batch):
-    """Refuses a batch whose samples are not like those that `init` has seen."""
+def _check_features(head, z, w, targets):
+    """Refuses features that know only one size of the batch."""
+    came = jax.eval_shape(head.apply, z, w).shape
+    if came != targets.shape:
+        raise ValueError(
+            f"features: expected those of {len(targets)} samples for a batch of as many, with "
+            f"predictions of shape {targets.shape}, got predictions of shape {came}"
+        )
+
+
+def _check_like(state, batch):
+    """Refuses a state of another method, and a batch whose samples are not like those that `init`
+    has seen."""
+    if not isinstance(state, State):
+        kind = type(state)
+        raise TypeError(
+            f"state: expected one of varprox.slimtrain, got {kind.__module__}.{kind.__qualname__}"
+        )
     if not (isinstance(batch, tuple | list) and len(batch) == 2):
         raise TypeError(f"batch: expected a pair (inputs, targets), got {type(batch).__name__}")
     samples = jnp.shape(batch[1])[:1] or (0,)
     if samples == (0,):
         raise ValueError(f"targets: expected at least one sample, got shape {jnp.shape(batch[1])}")
-    for name, expected, came in zip(("inputs", "targets"), like, batch, strict=True):
+    for name, expected, came in zip(("inputs", "targets"), state.like, batch, strict=True):
         structures: list[Any] = [jax.tree.structure(tree) for tree in (expected, came)]
         if structures[0] != structures[1]:
             raise TypeError(

@@ -17,7 +17,14 @@ from varprox.model import Problem
 from varprox.precision import full_products
 from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
+from varprox.slimtik import (
+    centre_and_unit,
+    check_dtype,
+    checked,
+    raised,
+    start_tikhonov,
+    tikhonov_step,
+)
 
 
 class SlimTikState(NamedTuple):
@@ -60,8 +67,9 @@ def slimtik(
     options are those of `varprox.slimtrain`; under `optax.inject_hyperparams`, `memory` is a static
     argument.
 
-    Raises ValueError if there is no such path, or if the last layer has other entries; `update`
-    does where features or targets do not fit it.
+    Raises ValueError if there is no such path, or if the last layer has other entries, and
+    TypeError if they are neither in float32 nor in float64; `update` does where features or targets
+    do not fit it.
     """
     selection = proportional() if selection is None else selection
     options = checked(memory, selection, initial, lower_bound)
@@ -163,6 +171,7 @@ def _check_fit(last, features, targets):
             f"features: expected as many as the last layer takes, {columns} design rows' columns, "
             f"got {came} with features of shape {jnp.shape(features)}"
         )
+    check_dtype(last.w, features=features, targets=targets)
     shape = jax.eval_shape(last.layer.apply, features, last.w).shape
     if jnp.shape(targets) != shape or shape[0] == 0:
         raise ValueError(
