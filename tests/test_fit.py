@@ -5,6 +5,7 @@
 
 import math
 import random
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -425,7 +426,7 @@ def test_without_a_method_the_curvature_is_formed_where_it_can_be(x64, monkeypat
         solution = vp.fit(problem, theta, data, epochs=2)
         expected = vp.fit(build(problem), theta, data, epochs=2)
         np.testing.assert_array_equal(solution.history["objective"], expected.history["objective"])
-        monkeypatch.setattr("varprox.fit.MAX_BYTES", 10)
+        monkeypatch.setattr(sys.modules["varprox.fit"], "WHOLE", 10)
 
 
 @pytest.mark.parametrize("number", [np.int64(2), np.float32(2), jnp.int32(2)])

@@ -95,7 +95,8 @@ def test_a_correction_leaves_an_error_of_third_order(loss, make, x64):
     y /= np.linalg.norm(model.root(y))
     errors = []
     for length in (1e-2, 5e-3, 2.5e-3):
-        step = trust_region.Step(length * y, jnp.array(1.0), jnp.array(False), jnp.array(0.0))
+        zero = jnp.zeros(())
+        step = trust_region.Step(length * y, zero + 1, jnp.array(False), zero, zero)
         s = np.asarray(model.root(step.step))
         a = model.root(model.correct(step, *end(s)[:2]))
         errors.append((error(s, s), error(s + a, s)))

@@ -368,7 +368,7 @@ def corrected(correction, *, radius, better=-1.0):
 
     def solve(radius, shift):
         length = jnp.minimum(radius, 1.0)
-        return trust_region.Step(length[None], length, radius <= 1, shift)
+        return trust_region.Step(length[None], length, radius <= 1, shift, shift)
 
     def evaluate(x, found):
         decrease = jnp.select([x[0] == 1, x[0] == 1.25], [better, 1.0], -2.0)
@@ -392,7 +392,7 @@ def test_a_poor_first_step_is_not_taken(x64):
     """A gain ratio of 0.1 lets any step pass but the first."""
     for first, trials in ((False, 1), (True, 2)):
         result = trust_region.search(
-            lambda radius, shift: trust_region.Step(radius[None], radius, True, shift),
+            lambda radius, shift: trust_region.Step(radius[None], radius, True, shift, shift),
             lambda x, found: (jnp.where(x[0] == 1, 0.1, 1.0), x[0]),
             jnp.zeros(1), jnp.array(0.0), jnp.array(1.0), jnp.array(0.0),
             max_trials=4, first=first,

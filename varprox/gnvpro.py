@@ -21,6 +21,7 @@ from varprox.precision import full_products
 from varprox.projection import (
     Projection,
     factorise,
+    is_exact,
     project,
     rounding_of_predictions,
     start_projection,
@@ -395,7 +396,8 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     converged &= ~model.estimated
     # Or nothing is left that the objective would show, or the residual is that of rounding.
     ended = idle >= 2 * PATIENCE
-    converged |= (ended & known) | (jnp.abs(value) <= error**2)
+    exact = is_exact(value, targets)
+    converged |= ended & (known | exact) | exact & (jnp.abs(value) <= error**2)
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)
     status = jnp.select(
         [

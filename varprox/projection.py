@@ -283,6 +283,16 @@ def rounding_of_predictions(problem: Problem, rows, w) -> jax.Array:
     return jnp.finfo(w.dtype).eps * jnp.sqrt(jnp.mean(jnp.sum(sizes**2, axis=1)))
 
 
+def is_exact(value: jax.Array, targets: jax.Array) -> jax.Array:
+    """Are residuals of this mean square no more than eps^¾ of the targets?
+
+    Rounding of the predictions alone says nothing of this: it is large where W is, and with other θ
+    W may be smaller.
+    """
+    eps = jnp.finfo(value.dtype).eps
+    return jnp.abs(value) <= eps**1.5 * jnp.mean(jnp.sum(targets**2, axis=1))
+
+
 def carry_over(problem: Problem, start: Projection, rows) -> Projection:
     """`start` for other rows of the same samples.
 

@@ -19,6 +19,7 @@ from varprox.model import Problem, check_data, check_problem
 from varprox.precision import full_products
 from varprox.projection import (
     Projection,
+    is_exact,
     project,
     rounding_of_predictions,
     start_projection,
@@ -288,14 +289,15 @@ def _advance(problem, tolerance, state, data):
     little = rounding * (rounding / jnp.where(size > 0, size, 1))
     little = tolerance * size + jnp.where(known, little, 0)
     still = (promise <= little) & (gain <= little)
-    still = still | (size <= rounding)  # the residual is that of rounding
+    exact = is_exact(size * unit, data[1])
+    still = still | exact & (size <= rounding)  # the residual is that of rounding
     quiet = jnp.where(accepted, still, known & (promise <= noise))
     quiet = jnp.where(quiet, state.quiet + 1, jnp.where(accepted, 0, state.quiet))
     quiet = jnp.where(refresh, state.quiet, quiet)
     idle = (promise <= noise) & (gain <= noise)
     idle = jnp.where(refresh, state.idle, jnp.where(idle, state.idle + 1, 0))
     status = jnp.select(
-        [(quiet >= QUIET) | known & (idle >= IDLE), (failures > 2) | (idle >= IDLE)],
+        [(quiet >= QUIET) | (known | exact) & (idle >= IDLE), (failures > 2) | (idle >= IDLE)],
         [Status.CONVERGED, Status.STALLED],
         Status.RUNNING,
     )
