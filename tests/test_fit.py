@@ -429,6 +429,46 @@ def test_without_a_method_the_curvature_is_formed_where_it_can_be(x64, monkeypat
         monkeypatch.setattr(sys.modules["varprox.fit"], "WHOLE", 10)
 
 
+def test_where_the_first_method_has_stalled_the_next_goes_on(x64, monkeypatch):
+    """From its weights, within the budgets of the whole run; and only then."""
+    theta, data = make(np.float64)
+    problem = make_problem()
+    first, last = vp.gnvpro(problem, curvature="krylov", rank=2), vp.broydenvpro(problem)
+
+    def ending(status, after):
+        def step(state, data):
+            state, info = first.step(state, data)
+            done = jnp.asarray(state.work_units >= after)
+            return state._replace(status=jnp.where(done, status, state.status)), info
+
+        return first._replace(step=step)
+
+    def run(status, **budgets):
+        methods = [ending(status, 20), last]
+        monkeypatch.setattr(sys.modules["varprox.fit"], "_default_methods", lambda *_: methods)
+        return vp.fit(problem, theta, data, **budgets).history, vp.fit(
+            methods[0], theta, data, **budgets
+        )
+
+    history, alone = run(vp.Status.STALLED, max_work=60)
+    count = len(alone.history["objective"])
+    following = vp.fit(last, alone.theta, data, max_work=60 - alone.history["work_units"][-1])
+    for name in ("objective", "work_units"):
+        before = alone.history["work_units"][-1] if name == "work_units" else 0
+        expected = [*alone.history[name], *(following.history[name][1:] + before)]
+        np.testing.assert_allclose(history[name], expected, rtol=1e-12)
+    assert (np.diff(history["objective"]) <= 0).all() and (np.diff(history["seconds"]) > 0).all()
+    assert (
+        np.isnan(history["radius"][count:]).all() and np.isfinite(history["radius"][1:count]).all()
+    )
+    for status, budgets in (
+        (vp.Status.CONVERGED, {"max_work": 60}),
+        (vp.Status.STALLED, {"max_work": 10}),
+    ):
+        history, alone = run(status, **budgets)
+        np.testing.assert_array_equal(history["objective"], alone.history["objective"])
+
+
 @pytest.mark.parametrize("number", [np.int64(2), np.float32(2), jnp.int32(2)])
 def test_numpy_numbers_are_budgets(number):
     theta, data = make()

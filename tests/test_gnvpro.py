@@ -198,6 +198,67 @@ def test_a_start_next_to_nothing_is_no_end(curvature, tiny):
     assert states[-1].objective < 1e-6
 
 
+def on_products(theta, t):
+    return jnp.exp(-t[:, None] * theta[:2] * theta[2:])
+
+
+def with_scales(theta, t):
+    return decays(theta[:2], t) * theta[2:]
+
+
+def with_unused(theta, t):
+    return decays(theta[:2], t)
+
+
+@pytest.mark.parametrize(
+    "curvature, fn, start",
+    [
+        ("dense", on_products, [0.5, 1.0, 0.6, 1.5]),
+        ("dense", with_unused, [-1.0, 0.5, 7.0, -3.0]),
+        ("kernel", with_scales, [-1.0, 0.5, 3.0, 1e-3]),
+        ("forward", on_products, [0.5, 1.0, 0.6, 1.5]),
+    ],
+)
+def test_directions_on_which_nothing_depends_are_no_hindrance(curvature, fn, start, x64):
+    """The end is that of two decays, each of whose rates is one weight, and is known to be one."""
+    rng = np.random.default_rng(5)
+    t = np.linspace(0, 5, 60)
+    y = np.exp(-t[:, None] * [0.5, 3.0]) @ [[1.0], [2.0]] + 0.01 * rng.normal(size=(60, 1))
+
+    def residuals(rates):
+        rows = np.exp(-t[:, None] * rates)
+        return (rows @ np.linalg.lstsq(rows, y, rcond=None)[0] - y).ravel()
+
+    best = least_squares(residuals, [0.4, 2.0], xtol=1e-15, ftol=1e-15).cost / 60
+    problem = vp.Problem(vp.Separable(fn, vp.dense(bias=False)), vp.least_squares())
+    solution = vp.fit(vp.gnvpro(problem, curvature=curvature), np.array(start), (t, y), epochs=60)
+    assert solution.status == vp.Status.CONVERGED
+    np.testing.assert_allclose(solution.history["objective"][-1], best, rtol=1e-9)
+
+
+def test_columns_that_become_one_are_an_end(x64):
+    """Where a lower minimum is far, two frequencies meet, and W grows without bound."""
+    t = np.linspace(0.02, 5, 60)
+    waves = lambda theta, t: jnp.concatenate(  # noqa: E731
+        [jnp.sin(t[:, None] * theta), jnp.cos(t[:, None] * theta)], axis=1
+    )
+    y = np.asarray(waves(np.array([1.3, 2.9]), t)) @ [[1.0], [2.0], [0.5], [1.0]]
+    y = y + 0.01 * np.random.default_rng(7).normal(size=(60, 1))
+    problem = vp.Problem(vp.Separable(waves, vp.dense(bias=False)), vp.least_squares())
+    method = vp.gnvpro(problem, curvature="dense")
+    solution = vp.fit(method, np.array([3.1, 3.7]), (t, y), epochs=150)
+    assert solution.status == vp.Status.CONVERGED
+    assert abs(solution.theta[0] - solution.theta[1]) < 1e-2
+    rates = np.linspace(3.0, 3.7, 15)
+    around = [  # no pair of frequencies near the end is lower
+        np.linalg.lstsq(np.asarray(waves(np.array([a, b]), t)), y, rcond=None)[1][0] / 120
+        for a in rates
+        for b in rates
+        if b - a > 0.04
+    ]
+    assert solution.history["objective"][-1] < min(around)
+
+
 @pytest.mark.parametrize("unit", [1.0, 1e8])
 def test_whitening_takes_units_as_they_come(unit):
     _, (inputs, targets) = make()
