@@ -31,7 +31,7 @@ ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
 TOLERANCE = 1e-12  # see `lbfgsvpro`
 MAX_BYTES = 2**30  # of an inverse Hessian
 ROUNDINGS = 10  # that the objective may be off by; with 1, 3 or 10 runs end alike
-QUIET, IDLE = 2, 10  # steps in a row
+QUIET, IDLE = 2, 10  # steps in a row, and trials
 SHORT = 1e-2  # first trial along a line, of the whole step; with 0.1 and 1e-3 runs take as long
 
 
@@ -50,7 +50,7 @@ class State(NamedTuple):
     whitening: Whitening
     failures: jax.Array  # 1 after a step that failed, 2 when W has been solved for again
     quiet: jax.Array  # steps in a row that promised and gained no more than the tolerance
-    idle: jax.Array  # and no more than rounding of the objective
+    idle: jax.Array  # trials in a row of steps that promised and gained no more than rounding
     work_units: jax.Array  # so far
     status: jax.Array
 
@@ -88,7 +88,7 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = N
     The run has converged when two steps in a row promised, and gained, no more than the fraction
     `tolerance` of the objective, or no more than rounding; where a direction is flatter by a factor
     κ than the model takes it to be, the next gains may add up to κ times that. None stands for
-    1e-12, which allows for κ = 1e6 where a relative gain of 1e-6 is left. Ten steps in a row below
+    1e-12, which allows for κ = 1e6 where a relative gain of 1e-6 is left. Ten trials in a row below
     rounding of the objective end the run, too: CONVERGED where at least half of its digits are
     known, STALLED elsewhere. A start where the gradient is zero and the objective is not has the
     status FLAT.
@@ -278,24 +278,28 @@ def _advance(problem, tolerance, state, data):
     )
     at, gain, accepted = found.aux, found.point.gain, found.accepted
     there = whitened(at.gradient)
+    change = there - gradient
+    # In variables of curvature one a gradient is known as well as the residuals are, to eps of their
+    # size. A pair made of rounding would make H large in any direction.
+    told = jnp.abs(change @ descent) > ROUNDINGS * jnp.finfo(dtype).eps * jnp.sqrt(
+        2 * size
+    ) * jnp.linalg.norm(descent)
     inverse, next_descent = state.inverse.following(
-        found.point.length, descent, there - gradient, there, accepted & ~refresh, refresh
+        found.point.length, descent, change, there, accepted & told & ~refresh, refresh
     )
     failures = jnp.select([refresh, ~accepted], [2, state.failures + 1], 0)
 
     rounding = ROUNDINGS * state.rounding / unit
     # Rounding of half the digits hides a lower point as well as it hides that there is none.
     known = noise <= jnp.finfo(dtype).eps ** 0.5 * size
-    little = rounding * (rounding / jnp.where(size > 0, size, 1))
-    little = tolerance * size + jnp.where(known, little, 0)
-    still = (promise <= little) & (gain <= little)
+    still = (promise <= tolerance * size) & (gain <= tolerance * size)
     exact = is_exact(size * unit, data[1])
     still = still | exact & (size <= rounding)  # the residual is that of rounding
     quiet = jnp.where(accepted, still, known & (promise <= noise))
     quiet = jnp.where(quiet, state.quiet + 1, jnp.where(accepted, 0, state.quiet))
     quiet = jnp.where(refresh, state.quiet, quiet)
     idle = (promise <= noise) & (gain <= noise)
-    idle = jnp.where(refresh, state.idle, jnp.where(idle, state.idle + 1, 0))
+    idle = jnp.where(refresh, state.idle, jnp.where(idle, state.idle + found.trials, 0))
     status = jnp.select(
         [(quiet >= QUIET) | (known | exact) & (idle >= IDLE), (failures > 2) | (idle >= IDLE)],
         [Status.CONVERGED, Status.STALLED],
