@@ -7,13 +7,16 @@ from pathlib import Path
 
 import jax
 
-METHODS = ("gnvpro", "lbfgsvpro", "adam", "lbfgs", "gn")
+METHODS = ("gnvpro", "broydenvpro", "lbfgsvpro", "adam", "lbfgs", "gn")
 RACERS = (
     "GNvpro dense",
     "GNvpro kernel",
     "GNvpro krylov",
     "GNvpro krylov, whitened",
+    "Broydenvpro",
     "LBFGSvpro",
+    "Broyden",
+    "BFGS",
     "L-BFGS (SciPy)",
     "L-BFGS (optax)",
     "Adam",
@@ -45,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     import_module(f"benchmarks.{name}").run(**options)
 
 
-OF_SURROGATES = ("gnvpro", "lbfgsvpro", "gn", "slimtrain", "adam")
+OF_SURROGATES = ("gnvpro", "broydenvpro", "lbfgsvpro", "gn", "slimtrain", "adam")
 # Tuning Adam from each of twenty starts would take longer than all the rest.
 DEFAULTS = {
     "peaks": (*METHODS, "slimtrain"),
     "ellipse": tuple(method for method in METHODS if method != "adam"),
     "race": RACERS,
-    "cdr": OF_SURROGATES,
-    "dcr": OF_SURROGATES,
+    "cdr": (*OF_SURROGATES, "broyden"),
+    "dcr": OF_SURROGATES,  # where W alone has 15,000 entries
     "autoencoder": ("slimtrain", "adam", "selections"),
 }
 

@@ -20,6 +20,7 @@ from varprox import Method, Solution, Status
 
 METHODS = {
     "gnvpro": "GNvpro",
+    "broydenvpro": "Broydenvpro",
     "lbfgsvpro": "LBFGSvpro",
     "adam": "Adam",
     "lbfgs": "L-BFGS",
@@ -59,6 +60,8 @@ def compete(
     if "gnvpro" in methods:
         gnvpro = vp.gnvpro(problem, curvature="krylov", rank=rank)
         runs.append(train(task, "GNvpro", "", gnvpro, work, seconds))
+    if "broydenvpro" in methods:
+        runs.append(train(task, "Broydenvpro", "", vp.broydenvpro(problem), work, seconds))
     if "lbfgsvpro" in methods:
         runs.append(train(task, "LBFGSvpro", "", vp.lbfgsvpro(problem), work, seconds))
     if "gn" in methods:

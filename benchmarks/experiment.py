@@ -14,7 +14,7 @@ import numpy as np
 
 import varprox as vp
 
-PROJECTED = ("GNvpro", "LBFGSvpro", "slimTrain")  # the methods that project W out
+PROJECTED = ("GNvpro", "Broydenvpro", "LBFGSvpro", "slimTrain")  # the methods that project W out
 KEPT = 40  # entries of a run's history that result.json holds at most
 
 

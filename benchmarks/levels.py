@@ -140,13 +140,20 @@ def entrants(
     def gn(start, problem, w):
         return baselines.gn(problem, start=going_on(start, w))
 
+    def broyden(start, problem, w):
+        return baselines.broyden(problem, start=going_on(start, w))
+
     def adam(rate, problem, w):
         return at_rate(rate, minibatch.jointly(problem, ADAM, going_on(baselines.solved_w, w)))
 
     return {
         "GNvpro": {name: (partial(gnvpro, *kw), None) for name, kw in curvatures.items()},
+        "Broydenvpro": {"": (lambda problem, w: vp.broydenvpro(problem), None)},
         "LBFGSvpro": {"": (lambda problem, w: vp.lbfgsvpro(problem), None)},
         "GN": {f"from {name}": (partial(gn, start), None) for name, start in STARTS.items()},
+        "Broyden": {
+            f"from {name}": (partial(broyden, start), None) for name, start in STARTS.items()
+        },
         "slimTrain": {f"rate {rate:g}": (partial(slimtrain, rate), SLIM_SIZE) for rate in rates},
         "Adam": {
             f"rate {rate:g}, batch {size}": (partial(adam, rate), size)

@@ -19,6 +19,7 @@ MANY_EPOCHS = 10
 COLOURS = {
     "GNvpro": "#0072b2",
     "LBFGSvpro": "#d55e00",
+    "Broydenvpro": "#8b1a1a",
     "Adam": "#009e73",
     "L-BFGS": "#555555",
     "GN": "#cc79a7",
@@ -30,6 +31,8 @@ COLOURS = {
     "L-BFGS (SciPy)": "#222222",
     "L-BFGS (optax)": "#888888",
     "LM (optimistix)": "#cc79a7",
+    "Broyden": "#8b1a1a",
+    "BFGS": "#7b3294",
     "trf (SciPy)": "#b8860b",
     "slimTrain": "#e69f00",
     "slimTrain, sGCV": "#56b4e9",

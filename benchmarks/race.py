@@ -29,11 +29,18 @@ from benchmarks.entrants import (
 from benchmarks.experiment import Run, Task, by_method, by_seed, text_table, write
 from benchmarks.preconditioning import products_saved
 
+
+def full_memory(make: Callable) -> dict[str, Entrant]:
+    """A quasi-Newton method on all weights, from both starts of W."""
+    return {f"from {name}": of_method(partial(make, start=start)) for name, start in STARTS.items()}
+
+
 GNVPRO = {
     f"GNvpro {name}": {"": of_method(partial(vp.gnvpro, curvature=name))}
     for name in ("dense", "kernel", "krylov")
 }
 GRADIENTS = {
+    "Broydenvpro": {"": of_method(vp.broydenvpro)},
     "LBFGSvpro": {"": of_method(vp.lbfgsvpro)},
     "L-BFGS (SciPy)": {f"from {start}": lbfgs_of_scipy(start) for start in STARTS},
     "L-BFGS (optax)": {"": of_method(baselines.lbfgs)},
@@ -43,6 +50,10 @@ GRADIENTS = {
         for rate in (3e-3, 1e-2)
         for horizon in (300, 1000, 3000)
     },
+}
+FULL_MEMORY = {
+    "Broyden": full_memory(baselines.broyden),
+    "BFGS": full_memory(baselines.full_bfgs),
 }
 RESIDUALS = {
     "LM (optimistix)": {f"from {start}": levenberg_marquardt(start) for start in STARTS},
@@ -88,7 +99,12 @@ def points(count: int, seed: int) -> Task:
     return peaks.make_task(seed, count)
 
 
-FORMED = {name: GNVPRO[name] for name in ("GNvpro dense", "GNvpro krylov")} | GRADIENTS | RESIDUALS
+FORMED = (
+    {name: GNVPRO[name] for name in ("GNvpro dense", "GNvpro krylov")}
+    | GRADIENTS
+    | FULL_MEMORY
+    | RESIDUALS
+)
 WHITENED = of_method(partial(vp.gnvpro, curvature="krylov", whiten=True))
 KRYLOV = {
     "GNvpro krylov": GNVPRO["GNvpro krylov"],

@@ -279,11 +279,10 @@ def _advance(problem, tolerance, state, data):
     at, gain, accepted = found.aux, found.point.gain, found.accepted
     there = whitened(at.gradient)
     change = there - gradient
-    # In variables of curvature one a gradient is known as well as the residuals are, to eps of their
+    # In variables of curvature one a gradient is known as well as residuals are, to eps of their
     # size. A pair made of rounding would make H large in any direction.
-    told = jnp.abs(change @ descent) > ROUNDINGS * jnp.finfo(dtype).eps * jnp.sqrt(
-        2 * size
-    ) * jnp.linalg.norm(descent)
+    unknown = ROUNDINGS * jnp.finfo(dtype).eps * jnp.sqrt(2 * size)
+    told = jnp.abs(change @ descent) > unknown * jnp.linalg.norm(descent)
     inverse, next_descent = state.inverse.following(
         found.point.length, descent, change, there, accepted & told & ~refresh, refresh
     )
