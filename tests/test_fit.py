@@ -188,6 +188,9 @@ def test_a_state_goes_on_with_its_own_data_and_problem_only(name, of_solution, s
         method = build(problem, **options)._replace(init=lambda *_: begun.state)
         with pytest.raises(ValueError, match="^data: expected .* of the state that is taken up"):
             vp.fit(method, start, others, epochs=1)
+    foreign = next(METHODS[n] for n in METHODS if n != name)._replace(init=lambda *_: begun.state)
+    with pytest.raises(TypeError, match="^method: expected the one whose state is taken up"):
+        vp.fit(foreign, theta, data, epochs=1)
     method = METHODS[name]._replace(init=lambda *_: begun.state)
     with pytest.raises(ValueError, match="^theta: expected arrays like those of the state"):
         vp.fit(method, start | {"more": np.ones(1, np.float32)}, data, epochs=1)

@@ -410,6 +410,10 @@ def _check_state(method, theta, data, state):
         fits = _shapes(jax.eval_shape(method.step, state, data)[0]) == _shapes(state)
     except (TypeError, ValueError):
         fits = False
+    except AttributeError as error:  # of a state that has not the fields that the step reads
+        raise TypeError(
+            f"method: expected the one whose state is taken up, got another: {error}"
+        ) from error
     if not fits:
         raise ValueError("data: expected shapes as those of the state that is taken up, got others")
     inputs, targets = data
