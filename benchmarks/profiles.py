@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from benchmarks.experiment import text_table
+from benchmarks.experiment import PROJECTED, text_table
 
 plt.switch_backend("agg")
 
@@ -96,7 +96,7 @@ def figure(path: Path, panels: Mapping[str, Mapping[str, Mapping[str, Sequence[f
 def _draw(ax: Axes, limits, costs, axis):
     colours = plt.get_cmap("tab10").colors
     for k, (method, of_axes) in enumerate(costs.items()):
-        style = "--" if "SciPy" in method else "-"
+        style = "-" if method == "default" or method.startswith(PROJECTED) else "--"
         width = 2.6 if k == 0 else 1.5
         share = 100 * shares(of_axes[axis], limits)
         ax.plot(limits, share, style, color=colours[k % 10], linewidth=width, label=method)

@@ -1,4 +1,4 @@
-"""The zoo: every method and SciPy's on many small problems, in both precisions, as data profiles.
+"""The zoo: every method and its peers on many small problems, in both precisions, as data profiles.
 
 How to read the tables is said in `profiles`; problems, runs and processes have modules of their
 own.
@@ -19,7 +19,7 @@ from benchmarks.experiment import text_table, write
 from benchmarks.profiles import Scale
 from benchmarks.zoo_problems import CASES
 from benchmarks.zoo_processes import hold
-from benchmarks.zoo_runs import METHODS, PRECISIONS, ULPS, Budget, Record
+from benchmarks.zoo_runs import METHODS, PEERS, PRECISIONS, ULPS, Budget, Record
 
 STARTS, QUICK_STARTS = 3, 1
 WORK, QUICK_WORK = 400.0, 200.0
@@ -186,7 +186,7 @@ def _verdict(precision, name, costs, settled: Sequence[bool]) -> Iterator[str]:
     ]
     limits = np.arange(30, 401)
     share = {method: 100 * profiles.shares(cost, limits) for method, cost in of_work.items()}
-    peers = [s for method, s in share.items() if "SciPy" in method]
+    peers = [s for method, s in share.items() if method in PEERS]
     forms = [s for method, s in share.items() if method.startswith("GNvpro")]
     for label, others in (("the peers", peers), ("its forms", forms)):
         if others:

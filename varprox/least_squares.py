@@ -19,8 +19,14 @@ class Span(NamedTuple):
     of rows and S would not be.
     """
 
-    basis: jax.Array  # (batch, columns), U; columns that the rows do not determine are zero
+    q: jax.Array  # (batch, columns), orthonormal
+    turn: jax.Array  # (columns, columns), with U = q · turn
     inverse_root: jax.Array  # (columns, columns), S
+
+    @property
+    def basis(self) -> jax.Array:
+        """U (batch, columns); columns that the rows do not determine are zero."""
+        return self.q @ self.turn
 
 
 class Ridge(NamedTuple):
@@ -44,7 +50,7 @@ def span(rows: jax.Array, alpha) -> Span:
     curvature = (s / unit) ** 2 + alpha / unit / unit
     keep = curvature > (len(s) * jnp.finfo(s.dtype).eps) ** 2
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, curvature, 1)) / unit, 0)
-    return Span(jnp.pad(q, ((0, 0), (0, missing))) @ (u * (s * root)), vt.T * root)
+    return Span(jnp.pad(q, ((0, 0), (0, missing))), u * (s * root), vt.T * root)
 
 
 @full_products
@@ -57,11 +63,12 @@ def ridge(rows: jax.Array, targets: jax.Array, alpha, offset: jax.Array | float 
     beside the rest of the targets, and known to be spanned by the rows, such as their mean.
     """
     found = span(rows, alpha)
-    inside = found.basis.T @ targets
+    inside = found.turn.T @ (found.q.T @ targets)
     if jnp.ndim(offset):
         norms = jnp.linalg.norm(found.inverse_root, axis=0)
         axes = found.inverse_root / jnp.where(norms > 0, norms, 1)
         inside = inside - alpha * (found.inverse_root.T @ offset)
         # Of the minimum norm is only what the rows determine.
         offset = jnp.where(jnp.all(norms > 0), offset, axes @ (axes.T @ offset))
-    return Ridge(offset + found.inverse_root @ inside, found.basis @ inside - targets, found)
+    residual = found.q @ (found.turn @ inside) - targets
+    return Ridge(offset + found.inverse_root @ inside, residual, found)
