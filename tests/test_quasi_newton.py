@@ -10,18 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
+import test_method
 from jax.flatten_util import ravel_pytree
 from problems import Case, dense_reference, features, products
-from test_method import METHODS, losses, make_problem, run
+from test_method import METHODS, make_problem, run
 
 import varprox as vp
 from varprox.model import objective
 
 methods = pytest.mark.parametrize("name", ["lbfgsvpro", "broydenvpro"])
+PAIRS = [pair for pair in test_method.PAIRS if pair[0] in ("lbfgsvpro", "broydenvpro")]
+pairs = pytest.mark.parametrize("name, loss", PAIRS)
 
 
-@methods
-@losses
+@pairs
 def test_work_units_add_up(name, loss):
     """2 for the start, 2 for the whitening and 2 a trial point of the line search."""
     _, _, states, infos, *_ = run(name, loss)
@@ -32,8 +34,7 @@ def test_work_units_add_up(name, loss):
     assert np.median(trials) == 1
 
 
-@methods
-@losses
+@pairs
 def test_gradient_is_that_of_the_reduced_objective(name, loss, x64):
     """By the envelope theorem, the derivative of Φ in θ at the W of the state; how near this is to
     W(θ) is tested in test_method.py. Under least squares it is there."""
@@ -53,8 +54,7 @@ def test_gradient_is_that_of_the_reduced_objective(name, loss, x64):
         assert info.objective == state.objective
 
 
-@methods
-@losses
+@pairs
 def test_after_a_failure_it_stays_and_then_follows_the_gradient(name, loss, x64):
     """The whitened gradient, whatever was known before the failure."""
     _, data, states, *_ = run(name, loss)
@@ -349,8 +349,7 @@ def test_many_fits_at_once_equal_single_ones(build, x64):
         np.testing.assert_allclose(together.theta[i], alone.theta, rtol=1e-6)
 
 
-@methods
-@losses
+@pairs
 def test_all_products_ask_for_full_precision(name, loss):
     """Whatever the device's default is, the network's own products included."""
     _, data, states, *_ = run(name, loss)
