@@ -22,6 +22,7 @@ from varprox import Method, Problem, Status, trust_region
 from varprox.inverse_hessian import Broyden, bfgs, self_scaled_broyden, whole
 from varprox.line_search import ENOUGH, search
 from varprox.model import check_data, objective, predict
+from varprox.precision import full_products
 
 SPREAD = 0.1  # standard deviation of the random W
 MEMORY = 20  # pairs that L-BFGS keeps
@@ -241,8 +242,9 @@ class FullMemory(NamedTuple):
 def broyden(problem: Problem, *, start: Callable = solved_w) -> Method:
     """Self-scaled Broyden on (θ, W), of Urbán, Stefanou and Pons, J. Comput. Phys. 523 (2025).
 
-    Work units: 2 an evaluation in the line search. The first trial is that of SciPy, by the last
-    decrease. Where a step fails, the next goes along the gradient.
+    Work units: 2 an evaluation in the line search. As in SciPy the first trial is where the slope
+    promises what the last step gained, and in the first step the whole of Φ. Where a step fails,
+    the next goes along the gradient.
     """
     return _full_memory(problem, self_scaled_broyden, start)
 
@@ -273,6 +275,7 @@ def _full_memory_step(problem, rule, state, data):
 
 
 @partial(jax.jit, static_argnames="rule")
+@full_products
 def _full_memory_advance(problem, state, data, *, rule):
     x, unravel = ravel_pytree((state.theta, state.w))
     memory = state.memory
@@ -291,7 +294,11 @@ def _full_memory_advance(problem, state, data, *, rule):
         evaluate,
         ((state.theta, state.w), state.objective, memory.gradient),
         slope,
-        jnp.clip(expected / promise, 1e-2, 1),
+        jnp.where(
+            memory.inverse.empty,
+            jnp.minimum(expected / promise, 1),
+            jnp.clip(expected / promise, 1e-2, 1),
+        ),
         10 * jnp.finfo(x.dtype).eps * jnp.abs(state.objective),
         jnp.asarray(ENOUGH, x.dtype),
     )

@@ -60,8 +60,8 @@ def of_method(make: Callable[[Problem], Method]) -> Entrant:
         memory = Memory()
         rows = [(float(state.objective), int(state.work_units), seconds)]
         while state.status == Status.RUNNING and not limit.reached(*rows[-1]):
-            (state, _), elapsed = _timed(method.step, state, data)
-            seconds += elapsed
+            (state, _), elapsed, compiling = _timed_apart(method.step, state, data)
+            seconds, compile_seconds = seconds + elapsed, compile_seconds + compiling
             rows.append((float(state.objective), int(state.work_units), seconds))
         return _result(task, (state.theta, state.w), rows, limit, compile_seconds, memory)
 

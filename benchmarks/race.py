@@ -1,8 +1,8 @@
 """A race: the time and the work that each method takes to bring the objective below given levels.
 
-All start from the same θ and W(θ), SciPy's and optimistix's methods also from a random W, in the
-same dtype, and take turns within one run. Where a method has variants the best of them counts, anew
-at every level.
+All start from the same θ and W(θ), those that train all weights but optax's and Adam also from a
+random W, in the same dtype, and take turns within one run. Where a method has variants the best of
+them counts, anew at every level.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -338,7 +338,7 @@ PEERS: dict[str, Callable[[Prepared, Budget], vp.Solution]] = {
     "trf (SciPy), random W": partial(_at_random_w, trust_region_reflective),
     "L-BFGS-B (SciPy)": l_bfgs_b,
     "L-BFGS-B (SciPy), random W": partial(_at_random_w, l_bfgs_b),
-    # From W(θ) it solves about half as many.
+    "Broyden": partial(of_library, baselines.broyden),
     "Broyden, random W": partial(of_library, partial(baselines.broyden, start=baselines.random_w)),
 }
 METHODS = OURS | PEERS

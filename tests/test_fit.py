@@ -188,9 +188,14 @@ def test_a_state_goes_on_with_its_own_data_and_problem_only(name, of_solution, s
         method = build(problem, **options)._replace(init=lambda *_: begun.state)
         with pytest.raises(ValueError, match="^data: expected .* of the state that is taken up"):
             vp.fit(method, start, others, epochs=1)
-    foreign = next(METHODS[n] for n in METHODS if n != name)._replace(init=lambda *_: begun.state)
-    with pytest.raises(TypeError, match="^method: expected the one whose state is taken up"):
-        vp.fit(foreign, theta, data, epochs=1)
+    for foreign, options in (
+        (next(METHODS[n] for n in METHODS if n != name), {}),
+        (vp.broydenvpro(make_problem()), {}),
+        (vp.slimtrain(make_problem(), optax.sgd(0.1)), {"batch_size": 10}),
+    ):
+        foreign = foreign._replace(init=lambda *_: begun.state)
+        with pytest.raises(TypeError, match="^(method|state): expected (the )?one .* another"):
+            vp.fit(foreign, theta, data, epochs=1, **options)
     method = METHODS[name]._replace(init=lambda *_: begun.state)
     with pytest.raises(ValueError, match="^theta: expected arrays like those of the state"):
         vp.fit(method, start | {"more": np.ones(1, np.float32)}, data, epochs=1)
@@ -432,44 +437,59 @@ def test_without_a_method_the_curvature_is_formed_where_it_can_be(x64, monkeypat
         monkeypatch.setattr(sys.modules["varprox.fit"], "WHOLE", 10)
 
 
-def test_where_the_first_method_has_stalled_the_next_goes_on(x64, monkeypatch):
+def stalling(method, after, status=vp.Status.STALLED):
+    """The method, which says that it has stalled from so many work units on."""
+
+    def step(state, data):
+        state, info = method.step(state, data)
+        done = state.work_units >= after
+        return state._replace(status=jnp.where(done, jnp.int32(status), state.status)), info
+
+    return method._replace(step=step)
+
+
+@pytest.mark.parametrize("loss", ["least_squares", "softmax_cross_entropy"])
+def test_where_the_first_method_has_stalled_the_next_goes_on(loss, x64, monkeypatch):
     """From its weights, within the budgets of the whole run; and only then."""
-    theta, data = make(np.float64)
-    problem = make_problem()
+    theta, data = initial_theta(), make_data(loss, 3)
+    problem = vp.Problem(vp.Separable(features), getattr(vp, loss)(), ALPHA, W_PENALTY)
     first, last = vp.gnvpro(problem, curvature="krylov", rank=2), vp.broydenvpro(problem)
 
-    def ending(status, after):
-        def step(state, data):
-            state, info = first.step(state, data)
-            done = jnp.asarray(state.work_units >= after)
-            return state._replace(status=jnp.where(done, status, state.status)), info
-
-        return first._replace(step=step)
-
     def run(status, **budgets):
-        methods = [ending(status, 20), last]
+        methods = [stalling(first, 20, status), last]
         monkeypatch.setattr(sys.modules["varprox.fit"], "_default_methods", lambda *_: methods)
-        return vp.fit(problem, theta, data, **budgets).history, vp.fit(
-            methods[0], theta, data, **budgets
-        )
+        alone = vp.fit(methods[0], theta, data, **budgets)
+        return vp.fit(problem, theta, data, **budgets), alone
 
-    history, alone = run(vp.Status.STALLED, max_work=60)
-    count = len(alone.history["objective"])
-    following = vp.fit(last, alone.theta, data, max_work=60 - alone.history["work_units"][-1])
-    for name in ("objective", "work_units"):
-        before = alone.history["work_units"][-1] if name == "work_units" else 0
-        expected = [*alone.history[name], *(following.history[name][1:] + before)]
-        np.testing.assert_allclose(history[name], expected, rtol=1e-12)
-    assert (np.diff(history["objective"]) <= 0).all() and (np.diff(history["seconds"]) > 0).all()
-    assert (
-        np.isnan(history["radius"][count:]).all() and np.isfinite(history["radius"][1:count]).all()
-    )
-    for status, budgets in (
-        (vp.Status.CONVERGED, {"max_work": 60}),
-        (vp.Status.STALLED, {"max_work": 10}),
-    ):
-        history, alone = run(status, **budgets)
-        np.testing.assert_array_equal(history["objective"], alone.history["objective"])
+    whole, alone = run(vp.Status.STALLED, max_work=60)
+    history, count = whole.history, len(alone.history["objective"])
+    assert alone.status == vp.Status.STALLED and whole.status == vp.Status.BUDGET
+    for name, column in alone.history.items():
+        if name != "seconds":
+            np.testing.assert_allclose(history[name][:count], column, rtol=1e-12)
+    # W at the hand-over is as good as it was.
+    scale = 1e-9 * history["objective"][0]
+    assert (np.diff(history["objective"]) <= scale).all()
+    assert history["objective"][-1] < history["objective"][count] - 100 * scale
+    assert history["work_units"][count] == history["work_units"][count - 1] + 4
+    assert (np.diff(history["work_units"][count:]) >= 2).all() and history["work_units"][-2] < 60
+    assert (np.diff(history["seconds"]) > 0).all()
+    assert np.isnan(history["radius"][count:]).all()
+    for status, work in ((vp.Status.CONVERGED, 60), (vp.Status.STALLED, 10)):
+        whole, alone = run(status, max_work=work)
+        np.testing.assert_array_equal(whole.history["objective"], alone.history["objective"])
+        assert whole.status == alone.status
+
+
+def test_nothing_follows_where_the_gradient_vanishes(x64, monkeypatch):
+    """A second method that finds nothing to do leaves what the first one said."""
+    theta, data = make(np.float64)
+    model = vp.Separable(lambda theta, inputs: jnp.tanh(inputs))
+    problem = vp.Problem(model, vp.least_squares(), None, W_PENALTY)
+    methods = [stalling(vp.gnvpro(problem, curvature="krylov", rank=2), 0), vp.broydenvpro(problem)]
+    monkeypatch.setattr(sys.modules["varprox.fit"], "_default_methods", lambda *_: methods)
+    solution = vp.fit(problem, theta, data, max_work=60)
+    assert solution.status == vp.Status.STALLED and len(solution.history["objective"]) == 2
 
 
 @pytest.mark.parametrize("number", [np.int64(2), np.float32(2), jnp.int32(2)])

@@ -201,11 +201,12 @@ def test_single_precision_goes_as_far_as_it_allows(build):
 SCALES = {np.float32: (1e-10, 1e10), np.float64: (1e-8, 1e8)}
 
 
+@both
 @pytest.mark.parametrize("dtype", SCALES)
-def test_units_of_the_targets_do_not_matter(dtype):
+def test_units_of_the_targets_do_not_matter(dtype, build):
     with jax.enable_x64(dtype is np.float64):
         problem, (t, y) = of_curve(), curve(dtype=dtype)
-        method, start = vp.lbfgsvpro(problem), np.array([-1.0, 0.5], dtype)
+        method, start = build(problem), np.array([-1.0, 0.5], dtype)
 
         @jax.jit
         def steps(scale):

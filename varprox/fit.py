@@ -26,9 +26,9 @@ from varprox.slimtrain import with_learned
 from varprox.threads import one_blas_thread
 
 BAR = "{desc} [{elapsed}, {rate_fmt}]"
-# Bytes of an inverse Hessian that is kept unasked where pairs would be whitened. On Indian Pines a
-# step of Broydenvpro took twice as long as one of LBFGSvpro with 4168 weights, and led in the end;
-# with 10,128 it took five times as long.
+# Bytes of an inverse Hessian that is kept unasked where pairs would be whitened. Its products take
+# time: on Indian Pines steps of Broydenvpro were twice as long as those of LBFGSvpro with 4168
+# weights, where it led in the end, and five times as long with 10,128.
 WHOLE = 2**28
 FEW = 20  # weights, up to which as many passes of all samples gain more than ten steps by gradients
 COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.monitoring`
@@ -44,7 +44,8 @@ class Solution(NamedTuple):
     `status` says why the run ended; `compile_seconds` is the time to trace and compile `init` and
     `step`. `problem` is that of the method, its features having seen the batches they were trained
     on: what `predict` wants. `state` is the method's: a run goes on where it ended with
-    `method._replace(init=lambda *_: state)`.
+    `method._replace(init=lambda *_: state)`. Of a problem given in place of a method it is the
+    state of the last method, `gnvpro` if it has a `radius`, `lbfgsvpro` or `broydenvpro` else.
 
     Of a stochastic method an entry is an epoch: its columns are means over the steps, and that of
     the start has no objective.
@@ -99,9 +100,11 @@ def fit(
     """Trains until the method ends or a budget is used up, whichever comes first.
 
     In place of a method a problem may be given. It is trained with `gnvpro` where θ is small enough
-    for the curvature to be formed, in a way that the features allow, and then with `broydenvpro` if
-    this has stalled, as it may in single precision and where the features have kinks. Elsewhere it
-    is trained with `broydenvpro` up to some thousand weights, and beyond with `lbfgsvpro`.
+    for the curvature to be formed, in a way that the features allow and, where they couple samples,
+    by few passes. Where this has stalled, as it may in single precision and where the features have
+    kinks, and elsewhere from the start, it is trained by gradients: with `broydenvpro` up to some
+    thousand weights, and beyond with `lbfgsvpro`. The first entry of the history that belongs to a
+    second method is that of its start.
 
     `data` and `validation` are pairs (inputs, targets). Budgets: `max_work` in work units (one
     forward or one backward pass over the data is one), `max_seconds` of run time, `epochs`, which
@@ -161,7 +164,7 @@ def fit(
 
     ended, spent = enter(state, {})
     with tqdm(disable=not progress, unit=" steps", bar_format=BAR) as bar:
-        while not spent:
+        while True:
             while not (ended or spent):
                 (state, info), elapsed, compiling = _timed_apart(advance, state, data)
                 seconds, compile_seconds = seconds + elapsed, compile_seconds + compiling
@@ -171,10 +174,15 @@ def fit(
                 bar.update()
             if spent or state.status != Status.STALLED or not following:
                 break
-            method, work_before = following.pop(0), table[-1]["work_units"]
-            advance, ended = method.step, False
-            state, elapsed, compiling = _timed_apart(method.init, state.theta, data, key)
+            after = following.pop(0)
+            init = partial(after.init, projection=state.projection)
+            begun, elapsed, compiling = _timed_apart(init, state.theta, data, key)
             seconds, compile_seconds = seconds + elapsed, compile_seconds + compiling
+            if begun.status != Status.RUNNING:
+                break
+            method, advance, state = after, after.step, begun
+            work_before = table[-1]["work_units"]
+            ended, spent = enter(state, {})
 
     status = Status(int(state.status))
     columns = dict.fromkeys(name for row in reversed(table) for name in row)
@@ -279,7 +287,7 @@ def _default_methods(problem, theta, data):
     check_data(problem, theta, data, full_batch=True)
     _, reverse = derivatives(problem, theta, data[0])
     forms = usable(problem, theta, data[0])
-    # Without them L-BFGS is not whitened.
+    # Where samples are coupled pairs are not whitened, and the whole is worth more.
     most = WHOLE if Form.DENSE in forms else MAX_BYTES
     by_gradients = broydenvpro if bytes_of_inverse(theta) <= most else lbfgsvpro
     if reverse and not forms:
@@ -399,7 +407,13 @@ def _is_own(init):
 
 
 def _check_state(method, theta, data, state):
-    """Refuses a state that belongs to other data or to another problem."""
+    """Refuses a state that belongs to other data, to another problem or another method."""
+    needed = ("theta", "w", "objective", "status", *("learned",) * (method.epoch is not None))
+    if missing := [name for name in needed if not hasattr(state, name)]:
+        raise TypeError(
+            "method: expected the one whose state is taken up, got another: this state has no "
+            f"{missing[0]!r}"
+        )
     if _shapes(state.theta) != _shapes(theta):
         raise ValueError(
             "theta: expected arrays like those of the state that is taken up, got others"
@@ -408,7 +422,9 @@ def _check_state(method, theta, data, state):
         return
     try:
         fits = _shapes(jax.eval_shape(method.step, state, data)[0]) == _shapes(state)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("state:"):
+            raise
         fits = False
     except AttributeError as error:  # of a state that has not the fields that the step reads
         raise TypeError(

@@ -30,9 +30,8 @@ from varprox.projection import (
 from varprox.quadratic import Form
 from varprox.reduced import hessian_factor
 
-PATIENCE = (
-    3  # iterations in a row: with low gain ratios, until Newton products take over; idle ones
-)
+PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
+IDLE = 3  # with a gain below rounding: the trust region begins anew, and after as many the run ends
 LOW_RATIO = 0.5
 MAX_TRIALS = 10
 ACCURACY = 1e-6  # η² of `project`; a W-solve is cheap beside a Krylov space
@@ -153,8 +152,8 @@ def gnvpro(
     must not have gained more than this either. A `tolerance` of None stands for eps^¾, 2e-12 or
     6e-6. Where no step of ten is accepted the next iteration goes on with the shrunken radius.
     Where three steps in a row gain less than rounding of Φ the trust region begins anew, and after
-    three more the run ends: CONVERGED if half of the digits are known. Else it has stalled, as it
-    has when rounding swallows the steps.
+    three more the run ends: CONVERGED if half of the digits are known, or the residual is next to
+    nothing beside the targets. Else it has stalled, as it has when rounding swallows the steps.
 
     Work units: in a Krylov space 2 a step and 2 a product (4 with the full Hessian), and 2 for the
     whitening, an upper bound; with "forward" 1 a step and 1 a weight; with rows 1 a step and 1 a
@@ -202,7 +201,7 @@ def select_form(
     forms = tuple(form for form in allowed if form in asked)
     if not forms:
         names = [repr(form.name.lower()) for form in allowed]
-        instead = f"curvature={' or '.join(names)}" if names else "varprox.lbfgsvpro"
+        instead = f"curvature={' or '.join(names)}" if names else "varprox.broydenvpro"
         why = _why(problem, theta, inputs, curvature, allowed)
         raise ValueError(f"curvature: expected {instead} for features {why}, got {curvature!r}")
     z = jax.eval_shape(problem.model.features, theta, inputs)
@@ -364,7 +363,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.
     again = newton & ~state.newton
     # One that rounding has shrunk neither.
-    again |= idle == PATIENCE
+    again |= idle == IDLE
     next_radius = jnp.where(again, jnp.inf, result.radius)
     info = Info(
         objective=value,
@@ -395,7 +394,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     # What is only estimated does not end a run.
     converged &= ~model.estimated
     # Or nothing is left that the objective would show, or the residual is that of rounding.
-    ended = idle >= 2 * PATIENCE
+    ended = idle >= 2 * IDLE
     exact = is_exact(value, targets)
     converged |= ended & (known | exact) | exact & (jnp.abs(value) <= error**2)
     finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)

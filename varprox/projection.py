@@ -122,8 +122,8 @@ def project(
         ‖∇_θ Φ(W, θ) − ∇Φ_red(θ)‖ ≤ √(2 L δ).
 
     The methods ask for δ ≤ η² Δ, their `ACCURACY` being η² and Δ the decrease of their last step,
-    or that expected of this one if it is smaller; before any step, LBFGSvpro asks for η² times what
-    the solve gains over W = 0. Then the objective is known to the fraction η² of what a step gains,
+    or that expected of this one if it is smaller; before any step, quasi-Newton methods ask for η²
+    times what the solve gains. Then the objective is known to the fraction η² of what a step gains,
     and the error of the gradient is at most η √(2 L Δ). A steepest-descent step of length 1/L from
     θ gains ‖∇Φ_red‖²/(2L); where Δ is of this order, η bounds the relative error of the gradient.
     """
@@ -284,13 +284,15 @@ def rounding_of_predictions(problem: Problem, rows, w) -> jax.Array:
 
 
 def is_exact(value: jax.Array, targets: jax.Array) -> jax.Array:
-    """Are residuals of this mean square no more than eps^¾ of the targets?
+    """Is this objective next to nothing beside that of predictions of zero, by a factor of eps^1.5?
 
     Rounding of the predictions alone says nothing of this: it is large where W is, and with other θ
     W may be smaller.
     """
     eps = jnp.finfo(value.dtype).eps
-    return jnp.abs(value) <= eps**1.5 * jnp.mean(jnp.sum(targets**2, axis=1))
+    unit = jnp.max(jnp.abs(targets))  # whose square may overflow
+    size = unit * jnp.sqrt(jnp.mean(jnp.sum((targets / jnp.where(unit > 0, unit, 1)) ** 2, axis=1)))
+    return jnp.sqrt(jnp.abs(value)) <= eps**0.75 * size
 
 
 def carry_over(problem: Problem, start: Projection, rows) -> Projection:

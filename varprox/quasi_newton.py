@@ -90,8 +90,8 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = N
     κ than the model takes it to be, the next gains may add up to κ times that. None stands for
     1e-12, which allows for κ = 1e6 where a relative gain of 1e-6 is left. Ten trials in a row below
     rounding of the objective end the run, too: CONVERGED where at least half of its digits are
-    known, STALLED elsewhere. A start where the gradient is zero and the objective is not has the
-    status FLAT.
+    known, or the residual is next to nothing beside the targets, STALLED elsewhere. A start where
+    the gradient is zero and the objective is not has the status FLAT.
 
     Work units: 2 for the start, 2, an upper bound, for the whitening and 2 a trial point of the
     line search, most steps needing one. Where a step found nothing lower, the next one stays in
@@ -138,10 +138,12 @@ def _method(problem, tolerance, *, memory, max_bytes):
     """With the last `memory` pairs, or the whole of the inverse Hessian if it is None."""
     tolerance = TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
     init = partial(_init, problem, memory=memory, max_bytes=max_bytes)
-    return Method(init, partial(_step, problem, tolerance), problem)
+    step = partial(_step, problem, tolerance, Broyden if memory is None else Pairs)
+    return Method(init, step, problem)
 
 
-def _init(problem, theta, data, key=None, *, memory, max_bytes):
+def _init(problem, theta, data, key=None, projection=None, *, memory, max_bytes):
+    """`projection` is one at these weights, from which that under another loss is found faster."""
     check_data(problem, theta, data, full_batch=True)
     _check_reverse(problem, theta, data[0])
     if memory is None and (taken := bytes_of_inverse(theta)) > max_bytes:
@@ -150,7 +152,7 @@ def _init(problem, theta, data, key=None, *, memory, max_bytes):
             f"max_bytes={max_bytes:,} bytes, got one of {taken:,}; varprox.lbfgsvpro keeps pairs "
             "instead"
         )
-    return _start(problem, theta, data, memory=memory)
+    return _start(problem, theta, data, projection, memory=memory)
 
 
 def _check_reverse(problem, theta, inputs):
@@ -168,9 +170,10 @@ def _check_reverse(problem, theta, inputs):
 
 @partial(jax.jit, static_argnames="memory")
 @full_products
-def _start(problem, theta, data, *, memory):
-    shaped = jax.eval_shape(problem.model.rows, theta, data[0])
-    start = start_projection(problem, shaped, data[1])
+def _start(problem, theta, data, start, *, memory):
+    if start is None:
+        shaped = jax.eval_shape(problem.model.rows, theta, data[0])
+        start = start_projection(problem, shaped, data[1])
     at, rows = _evaluate(problem, theta, start, data, relative=ACCURACY)
     size = _size(at)
     gradient, _ = ravel_pytree(at.gradient)
@@ -230,7 +233,10 @@ def _size(at):
     return jnp.abs(loss) + jnp.abs(at.objective - loss)
 
 
-def _step(problem, tolerance, state, data):
+def _step(problem, tolerance, kind, state, data):
+    if not (isinstance(state, State) and isinstance(state.inverse, kind)):
+        name = {Pairs: "lbfgsvpro", Broyden: "broydenvpro"}[kind]
+        raise TypeError(f"state: expected one of {name}, got that of another method")
     new, info = _advance(problem, tolerance, state, data)
     return new._replace(inverse=new.inverse.after(state.inverse)), info
 
