@@ -28,7 +28,7 @@ losses = pytest.mark.parametrize("loss", LOSSES)
 # Broydenvpro and LBFGSvpro see the loss through the same lines.
 PAIRS = [*product(METHODS, LOSSES)]
 PAIRS.remove(("broydenvpro", "softmax_cross_entropy"))
-pairs = pytest.mark.parametrize("name, loss", PAIRS, ids="-".join)
+pairs = pytest.mark.parametrize("name, loss", PAIRS)
 traces = []
 
 

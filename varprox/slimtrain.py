@@ -15,7 +15,7 @@ import optax
 from varprox.heads import has_bias
 from varprox.method import Method, Status
 from varprox.minibatches import epoch
-from varprox.model import Problem, Separable, check_data, check_problem, zero_w
+from varprox.model import Problem, Separable, check_data, check_problem, predict, zero_w
 from varprox.precision import full_products
 from varprox.selection import proportional
 from varprox.slimtik import State as Tikhonov
@@ -186,12 +186,24 @@ def _init(static, options, theta, data, key=None):
 
 
 def _epoch(static, options, state, data, *, batch_size):
-    """`varprox.minibatches.epoch`; where not all of it was finite, the last θ that a batch has
-    verified comes back."""
+    """`varprox.minibatches.epoch`; where not all of it was finite, or what it ends with is not for
+    one more batch, the last θ that a batch has verified comes back."""
     _check_like(state, data)
     state, infos = epoch(_step, static, options, state, data, batch_size=batch_size)
-    theta = _choose(infos.finite.all(), state.theta, state.verified)
-    return state._replace(theta=theta), infos
+    inputs = jax.tree.map(lambda leaf: leaf[:batch_size], data[0])
+    return _verified(options, state, inputs, infos.finite.all()), infos
+
+
+@jax.jit
+@full_products
+def _verified(options, state, inputs, finite):
+    """The state with a θ whose predictions for these inputs are numbers, if all has been so far."""
+    problem = with_learned(options[0], state.learned)
+    predictions = predict(problem, state.theta, state.w, inputs)
+    known = _finite(predictions)
+    status = jnp.where(known, state.status, Status.NON_FINITE)
+    theta = _choose(finite & known, state.theta, state.verified)
+    return state._replace(theta=theta, status=status.astype(jnp.int32))
 
 
 @partial(jax.jit, static_argnums=0)
