@@ -19,7 +19,7 @@ from jax.flatten_util import ravel_pytree
 
 import varprox as vp
 from varprox import Method, Problem, Status, trust_region
-from varprox.inverse_hessian import Broyden, bfgs, self_scaled_broyden, whole
+from varprox.inverse_hessian import Broyden, bfgs, self_scaled_broyden, start_broyden
 from varprox.line_search import ENOUGH, search
 from varprox.model import check_data, objective, predict
 from varprox.precision import full_products
@@ -264,7 +264,9 @@ def _full_memory_init(problem, start, theta, data, key):
     weights = theta, start(problem, theta, data, key)
     value, gradient = _value_and_gradient(problem, weights, data)
     gradient, _ = ravel_pytree(gradient)
-    memory = FullMemory(gradient, whole(gradient), -gradient, value, jnp.zeros((), jnp.int32))
+    memory = FullMemory(
+        gradient, start_broyden(gradient), -gradient, value, jnp.zeros((), jnp.int32)
+    )
     return _begin(*weights, value, memory, 2)
 
 

@@ -13,7 +13,7 @@ from varprox.inverse_hessian import (
     bfgs,
     no_pairs,
     self_scaled_broyden,
-    whole,
+    start_broyden,
 )
 
 RULES = {"bfgs": bfgs, "Broyden": self_scaled_broyden}
@@ -94,7 +94,7 @@ def test_the_whole_inverse_is_that_of_broydens_class(rule, x64):
     size, length = 5, jnp.asarray(0.3)
     x = np.random.default_rng(1).normal(size=size)
     gradient = quartic(x)
-    inverse, descent = whole(jnp.asarray(gradient)), -gradient
+    inverse, descent = start_broyden(jnp.asarray(gradient)), -gradient
     expected, first = np.eye(size), True
     for _ in range(2 * UPDATES + 3):
         step = 0.3 * np.asarray(descent)
@@ -122,7 +122,9 @@ def test_a_step_that_tells_nothing_leaves_the_inverse(x64):
     rng = np.random.default_rng(0)
     start, one = rng.normal(size=4), jnp.ones(())
     gradient = np.array([0.7, 0.2, 0.9, 0.4]) * start
-    inverse, descent = told(whole(jnp.asarray(start)), one, -start, gradient - start, gradient)
+    inverse, descent = told(
+        start_broyden(jnp.asarray(start)), one, -start, gradient - start, gradient
+    )
     root = np.asarray(inverse.root + inverse.left.T @ inverse.right) * inverse.factor
     for change, keep in ((descent, FALSE), (-descent, TRUE)):
         new = gradient + change
@@ -158,7 +160,7 @@ def test_it_stays_definite_whatever_it_is_told(dtype):
             return (inverse, descent, new), (slope, inverse.used)
 
         gradient = jnp.ones(size, dtype)
-        start = whole(gradient), -gradient, gradient
+        start = start_broyden(gradient), -gradient, gradient
         _, (slopes, used) = jax.jit(partial(jax.lax.scan, update))(
             start, jax.random.split(jax.random.key(0), steps)
         )
@@ -178,7 +180,7 @@ def test_a_linear_change_of_variables_does_not_matter(condition, agreement, x64)
         gradient = a.T @ quartic(a @ there)
         root = 0.1 * np.linalg.inv(a)
         scaled = root.T @ gradient
-        inverse = whole(jnp.asarray(gradient))
+        inverse = start_broyden(jnp.asarray(gradient))
         inverse = inverse._replace(root=jnp.asarray(root), scaled=scaled, empty=FALSE)
         descent = -root @ scaled
         for _ in range(30):

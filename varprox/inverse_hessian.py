@@ -137,9 +137,9 @@ class Broyden(NamedTuple):
 
     With B = H⁻¹, a step s and a change y of the gradient, updates depend on two numbers, b = sᵀBs /
     yᵀs and h = yᵀHy / yᵀs, whose product is at least one. A rule gives θ, the part of DFP in the
-    update of B (0: BFGS, 1: DFP), and τ, which B is multiplied by before. In the variables in which
-    H is the identity, with unit vectors e along Zᵀy and f orthogonal to it in the plane of Zᵀy and
-    Z⁻¹s, the new H is F Fᵀ with
+    update of B (0: BFGS, 1: DFP), and τ, a factor for B before the update. In the variables in
+    which H is the identity, with unit vectors e along Zᵀy and f orthogonal to it in the plane of
+    Zᵀy and Z⁻¹s, the new H is F Fᵀ with
 
         F = (I − e eᵀ + (√ω − 1) f fᵀ) / √τ + Z⁻¹s eᵀ / √yᵀs,    ω = b h / (1 + θ (b h − 1)),
 
@@ -251,7 +251,7 @@ def _added_up(inverse: Broyden) -> Broyden:
     )
 
 
-def whole(gradient: jax.Array) -> Broyden:
+def start_broyden(gradient: jax.Array) -> Broyden:
     """H = I at the first gradient (size,)."""
     one, false = jnp.ones((), gradient.dtype), jnp.array(False)
     nothing = jnp.zeros((2 * UPDATES, gradient.size), gradient.dtype)

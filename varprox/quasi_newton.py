@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from varprox.checks import check_integer, check_number
-from varprox.inverse_hessian import Broyden, Pairs, no_pairs, whole
+from varprox.inverse_hessian import Broyden, Pairs, no_pairs, start_broyden
 from varprox.line_search import ENOUGH, FIRST_ENOUGH, search
 from varprox.method import Method, Status
 from varprox.model import Problem, check_data, check_problem
@@ -195,7 +195,7 @@ def _start(problem, theta, data, start, *, memory):
         **at._asdict(),
         decrease=at.objective,
         unit=unit,
-        inverse=whole(first) if memory is None else no_pairs(memory, first),
+        inverse=start_broyden(first) if memory is None else no_pairs(memory, first),
         descent=-first,
         whitening=whiten,
         failures=zero,
