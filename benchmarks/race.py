@@ -111,12 +111,12 @@ KRYLOV = {
     "GNvpro krylov, whitened": {"": WHITENED},
 } | GRADIENTS
 COURSES = {
-    "peaks, 2000 points": Course(partial(points, 2000), FORMED, LEVELS, 15, seeds=3),
+    "peaks, 2000 points": Course(partial(points, 2000), FORMED, LEVELS, 12, seeds=3),
     "Indian Pines, bands": Course(partial(pixels, "band"), KRYLOV, OF_PIXELS, 8),
     "Indian Pines, spectra": Course(partial(pixels, "spectrum"), KRYLOV, OF_PIXELS, 8),
     "exponentials": Course(exponentials, GNVPRO | FORMED, LEVELS, 1, seeds=3),
-    "peaks, 500 points": Course(partial(points, 500), GNVPRO | FORMED, LEVELS, 8),
-    "peaks, 20000 points": Course(partial(points, 20_000), FORMED, LEVELS, 20),
+    "peaks, 500 points": Course(partial(points, 500), GNVPRO | FORMED, LEVELS, 5),
+    "peaks, 20000 points": Course(partial(points, 20_000), FORMED, LEVELS, 10),
 }
 
 
