@@ -89,8 +89,8 @@ def test_it_keeps_what_it_knows_where_a_step_teaches_nothing(change, x64):
 def test_trust_is_earned_slowly_and_kept_while_it_is_better(x64):
     known = secant.nothing_yet(jnp.zeros(SIZE))
     for streak, more, expected in [
-        (0, 0.6, 1),
-        (0, 0.4, 0),
+        (0, 0.8, 1),
+        (0, 0.7, 0),
         (2, 1.0, 3),
         (3, 0.1, 4),
         (3, -0.1, 0),

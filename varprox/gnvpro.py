@@ -134,8 +134,8 @@ def gnvpro(
     residual is not zero, as Kaufman does. This spares passes where there are fewer outputs than
     columns of the design rows; None stands for True there and for False elsewhere. The rest of what
     vanishes with the residual "dense" and "forward" learn from gradients (see `varprox.secant`);
-    they use it once three steps in a row have been predicted better with it than without, by half
-    of the error, and for as long as it is the better of both.
+    they use it once three steps in a row have been predicted with a quarter of the error that there
+    is without it, and for as long as it is the better of both.
 
     The Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` False and
     `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the authors'
