@@ -269,8 +269,8 @@ def _advance(problem, tolerance, state, data):
     # A model in which the slope promises more than the whole of the objective bends too little.
     size = _size(start) / unit
     first = jnp.minimum(1, size / jnp.where(promise > 0, promise, 1))
-    # The whole of an inverse Hessian is mostly too large along a step. (Pairs are not, with which a
-    # trial of this length gains nothing.)
+    # A self-scaled inverse Hessian is mostly too large along a step; this halves the work. With
+    # pairs it neither gains nor costs.
     usual = jnp.clip(state.decrease / unit / jnp.where(promise > 0, promise, 1), SHORT, 1)
     noise = state.rounding / unit / data[1].size ** 0.5
     noise = ROUNDINGS * (jnp.finfo(dtype).eps * size + noise)
