@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import subprocess
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -158,6 +159,7 @@ def write(
     contents = {
         "experiment": experiment,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
         "machine": machine(),
         "settings": settings,
         "results": results,
@@ -197,7 +199,7 @@ def machine() -> dict:
     device = jax.devices()[0]
     return {
         "processor": _processor(),
-        "cores": os.cpu_count(),
+        "cores": _cores(),
         "device": device.device_kind,
         "system": platform.system(),
         "python": platform.python_version(),
@@ -214,3 +216,21 @@ def _processor():
         return platform.processor()
     models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(models, platform.processor())
+
+
+def _cores():
+    """How many this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # known on Linux only
+        return os.cpu_count()
+
+
+def _commit():
+    """The commit of this code, with "-dirty" where files differ from it; None outside git."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()

@@ -14,14 +14,14 @@ TITLE = (
 
 def compare(task: Task, work: float) -> list[Run]:
     """One run of `work` units for each line of the table."""
-    plain = {"rank": 50, "flat": 0.0, "hand_over": False, "memory": 0, "whiten": False}
+    plain = {"rank": 50, "flat": 0.0, "hand_over": False, "memory": 0}
     options = {
         "as published": plain | {"w_curvature": False},
         "+ curvature of the W-penalty": plain,
         "+ stop when flat": plain | {"flat": 0.03},
-        "+ hand-over to Newton": {"rank": 50, "memory": 0, "whiten": False},
-        "+ recycled Krylov spaces": {"rank": 50, "whiten": False},
-        "+ whitening": {"rank": 50},
+        "+ hand-over to Newton": {"rank": 50, "memory": 0},
+        "+ recycled Krylov spaces": {"rank": 50},
+        "+ whitening": {"rank": 50, "whiten": True},
     }
     gnvpro = partial(vp.gnvpro, task.problem, curvature="krylov")
     methods = {name: gnvpro(**chosen) for name, chosen in options.items()}

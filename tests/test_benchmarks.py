@@ -1,6 +1,7 @@
 """The command `python -m benchmarks`, run as a person would run it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,8 @@ def test_a_run_writes_what_it_prints(tmp_path):
     result = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
     assert result["experiment"] == "peaks"
     assert result["machine"]["dtype"] == "float64"
+    assert result["machine"]["cores"] >= 1
+    assert re.fullmatch(r"[0-9a-f]{7,}(-dirty)?", result["commit"])
     assert str(tmp_path) not in json.dumps(result)
     line = table.splitlines()[-1].split()
     row = result["results"]["L-BFGS"]
