@@ -1,6 +1,43 @@
-"""Variable projection for separable networks in JAX: see README.md and the docstrings below."""
+"""Variable projection for separable networks in JAX.
+
+The prediction of a separable network is ``rows(θ) W``: nonlinear features followed by a linear last
+layer. varprox solves for W at given θ and trains θ alone. What is left to minimise is the reduced
+objective Φ_red(θ), the minimum of Φ(W, θ) over W.
+
+What is minimised:
+
+- ``Separable`` is the features and a head; ``Problem`` is a model, a loss and penalties, which make
+  Φ; ``predict`` evaluates the model.
+- Heads: ``dense``, ``conv``, ``conv_transpose``, or a ``Head`` of your own.
+- Losses: ``least_squares``, ``softmax_cross_entropy``, ``logistic``, ``convex_loss``.
+- Penalties on θ: a number, ``tikhonov``, ``smoothness_in_time``, or any smooth function.
+
+Training:
+
+- ``fit`` runs a method, or chooses one for a problem; ``fit_levels`` trains from coarse to fine.
+  Both return a ``Solution``, whose ``Status`` says why the run ended.
+- Full-batch methods: ``gnvpro``, ``broydenvpro``, ``lbfgsvpro``. For minibatches: ``slimtrain``.
+- Each of them is a ``Method``, pure functions that also work in your own ``jit`` or ``scan``.
+
+The pieces, for use on their own:
+
+- ``solve_w`` is W(θ), ``reduced_objective`` is Φ_red(θ); both are differentiable.
+- ``gauss_newton`` and ``newton`` give the ``Curvature`` of Φ_red.
+- ``slimtik`` finds W from batches of design rows. Its regularisation is chosen by ``proportional``,
+  ``sgcv``, ``supre``, ``sdp`` or ``constant``.
+
+Submodules, loaded when they are first used:
+
+- ``varprox.nnx`` takes flax models apart and puts the trained weights back.
+- ``varprox.transforms`` has slimTik and GNvpro as gradient transformations of optax.
+- ``varprox.networks`` has networks as flax modules, ``varprox.datasets`` the data sets.
+
+Data are pairs (inputs, targets) with the batch first. Every function follows the dtype of its
+inputs, float32 or float64. Work is counted in passes over the data, forward or backward.
+"""
 
 import importlib
+from typing import TYPE_CHECKING
 
 from varprox.curvature import Curvature, gauss_newton, newton
 from varprox.fit import Solution, fit, fit_levels
@@ -26,8 +63,17 @@ __all__ = [
 ]  # fmt: skip
 
 
+_EDGES = ("datasets", "networks", "nnx", "transforms")  # import flax, so only once they are used
+
+if TYPE_CHECKING:
+    from varprox import datasets, networks, nnx, transforms  # noqa: F401
+
+
 def __getattr__(name: str):
-    """Loads the edges, which import flax, when they are first used."""
-    if name in ("datasets", "networks", "nnx", "transforms"):
+    if name in _EDGES:
         return importlib.import_module(f"varprox.{name}")
     raise AttributeError(f"module 'varprox' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *_EDGES})

@@ -33,11 +33,36 @@ from varprox.reduced import hessian_factor, hessian_solver, w_of_rows
 
 
 class Curvature(NamedTuple):
-    """The reduced problem at θ: its value, gradient and linear maps; vectors v are pytrees like θ.
+    """The reduced objective at θ: its value, its gradient and its linear maps.
 
-    `jvp(v)` is J v, (batch, outputs), the derivative of the predictions rows(θ) W(θ); `vjp(u)` is
-    Jᵀ u; `w_jvp(v)` is J_W v, shaped like W. `matvec(v)` is the product with the Gauss–Newton
-    matrix or the Hessian.
+    Vectors v are pytrees like θ. A `Curvature` holds functions, so it cannot leave a `jit`: make it
+    in the compiled function that uses it.
+
+    Attributes:
+        value: Φ_red(θ), a scalar.
+        w: W(θ), (columns, outputs).
+        gradient: ∇Φ_red(θ), a pytree like θ.
+        matvec: A function of v. It returns H v, a pytree like θ, where H is the Gauss–Newton matrix
+            or the Hessian.
+        jvp: A function of v. It returns J v, (batch, outputs), where J is the derivative of the
+            predictions rows(θ) W(θ).
+        vjp: A function of u (batch, outputs). It returns Jᵀ u, a pytree like θ.
+        w_jvp: A function of v. It returns J_W v, shaped like W, where J_W is the derivative of
+            W(θ).
+        factor: A factorisation of the Hessian of Φ in W at W(θ). ``factor.solve(y)`` applies its
+            inverse to y shaped like W; if W has more than 2048 entries and the loss is not least
+            squares, only approximately.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> inputs = jnp.linspace(-1, 1, 20)[:, None]
+        >>> data = inputs, 3 * jnp.tanh(2 * inputs) + 1
+        >>> model = vp.Separable(lambda theta, inputs: jnp.tanh(theta * inputs))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> curvature = vp.gauss_newton(problem, jnp.array([1.5]), data)
+        >>> curvature.w.shape, curvature.jvp(jnp.array([1.0])).shape
+        ((2, 1), (20, 1))
     """
 
     value: jax.Array
@@ -52,9 +77,56 @@ class Curvature(NamedTuple):
 
 @full_products
 def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
-    """Linearises the reduced objective at θ; `matvec` is H v with H = Jᵀ∇²L J + α₂ J_WᵀJ_W + ∇²R.
+    """The reduced objective at θ with its Gauss–Newton matrix.
 
-    Raises as `varprox.model.check_data` does.
+    With J the derivative of the predictions rows(θ) W(θ), J_W the derivative of W(θ), Q the second
+    derivative of the loss in the predictions and α = `w_penalty`, the matrix is::
+
+        H = Jᵀ Q J + α J_Wᵀ J_W + ∇²R
+
+    J includes the change of W with θ. H is positive semidefinite if R is convex. It is never
+    formed; the features are linearised once, and products with H cost:
+
+    =================  ========================================
+    call               passes of the features
+    =================  ========================================
+    `gauss_newton`     one forward, linearised, and one reverse
+    `matvec`           one forward and one reverse
+    `jvp` and `w_jvp`  one forward
+    `vjp`              one reverse
+    =================  ========================================
+
+    The features need derivatives in forward and in reverse mode.
+
+    Arguments:
+        problem: The `Problem`; its head must not be convolutional.
+        theta: The nonlinear weights θ, a pytree of arrays.
+        data: The pair (inputs, targets), with inputs as the features take them and targets
+            (batch, outputs).
+
+    Returns:
+        A `Curvature` whose `matvec` multiplies with H.
+
+    Raises:
+        TypeError: In the cases in which `solve_w` does.
+        ValueError: In the cases in which `solve_w` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> inputs = jnp.linspace(-1, 1, 20)[:, None]
+        >>> data = inputs, 3 * jnp.tanh(2 * inputs) + 1  # the minimum is at θ = 2
+        >>> model = vp.Separable(lambda theta, inputs: jnp.tanh(theta * inputs))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> theta = jnp.array([1.5])
+        >>> curvature = vp.gauss_newton(problem, theta, data)
+        >>> step = curvature.gradient / curvature.matvec(jnp.array([1.0]))  # H is 1 × 1
+        >>> round(float((theta - step)[0]), 2)
+        1.97
+
+    Source:
+        Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, section 3; Golub and
+        Pereyra, Inverse Problems 19 (2003) R1.
     """
     check_data(problem, theta, data)
     return linearise(problem, theta, data)
@@ -62,9 +134,41 @@ def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
 
 @full_products
 def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
-    """As `gauss_newton`, with `matvec` the product with the full Hessian of the reduced objective.
+    """The reduced objective at θ with its full Hessian.
 
-    It may be indefinite. A product costs about twice a Gauss–Newton product.
+    It is like `gauss_newton`, but `matvec` multiplies with ∇²Φ_red(θ), which may be indefinite. The
+    product also takes the second derivatives of the features, and costs about twice as much: two
+    forward and two reverse passes.
+
+    Arguments:
+        problem: The `Problem`; its head must not be convolutional.
+        theta: The nonlinear weights θ, a pytree of arrays.
+        data: The pair (inputs, targets), with inputs as the features take them and targets
+            (batch, outputs).
+
+    Returns:
+        A `Curvature` whose `matvec` multiplies with the Hessian.
+
+    Raises:
+        TypeError: In the cases in which `solve_w` does.
+        ValueError: In the cases in which `solve_w` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> inputs = jnp.linspace(-1, 1, 20)[:, None]
+        >>> data = inputs, 3 * jnp.tanh(2 * inputs) + 1  # the minimum is at θ = 2
+        >>> model = vp.Separable(lambda theta, inputs: jnp.tanh(theta * inputs))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> theta = jnp.array([1.5])
+        >>> curvature = vp.newton(problem, theta, data)
+        >>> step = curvature.gradient / curvature.matvec(jnp.array([1.0]))  # H is 1 × 1
+        >>> round(float((theta - step)[0]), 2)
+        1.94
+
+    Source:
+        Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, section 3; Golub and
+        Pereyra, Inverse Problems 19 (2003) R1.
     """
     check_data(problem, theta, data)
     return linearise(problem, theta, data, full=True)

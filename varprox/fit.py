@@ -1,7 +1,5 @@
-"""The loop a person runs: budgets, history, validation and progress around a method's `init` and
-`step`.
-
-Imports the methods, for the one it takes where none is named, and what is below them.
+"""The loop a person runs: budgets, history, validation and progress around a method's ``init`` and
+``step``.
 """
 
 import math
@@ -37,20 +35,60 @@ COMPILATION = "/jax/core/compile/backend_compile_duration"  # an event of `jax.m
 
 
 class Solution(NamedTuple):
-    """What a run ends with.
+    """The trained weights, the history of the run and why it ended.
 
-    `history` maps column names to float arrays with one entry a step, the first being the start:
-    `objective`, `train_loss` (the objective without penalties), `work_units` and `seconds`
-    (cumulative; compilation and evaluation are left out), the fields of the method's info, and
-    `validation_loss` and metrics where asked for, NaN in entries where they were not evaluated.
-    `status` says why the run ended; `compile_seconds` is the time to trace and compile `init` and
-    `step`. `problem` is that of the method, its features having seen the batches they were trained
-    on: what `predict` wants. `state` is the method's: a run goes on where it ended with
-    `method._replace(init=lambda *_: state)`. Of a problem given in place of a method it is the
-    state of the last method, `gnvpro` if it has a `radius`, `lbfgsvpro` or `broydenvpro` else.
+    ``history`` maps column names to float arrays with one entry per step, the first for the start.
+    ``pandas.DataFrame(solution.history)`` makes a table of it. Under a stochastic method an entry
+    is an epoch: its columns are means over the steps, and the start has no objective.
 
-    Of a stochastic method an entry is an epoch: its columns are means over the steps, and that of
-    the start has no objective.
+    ================================================  ==========================================
+    Column                                            What it holds
+    ================================================  ==========================================
+    ``objective``                                     Φ(W, θ), penalties included
+    ``train_loss``                                    the objective without penalties
+    ``work_units``                                    work so far, in passes over the data
+    ``seconds``                                       run time so far, without compilation and
+                                                      evaluation
+    the fields of the method's info                   such as ``gradient_norm``, see below
+    ``validation_loss``                               the loss on the validation data, if given
+    ``train_<name>``, ``validation_<name>``           your metrics, if given
+    ================================================  ==========================================
+
+    The fields of infos are explained in ``varprox.gnvpro.Info``, ``varprox.quasi_newton.Info`` and
+    ``varprox.slimtrain.Info``. An entry is NaN if its column was not evaluated there.
+
+    A run continues from where it ended with ``method._replace(init=lambda *_: solution.state)``.
+
+    Attributes:
+        theta: The trained nonlinear weights θ, with the structure that ``fit`` was given.
+        w: The trained last layer W, (columns, outputs), its last row the bias if the head has one.
+        history: The mapping from column names to arrays.
+        status: Why the run ended, a ``Status``; ``status.message`` is a sentence.
+        compile_seconds: The seconds spent on tracing and compiling ``init`` and ``step``.
+        problem: The problem of the method, with what its features have learned from batches. Pass
+            this one to ``predict``.
+        state: The last state of the method. If ``fit`` was given a problem, it is the state of the
+            last method that ran: ``gnvpro`` if it has a field ``radius``, otherwise ``lbfgsvpro``
+            or ``broydenvpro``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, x: jnp.exp(-theta * x), vp.dense(bias=False))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> inputs = jnp.linspace(0, 1, 20)[:, None]
+        >>> data = inputs, 2 * jnp.exp(-3 * inputs)
+        >>> method = vp.lbfgsvpro(problem)
+        >>> solution = vp.fit(method, jnp.ones(1), data, epochs=3)
+        >>> solution
+        Solution: BUDGET. The work, the seconds or the epochs allowed are used up.
+          objective ... after 3 steps
+          ...
+        >>> solution.history["objective"].shape
+        (4,)
+        >>> method = method._replace(init=lambda *_: solution.state)
+        >>> vp.fit(method, solution.theta, data, max_work=200).status.name
+        'CONVERGED'
     """
 
     theta: Any
@@ -101,27 +139,78 @@ def fit(
 ) -> Solution:
     """Trains until the method ends or a budget is used up, whichever comes first.
 
-    In place of a method a problem may be given. It is trained with `gnvpro` where θ is small enough
-    for the curvature to be formed, in a way that the features allow and, where they couple samples,
-    by few passes. Where this has stalled, as it may in single precision and where the features have
-    kinks, and elsewhere from the start, it is trained by gradients: with `broydenvpro` up to some
-    thousand weights, and beyond with `lbfgsvpro`. The first entry of the history that belongs to a
-    second method is that of its start.
+    ``fit`` is a loop around the pure functions of a method: ``step``, or ``epoch`` if the method is
+    stochastic. It keeps a history, evaluates validation data and metrics, measures run time apart
+    from compile time and stops at a budget. The end of a budget, a stall and a non-finite objective
+    are statuses, not exceptions; the last good weights are returned.
 
-    `data` and `validation` are pairs (inputs, targets). Budgets: `max_work` in work units (one
-    forward or one backward pass over the data is one), `max_seconds` of run time, `epochs`, which
-    are the steps of a full-batch method; at least one must be given. Stochastic methods, and no
-    others, want a `batch_size`. `metrics` maps names to functions
-    (predictions, targets) -> scalar, evaluated on the data and on `validation`, to the columns
-    `train_<name>` and `validation_<name>`. These and the validation loss are evaluated at the
-    start, after every `evaluate_every` steps, or epochs, and at the end, and are NaN elsewhere.
+    If ``method`` is a problem, ``fit`` chooses among the full-batch methods:
 
-    A step, or epoch, that has to be compiled is run twice, as the first one mostly has. On CPU the
-    threads of BLAS are limited to one while `fit` runs (see `varprox.threads`). Bad data raise
-    TypeError or ValueError before anything runs, and so does a state that is taken up, by a method
-    that sees all of the data in every step, with other data or penalties than it was made with. The
-    end of the budget, a stall and a non-finite objective are statuses, not exceptions; the last
-    good weights come back.
+    - ``gnvpro`` if its cheapest form, ``curvature="auto"``, is one that forms the curvature. The
+      form ``"forward"``, which serves features that couple samples and takes one pass per weight,
+      is used for at most 20 weights.
+    - ``broydenvpro`` otherwise, and also after ``gnvpro`` if that stalls. It may stall in single
+      precision or if the features have kinks.
+    - ``lbfgsvpro`` in place of ``broydenvpro`` if the inverse Hessian would take more than 256 MiB
+      (5,792 weights in double precision), or more than 1 GiB (11,585 weights) if the features
+      couple samples.
+
+    Features without a derivative in reverse mode are trained by ``gnvpro`` alone. If a second
+    method takes over, its start adds an entry to the history; the budgets cover both methods.
+
+    A call that triggers compilation is executed a second time, to separate run time from compile
+    time. Usually only the first step is affected. On CPU, BLAS is limited to one thread while
+    ``fit`` runs (see ``varprox.threads``).
+
+    Arguments:
+        method: A ``Method`` such as ``vp.gnvpro(problem)``, or a ``Problem``, for which ``fit``
+            chooses.
+        theta: The initial nonlinear weights θ, a pytree of float32 or float64 arrays.
+        data: A pair (inputs, targets), batch first. Inputs are an array or a pytree of arrays.
+            Targets are (batch, outputs); under a convolutional head, which only ``slimtrain``
+            trains, they are images (batch, height, width, outputs).
+        validation: A pair like ``data``, or None. Its loss is the column ``validation_loss``.
+        metrics: A mapping from names to functions ``(predictions, targets) -> scalar``, or None.
+            Each is evaluated on ``data`` and on ``validation`` and fills the columns
+            ``train_<name>`` and ``validation_<name>``. The name ``"loss"`` is taken.
+        evaluate_every: The number of steps or epochs between evaluations of the metrics and the
+            validation loss, an integer ≥ 1. They are also evaluated at the start and at the end;
+            elsewhere they are NaN.
+        max_work: The budget in work units, a positive number or None. One unit is a forward or a
+            backward pass over the data.
+        max_seconds: The budget in seconds of run time, a positive number or None. Compilation and
+            evaluation do not count.
+        epochs: The budget in epochs, or in steps of a full-batch method, a positive number or None.
+            At least one of the three budgets must be given. The run ends after the first step that
+            reaches one.
+        batch_size: The number of samples per batch, an integer ≥ 1, for a stochastic method; None
+            for a full-batch method.
+        seed: The seed of the random key for ``init``, an integer ≥ 0. It fixes the batches of a
+            stochastic method; full-batch methods draw nothing.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A ``Solution`` with the weights, the history, the status and the last state.
+
+    Raises:
+        TypeError: If ``method`` is neither a method nor a problem, if data, θ or features have the
+            wrong type or dtype, if a metric does not return a number, or if a run is continued by
+            another method.
+        ValueError: If no budget is given, if an option is out of its range, or if the data do not
+            fit the problem or are not finite. Also if a run is continued with θ of other shapes or,
+            under a full-batch method, with other data or penalties. Bad data are refused before
+            anything runs.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, x: jnp.exp(-theta * x), vp.dense(bias=False))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> inputs = jnp.linspace(0, 1, 20)[:, None]
+        >>> data = inputs, 2 * jnp.exp(-3 * inputs)
+        >>> solution = vp.fit(problem, jnp.ones(1), data, max_work=100)
+        >>> print(solution.theta.round(2), solution.w.round(2), solution.status.name)
+        [3.] [[2.]] CONVERGED
     """
     following: list[Method] = []
     if isinstance(method, Problem):
@@ -210,19 +299,53 @@ def fit_levels(
     max_work: float | Sequence[float] | None = None,
     **options,
 ) -> Solution:
-    """`fit` from level to level, each beginning at the weights of the one before, prolonged.
+    """Trains from coarse to fine: runs ``fit`` level by level and prolongs θ in between.
 
-    On level k the method is `make(k, solution)` with the solution of level k − 1, None on level 0:
-    problems may differ in their penalties, not in their model. `prolong` carries θ over, such as
-    `varprox.networks.prolong`, which doubles the steps of a network in time. Options are those of
-    `fit`, and so are the budgets, on every level anew; of `max_work` there may be one for each.
+    A network that is a flow in time can be trained with few time steps, and so with few weights,
+    first. Each level starts from the prolonged weights of the level before. The problems of the
+    levels may differ in their penalties, not in their model.
 
-    The history is that of all levels, one below the other, with a column `level`; work units and
-    seconds add up, though a work unit costs more on a finer level. The first entry of each level
-    belongs to the prolonged weights, with NaN for what steps report; a level whose budget allows no
-    step has no other. A level that ends with a non-finite objective is the last.
-    Raises as `fit` does, TypeError for a `make` that cannot be called, and ValueError for `levels`
-    below one or not as many budgets as levels.
+    The history concatenates the levels, with a column ``level`` that counts from zero. Work units
+    and seconds accumulate, although a work unit costs more on a finer level. The first entry of
+    each level is its start, where the columns of the method's info are NaN. A level whose budget
+    allows no step has no other entry. If a level ends with a non-finite objective, no further level
+    runs.
+
+    Arguments:
+        make: A function ``(level, solution) -> method``. It gets the ``Solution`` of the level
+            before, or None on level 0, and returns a ``Method``.
+        theta: The initial nonlinear weights θ of level 0, a pytree.
+        data: A pair (inputs, targets), as for ``fit``.
+        levels: The number of levels, an integer ≥ 1.
+        prolong: A function that maps the θ of one level to the next, such as
+            ``varprox.networks.prolong``, which doubles the time steps of a network.
+        max_work: The budget of each level in work units, or a sequence with one budget per level.
+        **options: The other options of ``fit``. ``max_seconds`` and ``epochs`` also are budgets of
+            each level.
+
+    Returns:
+        The ``Solution`` of the last level, with the history and the compile time of all levels.
+
+    Raises:
+        TypeError: If ``make`` is not a function, and as ``fit`` does.
+        ValueError: If ``levels`` is not an integer ≥ 1, if ``max_work`` is a sequence with another
+            number of entries, and as ``fit`` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> def features(theta, z):  # one Euler step per weight
+        ...     for weight in theta:
+        ...         z = z + jnp.tanh(weight * z) / len(theta)
+        ...     return z
+        >>> problem = vp.Problem(vp.Separable(features), vp.least_squares(), theta_penalty=1e-3)
+        >>> inputs = jnp.linspace(-1, 1, 20)[:, None]
+        >>> solution = vp.fit_levels(
+        ...     lambda level, before: vp.lbfgsvpro(problem), jnp.ones(1), (inputs, inputs**3),
+        ...     levels=2, prolong=lambda theta: jnp.repeat(theta, 2), epochs=2,
+        ... )
+        >>> solution.theta.shape, solution.history["level"].tolist()
+        ((2,), [0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
     """
     if not callable(make):
         raise TypeError(f"make: expected a function (level, solution) -> Method, got {make!r:.80}")

@@ -1,8 +1,4 @@
-"""GNvpro: trust-region Gauss–Newton–Krylov on the reduced objective.
-
-Source: Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, algorithm 3.1. Imports the
-mathematics (quadratic, reduced, projection) and the trust region below it.
-"""
+"""GNvpro: trust-region Gauss–Newton–Krylov on the reduced objective."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,7 +38,24 @@ ROUNDINGS = 10  # by which a prediction may be off
 
 
 class State(NamedTuple):
-    """The weights and what the next iteration starts from."""
+    """The weights of GNvpro and what its next step starts from.
+
+    Attributes:
+        theta: The nonlinear weights θ.
+        w: The last layer W(θ), (columns, outputs).
+        projection: W(θ) and what speeds up the next solve for it.
+        objective: Φ at these weights.
+        error: The estimated rounding error of a prediction.
+        decrease: The decrease of Φ in the last accepted step; Φ itself at the start.
+        radius: The trust-region radius for the next step; infinite if it has to be chosen anew.
+        shift: The multiplier σ of the last step, for which (H + σ I) s = −g.
+        norm: Defines the variables in which the trust region is a ball.
+        low: The number of steps in a row with a low gain ratio at their first trial.
+        idle: The number of steps in a row that gained less than rounding of Φ.
+        newton: Whether products with the full Hessian are in use.
+        work_units: The work units so far.
+        status: The number of a ``Status``.
+    """
 
     theta: Any
     w: jax.Array
@@ -61,8 +74,20 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one iteration did; `objective` belongs to the weights after it, `gradient_norm` to those
-    before."""
+    """What one step of GNvpro did.
+
+    Attributes:
+        objective: Φ at the weights after the step.
+        gradient_norm: ‖∇Φ_red‖ at the weights before the step.
+        radius: The trust-region radius of the first trial point.
+        ratio: The gain ratio of the last trial point, the actual over the promised decrease.
+        accepted: Whether a trial point was accepted. If not, the weights have not changed.
+        products: The number of products with the curvature; 0 if the curvature is formed.
+        trials: The number of trial points, each with a forward pass and a solve for W.
+        w_products: The number of products in the last solve for W; 0 under least squares.
+        newton: Whether the products were with the full Hessian.
+        curvature: The form of the model, a number of ``varprox.quadratic.Form``.
+    """
 
     objective: jax.Array
     gradient_norm: jax.Array
@@ -97,68 +122,151 @@ def gnvpro(
     w_curvature: bool = True,
     kaufman: bool | None = None,
 ) -> Method:
-    """The full-batch method of choice for small and medium problems.
+    """Trust-region Gauss–Newton on the reduced objective, for small and medium problems.
 
-    Each step minimises the Gauss–Newton model of the reduced objective in a trust region.
-    `curvature` says how; inside the trust region all lead to the same step if the Krylov space is
-    full, `kaufman` is False and nothing learnt is in use:
+    Each step minimises a Gauss–Newton model of Φ_red(θ) in a trust region. The model accounts for
+    the change of W with θ. Every step uses all data. This is the full-batch method of choice for
+    high accuracy and for few or expensive samples, up to some thousand weights. ``lbfgsvpro`` and
+    ``broydenvpro`` take cheaper steps, from gradients alone.
 
-    - "krylov": in a Krylov space of at most `rank` dimensions, ending earlier when a further
-      product adds less than the fraction `flat` of the model's decrease. Up to `memory` directions
-      in which earlier Krylov spaces found the curvature large precondition the next one; each takes
-      as much memory as θ. The trust region is a ball in the variables so preconditioned. They are
-      whitened at the start of the run (see `varprox.whitening`) if `whiten`, which pays in the
-      first steps where inputs are many and correlated, such as spectra. When gain ratios stay low,
-      products with the full Hessian take over.
-    - "dense": from the whole matrix, formed by rows, for each sample one an output or, where these
-      are fewer, a column of the design rows; the features must treat every sample by itself. The
-      trust region is an ellipsoid that follows the matrix's diagonal. For up to some thousand
-      weights, and for high accuracy. A step that fails is tried once more with a second-order
-      correction, which bends it along the valley, where the rows take at most 128 MiB and are kept.
-    - "kernel": from the singular values of these rows, where they are fewer than the weights. It
-      needs a Tikhonov penalty on all of θ, or none, and measures steps in θ itself. Steps that fail
-      are corrected, too.
-    - "forward": as "dense", but the matrix comes from forward passes of all samples together, one
-      for each weight. For features that couple samples or have no derivative in reverse mode, and
-      up to some hundred weights.
-    - "auto": of those that the features allow the one with the fewest operations a step, where two
-      steps in a Krylov space count as one of the others. The method's info holds the number it has
-      in `varprox.quadratic.Form`.
+    ``curvature`` selects the form of the model:
 
-    What the features allow is found out at the start, from three samples: "dense" and "kernel" ask
-    that a sample have the same features alone as in the batch, and a derivative in reverse mode;
-    "krylov" asks for both modes, "forward" for forward mode. A form that they do not allow is
-    refused with a ValueError, which names those that they do.
+    - ``"krylov"`` uses products with the curvature, in a Krylov space of at most ``rank``
+      dimensions. Up to ``memory`` directions in which earlier Krylov spaces found large curvature
+      precondition the next one. The trust region is a ball in the preconditioned variables. If the
+      first trial point of three steps in a row has a gain ratio below ½, products with the full
+      Hessian take over. The features need derivatives in forward and in reverse mode.
+    - ``"dense"`` assembles the full Gauss–Newton matrix sample by sample, with one row per output
+      (under least squares one per column of the design rows, if those are fewer). The trust region
+      is an ellipsoid that follows the diagonal of the matrix. This form suits high accuracy and up
+      to some thousand weights. The features must act on each sample independently and have a
+      derivative in reverse mode.
+    - ``"kernel"`` takes the singular values of these rows, which is cheaper if there are fewer rows
+      than weights. Steps are measured in θ itself. The penalty on θ must be Tikhonov's on all of θ,
+      or none. The features must be as for ``"dense"``.
+    - ``"forward"`` is ``"dense"`` with a matrix from forward passes of all samples together, one
+      pass per weight. This form suits features that couple samples or have no derivative in reverse
+      mode, up to some hundred weights. The features need a derivative in forward mode.
+    - ``"auto"`` selects, among the forms that the features allow, the one with the fewest
+      operations per step. Krylov spaces are counted at their full dimension, and two steps in them
+      count as one step of another form. A matrix with more than 2²⁸ entries is formed only if every
+      form that the features allow has one. ``info.curvature`` tells the selected form.
 
-    If `kaufman`, formed matrices leave out what the derivative of the projection adds where the
-    residual is not zero, as Kaufman does. This spares passes where there are fewer outputs than
-    columns of the design rows; None stands for True there and for False elsewhere. The rest of what
-    vanishes with the residual "dense" and "forward" learn from gradients (see `varprox.secant`);
-    they use it once three steps in a row have been predicted with a quarter of the error that there
-    is without it, and for as long as it is the better of both.
+    ``init`` finds out what the features allow: it traces them, and it compares three samples
+    evaluated alone with the same samples in the batch. Inside the trust region all forms lead to
+    the same step if the Krylov space is full, ``kaufman`` is False and no learnt curvature is in
+    use.
 
-    The Krylov space is that of the publication with `memory` 0, `flat` 0, `hand_over` False and
-    `w_curvature` False, which leaves α₂ J_WᵀJ_W out of the Gauss–Newton matrix, as the authors'
-    implementation does under cross entropy.
+    All forms but ``"krylov"`` retry a rejected trial point once with a second-order correction,
+    which bends the step along the curved valley. The correction itself takes no pass over the data.
+    ``"dense"`` has it only if the rows take at most 128 MiB.
 
-    The first radius is √(2 Φ) in variables in which the largest curvature is about one: no variable
-    moves the residuals by more than their size. It is cut to ten lengths of θ, but to no less than
-    a tenth of √(2 Φ). A first step is taken only if its gain ratio is at least ¼. Decreases in the
-    size of rounding are measured by gradients.
+    The Gauss–Newton matrix omits a part of the Hessian that vanishes with the residual. ``"dense"``
+    and ``"forward"`` estimate this part from gradients (see ``varprox.secant``) if the estimate
+    takes at most 128 MiB and, under ``"dense"``, the rows do, too. The estimate enters the model
+    once it has predicted the decrease of three steps in a row with less than a quarter of the error
+    without it. It stays as long as it predicts better.
 
-    The run has converged when a model without what is learnt gains no more than the fraction
-    `tolerance` of Φ within the distance that θ has from zero; or, if half of the digits of Φ are
-    known, no more than rounding, there and where the residuals move by their size. The last step
-    must not have gained more than this either. A `tolerance` of None stands for eps^¾, 2e-12 or
-    6e-6. Where no step of ten is accepted the next iteration goes on with the shrunken radius.
-    Where three steps in a row gain less than rounding of Φ the trust region begins anew, and after
-    three more the run ends: CONVERGED if half of the digits are known, or the residual is next to
-    nothing beside the targets. Else it has stalled, as it has when rounding swallows the steps.
+    The first radius is r = √(2 Φ / κ), where κ is the largest curvature of the model. A step of
+    this length changes the residuals by about their own size. If ten lengths of θ are shorter, the
+    radius is ten lengths of θ, but at least r / 10. The first step is accepted only with a gain
+    ratio above ¼. A step tries at most ten points; if it accepts none, the next step continues with
+    the shrunken radius. Decreases below rounding of Φ are measured by gradients.
 
-    Work units: in a Krylov space 2 a step and 2 a product (4 with the full Hessian), and 2 for the
-    whitening, an upper bound; with "forward" 1 a step and 1 a weight; with rows 1 a step and 1 a
-    column of the design rows, or if `kaufman` 1 an output where these are fewer; 1 for the start
-    and 1 a trial point. `data` is all of it at every step.
+    The run ends with one of these statuses:
+
+    - CONVERGED if the model, without the learnt estimate, promises a decrease of at most
+      ``tolerance`` · Φ within a distance of ‖θ‖, and the last step gained no more than that, up to
+      rounding.
+    - CONVERGED if rounding leaves at least half of the digits of Φ, the model promises no more than
+      rounding within ‖θ‖ and within r, and the last step gained no more than ``tolerance`` · Φ.
+    - CONVERGED if the residual is at the level of rounding and negligible beside the targets.
+    - CONVERGED or STALLED after six steps in a row that gained less than rounding of Φ. After the
+      first three of them the trust region is reset. The status is CONVERGED if rounding leaves at
+      least half of the digits of Φ or if the residual is negligible beside the targets.
+    - STALLED if the radius has shrunk to rounding of θ.
+    - FLAT if the gradient is zero at the start and the objective is not.
+    - NON_FINITE if the objective, the gradient or the curvature is not finite.
+
+    Work units, one being a forward or a backward pass over the data:
+
+    =================================  ========================================================
+    Part                               Work units
+    =================================  ========================================================
+    start                              1
+    whitening, with ``whiten``         2, an upper bound
+    trial point                        1
+    step, ``"krylov"``                 2, and 2 per product (4 per product with the Hessian)
+    step, ``"dense"``, ``"kernel"``    1, and 1 per column of the design rows; with ``kaufman``
+                                       1 per output if these are fewer
+    step, ``"forward"``                1, and 1 per weight
+    =================================  ========================================================
+
+    If the rows of ``"dense"`` take more than 128 MiB, they are computed twice per step but counted
+    once.
+
+    Arguments:
+        problem: The problem to train. The head must be dense, and the features must not learn from
+            batches.
+        curvature: The form of the model, ``"auto"``, ``"krylov"``, ``"dense"``, ``"kernel"`` or
+            ``"forward"``. Changing it recompiles.
+        rank: The largest dimension of the Krylov space, an integer ≥ 1. Only ``"krylov"`` uses it,
+            and ``"auto"`` to count operations. Changing it recompiles.
+        memory: The number of directions that precondition ``"krylov"``, an integer ≥ 0. Each takes
+            as much memory as θ. Changing it recompiles.
+        flat: The Krylov space ends if a further product adds less than this fraction of the model's
+            decrease, a number ≥ 0 and below 1. Changing it does not recompile.
+        tolerance: The relative decrease at which the run has converged, a number ≥ 0. None stands
+            for eps^¾, which is 2e-12 in double and 6e-6 in single precision. Changing a number does
+            not recompile.
+        hand_over: Whether ``"krylov"`` may hand over to products with the full Hessian. Changing it
+            does not recompile.
+        whiten: Whether ``"krylov"`` whitens its variables at the start of the run (see
+            ``varprox.whitening``). This helps in the first steps if the inputs are many and
+            correlated, such as spectra. Changing it recompiles.
+        w_curvature: Whether the Gauss–Newton products of ``"krylov"`` include α₂ J_Wᵀ J_W, where α₂
+            is the ``w_penalty`` and J_W the derivative of W(θ). Changing it recompiles.
+        kaufman: Whether the forms other than ``"krylov"`` use Kaufman's approximation. It drops the
+            part of the projection's derivative that is proportional to the residual, and so saves
+            passes if there are fewer outputs than columns of the design rows. None stands for True
+            in this case and for False otherwise. Changing it recompiles.
+
+    Returns:
+        A full-batch ``Method``, a pair of pure functions. ``state = method.init(theta, data)``
+        checks the data and solves for the first W. ``state, info = method.step(state, data)`` takes
+        one step. The state is a ``varprox.gnvpro.State``, the info a ``varprox.gnvpro.Info``.
+
+    Raises:
+        TypeError: If ``problem`` is not a ``Problem``, ``flat`` or ``tolerance`` is not a number,
+            or a flag is not a bool. ``init`` raises it for data, θ or features of the wrong type.
+        ValueError: If an option is out of its range, or if ``curvature`` is ``"kernel"`` and the
+            penalty on θ is not Tikhonov's. ``init`` raises it for data that do not fit the problem,
+            and for a form that the features do not allow; the message names the forms that they
+            allow.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, x: jnp.exp(-theta * x), vp.dense(bias=False))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> inputs = jnp.linspace(0, 1, 20)[:, None]
+        >>> data = inputs, 2 * jnp.exp(-3 * inputs)
+        >>> method = vp.gnvpro(problem, curvature="dense")
+        >>> state = method.init(jnp.ones(1), data)
+        >>> state, info = method.step(state, data)
+        >>> bool(info.accepted), state.w.shape
+        (True, (1, 1))
+        >>> solution = vp.fit(method, jnp.ones(1), data, max_work=100)
+        >>> print(solution.theta.round(2), solution.w.round(2))
+        [3.] [[2.]]
+
+    Source:
+        Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, algorithm 3.1. The Krylov
+        space of the publication is ``"krylov"`` with ``memory=0``, ``flat=0``, ``hand_over=False``
+        and ``w_curvature=False``; the authors' implementation omits α₂ J_Wᵀ J_W under cross
+        entropy. Kaufman, BIT 15 (1975), for the approximation; Transtrum, Sethna, arXiv:1201.5885,
+        for the correction; Dennis, Gay, Welsch, ACM Trans. Math. Softw. 7 (1981), for the learnt
+        curvature.
     """
     check_problem(problem)
     forms = ["auto", *(form.name.lower() for form in Form)]

@@ -1,8 +1,8 @@
 """Linear last layers, each as a map from features to design rows.
 
-A head turns features `z` into rows `Z` with `prediction = Z @ w`; everything that solves for or
-differentiates through `w` is written once, for rows. What the structure of a head makes cheaper
-than its rows, products with them and their Gram matrix, it does itself. Imports checks.
+A head turns features z into design rows Z with ``prediction = Z @ w``. Whatever solves for W, or
+differentiates W(θ), is written once, for design rows. A head overrides the products with its rows,
+and their Gram matrix, if its structure makes them cheaper.
 """
 
 from dataclasses import dataclass
@@ -29,30 +29,50 @@ class Moments(NamedTuple):
 
 
 class Head:
-    """A last layer given by its design rows. For one of your own, such as a linear operator that
-    acts on the features, write `rows`; heads of equal settings should be equal, as those of a
-    frozen dataclass are, so that nothing compiles twice."""
+    """A linear last layer, given by its design rows.
+
+    The library's own heads are made by `dense`, `conv` and `conv_transpose`. For another one, such
+    as a linear operator that acts on the features, subclass `Head` and write `rows`; the other
+    methods follow from it. The training methods ask that `rows` maps features (batch, m) to rows
+    (batch, columns), and that a row depends only on the features of its own sample.
+
+    Heads with equal settings should be equal and hashable, as instances of a frozen dataclass are.
+    Otherwise a new head makes everything compile again.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> @dataclass(frozen=True)
+        ... class Quadratic(vp.Head):
+        ...     def rows(self, z):
+        ...         return jnp.concatenate([z, z**2], axis=1)
+        >>> z, w = jnp.ones((5, 3)), jnp.ones((6, 1))
+        >>> Quadratic().apply(z, w).shape
+        (5, 1)
+    """
 
     def rows(self, z: jax.Array) -> jax.Array:
-        """Features to design rows (rows, columns)."""
+        """Design rows (batch, columns) of the features z."""
         raise NotImplementedError
 
     def apply(self, z: jax.Array, w: jax.Array) -> jax.Array:
-        """rows @ w, shaped like the targets, (rows, outputs)."""
+        """The predictions ``rows @ w``, shaped like the targets: (batch, outputs)."""
         return self.rows(z) @ w
 
     def adjoint(self, z: jax.Array, y: jax.Array) -> jax.Array:
-        """rowsᵀ y for y shaped like the predictions, (columns, outputs)."""
+        """rowsᵀ y, (columns, outputs), for y shaped like the predictions."""
         rows = self.rows(z)
         return rows.T @ y.reshape(len(rows), -1)
 
     def gram(self, z: jax.Array) -> jax.Array:
-        """rowsᵀ rows, (columns, columns)."""
+        """The Gram matrix rowsᵀ rows, (columns, columns)."""
         rows = self.rows(z)
         return rows.T @ rows
 
     def moments(self, z: jax.Array, w: jax.Array, targets: jax.Array) -> Moments:
-        """What a step for W has to know of the batch at `w`, for targets like the predictions."""
+        """What a step for W needs to know of a batch at `w`; targets are shaped like
+        predictions."""
         residual = self.apply(z, w) - targets
         return Moments(self.gram(z), self.adjoint(z, residual), jnp.sum(residual**2))
 
@@ -64,15 +84,15 @@ class DenseHead(Head):
     bias: bool = True
 
     def rows(self, z: jax.Array) -> jax.Array:
-        """Features (batch, m) to design rows (batch, m + 1), or (batch, m) without bias."""
+        """Design rows (batch, m + 1) of features (batch, m); without bias they are the features."""
         return _with_ones(z) if self.bias else z
 
     def pack(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """`w` from a kernel (m, outputs) and a bias (outputs,), or None without bias."""
+        """W of a kernel (m, outputs) and a bias (outputs,) or None."""
         return kernel if bias is None else jnp.vstack([kernel, bias])
 
     def unpack(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Kernel and bias, the inverse of `pack`."""
+        """The kernel and the bias of W, the inverse of `pack`."""
         return (w[:-1], w[-1]) if self.bias else (w, None)
 
 
@@ -86,22 +106,21 @@ class ConvHead(Head):
     bias: bool
 
     def rows(self, z: jax.Array) -> jax.Array:
-        """Features (batch, height, width, channels) to design rows (batch · height' · width',
-        columns), pixels in row-major order."""
+        """Design rows (batch · height' · width', columns) of features (batch, height, width,
+        channels), pixels in row-major order."""
         return self._rows(_patches(_padded(z, self.padding), self.kernel_size, self.stride))
 
     def apply(self, z: jax.Array, w: jax.Array) -> jax.Array:
-        """rows @ w as images, (batch, height', width', outputs)."""
+        """The predictions ``rows @ w`` as images, (batch, height', width', outputs)."""
         return self._images(z, w, self.padding, self.stride)
 
     def pack(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """`w` from a kernel (height, width, channels, outputs) and a bias (outputs,), or None
-        without bias."""
+        """W of a kernel (height, width, channels, outputs) and a bias (outputs,) or None."""
         w = jnp.moveaxis(kernel, 2, 0).reshape(-1, kernel.shape[-1])
         return w if bias is None else jnp.vstack([w, bias])
 
     def unpack(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Kernel and bias, the inverse of `pack`."""
+        """The kernel and the bias of W, the inverse of `pack`."""
         w, bias = (w[:-1], w[-1]) if self.bias else (w, None)
         return jnp.moveaxis(w.reshape(-1, *self.kernel_size, w.shape[1]), 0, 2), bias
 
@@ -128,29 +147,30 @@ class ConvTransposeHead(ConvHead):
     """The transpose of a convolution as last layer: see `conv_transpose`."""
 
     def rows(self, z: jax.Array) -> jax.Array:
-        """Features (batch, height, width, channels) to design rows (batch · height' · width',
-        columns), pixels in row-major order."""
+        """Design rows (batch · height' · width', columns) of features (batch, height, width,
+        channels), pixels in row-major order."""
         spread = _padded(z, self._margins(), self.stride)
         return self._rows(_patches(spread, self.kernel_size, (1, 1))[..., ::-1])
 
     def apply(self, z: jax.Array, w: jax.Array) -> jax.Array:
-        """rows @ w as images, (batch, height', width', outputs)."""
+        """The predictions ``rows @ w`` as images, (batch, height', width', outputs)."""
         return self._images(z, w, self._margins(), (1, 1), self.stride)
 
     def adjoint(self, z: jax.Array, y: jax.Array) -> jax.Array:
-        """rowsᵀ y for images y (batch, height', width', outputs), shaped like w."""
+        """rowsᵀ y for images y (batch, height', width', outputs), shaped like W."""
         patches = _patches(_padded(y, self.padding), self.kernel_size, self.stride)
         w = jnp.einsum("bhwc,bhwot->cto", z, patches).reshape(-1, y.shape[-1])
         return jnp.vstack([w, y.sum((0, 1, 2))]) if self.bias else w
 
     def gram(self, z: jax.Array) -> jax.Array:
-        """rowsᵀ rows, (columns, columns).
+        """The Gram matrix rowsᵀ rows, (columns, columns).
 
-        If the padding cut off no pixels, the entries for two taps would depend on their difference
-        alone: products of features with those so far beside them, summed over all pixels. There are
-        few such sums. What features at the edges add to them through pixels that are cut off is
-        subtracted. For stride 2 and kernels of 4 × 4 this takes an eighth of the operations of the
-        product of the rows without their zeros.
+        If the padding cut off no pixels, the entries for two taps would depend only on the
+        difference of the taps: they would be products of features with the features so far beside
+        them, summed over all pixels. There are few such sums. Features near the edges contribute to
+        them through pixels that are cut off; these contributions are subtracted. For stride 2 and
+        kernels of 4 × 4 this takes an eighth of the operations of the product of the rows without
+        their zeros.
         """
         _check_images(z)
         images, *size, channels = z.shape
@@ -173,12 +193,14 @@ class ConvTransposeHead(ConvHead):
         return jnp.block([[gram, border[:-1]], [border.T]])
 
     def pack(self, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
-        """`w` from a kernel (height, width, channels, outputs) and a bias (outputs,), or None
-        without bias. The taps come in flax's order, which is the reverse of PyTorch's."""
+        """W of a kernel (height, width, channels, outputs) and a bias (outputs,) or None.
+
+        The taps come in flax's order, which is the reverse of PyTorch's.
+        """
         return super().pack(kernel[::-1, ::-1], bias)
 
     def unpack(self, w: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-        """Kernel and bias, the inverse of `pack`."""
+        """The kernel and the bias of W, the inverse of `pack`."""
         kernel, bias = super().unpack(w)
         return kernel[::-1, ::-1], bias
 
@@ -259,10 +281,27 @@ def _with_ones(rows):
 
 
 def dense(bias: bool = True) -> DenseHead:
-    """A fully connected last layer, `prediction = z @ kernel + bias`.
+    """A fully connected last layer, ``prediction = z @ kernel + bias``.
 
-    Its weights are one array `w` of shape (m + 1, outputs), the bias being the last row, or
-    (m, outputs) without bias.
+    Its weights are one array W of shape (m + 1, outputs), whose last row is the bias; without bias
+    the shape is (m, outputs). The head's ``pack(kernel, bias)`` and ``unpack(w)`` convert between
+    the two forms.
+
+    Arguments:
+        bias: True, the default, for a layer with a bias; False for one without.
+
+    Returns:
+        The head, which turns features (batch, m) into design rows (batch, m + 1), or (batch, m)
+        without bias.
+
+    Raises:
+        TypeError: If `bias` is neither True nor False.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> print(vp.dense().rows(jnp.array([[2.0, 3.0]])))
+        [[2. 3. 1.]]
     """
     if not isinstance(bias, bool):
         raise TypeError(f"bias: expected True or False, got {bias!r}")
@@ -276,11 +315,40 @@ def conv(
     padding: tuple[int, int] = (0, 0),
     bias: bool = True,
 ) -> ConvHead:
-    """A convolution over features (batch, height, width, channels), zeros beyond their edges.
+    """A convolution as the last layer.
 
-    `padding` is the number of these zeros on both sides of either axis. A row is what one output
-    pixel sees: its columns are ordered by channel, kernel row and kernel column, and the last one
-    belongs to the bias. So `w` is (channels · taps + 1, outputs).
+    It acts on features (batch, height, width, channels) and does not flip its kernel, as in flax
+    and PyTorch. An axis of n pixels gives ⌊(n + 2 · padding − kernel size) / stride⌋ + 1 output
+    pixels.
+
+    Every output pixel has a design row: the features that the kernel covers there, ordered by
+    channel, kernel row and kernel column, then a one for the bias. So W has shape (channels · taps
+    + 1, outputs), where taps = kernel height · kernel width. The head's ``pack(kernel, bias)`` and
+    ``unpack(w)`` convert between W and a kernel (height, width, channels, outputs) with a bias
+    (outputs,).
+
+    Models with this head are trained by `slimtrain`. Full-batch methods and `solve_w` refuse them.
+
+    Arguments:
+        kernel_size: Height and width of the kernel, integers ≥ 1.
+        stride: Pixels from one output to the next, along height and width, integers ≥ 1.
+        padding: Zeros added on both sides, along height and width, integers ≥ 0.
+        bias: True, the default, for a layer with a bias; False for one without.
+
+    Returns:
+        The head, whose predictions are images (batch, height', width', outputs).
+
+    Raises:
+        TypeError: If `kernel_size`, `stride` or `padding` is not a pair, or if `bias` is neither
+            True nor False.
+        ValueError: If a number in a pair is not an integer, or is too small.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> head = vp.conv((3, 3), padding=(1, 1))
+        >>> head.rows(jnp.zeros((2, 4, 4, 1))).shape  # 2 · 4 · 4 output pixels, 9 taps and the bias
+        (32, 10)
     """
     return ConvHead(*_checked(kernel_size, stride, padding, bias))
 
@@ -292,11 +360,40 @@ def conv_transpose(
     padding: tuple[int, int] = (0, 0),
     bias: bool = True,
 ) -> ConvTransposeHead:
-    """The transpose of `conv`: tap k of the kernel leads from input pixel i to output pixel
-    i · stride − padding + k, as in PyTorch.
+    """A transposed convolution as the last layer.
 
-    Outputs have (n − 1) · stride − 2 · padding + kernel size pixels along an axis of n. Columns are
-    ordered as in `conv`.
+    It is the transpose of `conv`, for features (batch, height, width, channels): tap k of the
+    kernel leads from input pixel i to output pixel i · stride − padding + k, as in PyTorch. An axis
+    of n pixels gives (n − 1) · stride − 2 · padding + kernel size output pixels.
+
+    Every output pixel has a design row, with columns ordered as for `conv`. So W has shape
+    (channels · taps + 1, outputs), where taps = kernel height · kernel width. The head's
+    ``pack(kernel, bias)`` and ``unpack(w)`` convert between W and flax's kernel (height, width,
+    channels, outputs) with a bias (outputs,); flax orders taps in reverse of PyTorch.
+
+    Models with this head are trained by `slimtrain`. Full-batch methods and `solve_w` refuse them.
+
+    Arguments:
+        kernel_size: Height and width of the kernel, integers ≥ 1.
+        stride: Output pixels from one input to the next, along height and width, integers ≥ 1.
+        padding: Output pixels cut off on both sides, along height and width, integers ≥ 0.
+        bias: True, the default, for a layer with a bias; False for one without.
+
+    Returns:
+        The head, whose predictions are images (batch, height', width', outputs).
+
+    Raises:
+        TypeError: If `kernel_size`, `stride` or `padding` is not a pair, or if `bias` is neither
+            True nor False.
+        ValueError: If a number in a pair is not an integer, or is too small.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> head = vp.conv_transpose((4, 4), stride=(2, 2), padding=(1, 1))
+        >>> z, w = jnp.zeros((2, 4, 4, 3)), jnp.zeros((3 * 16 + 1, 1))
+        >>> head.apply(z, w).shape  # twice the height and width
+        (2, 8, 8, 1)
     """
     return ConvTransposeHead(*_checked(kernel_size, stride, padding, bias))
 

@@ -1,8 +1,8 @@
 """Convex losses: value, gradient and curvature in the predictions.
 
-Predictions and targets are (batch, outputs); every loss is a mean over the batch, so its gradient
-and its Hessian carry the factor 1 / batch. Losses are hashable, and equal when built alike, which
-lets compiled functions be reused. Imports checks.
+Predictions and targets are (batch, outputs). Every loss is a mean over the batch, so its gradient
+and its Hessian carry the factor 1 / batch. Losses are hashable, and equal if built alike, which
+lets compiled functions be reused.
 """
 
 from collections.abc import Callable
@@ -175,26 +175,102 @@ class Logistic(Loss):
 
 
 def least_squares() -> LeastSquares:
-    """½ mean over samples of ‖prediction − target‖²; any real targets (batch, outputs)."""
+    """The least-squares loss, ½ mean ‖prediction − target‖².
+
+    The mean is over samples; the squares of a sample's outputs are added up. Under this loss W(θ)
+    has a direct solution, which is computed by an orthogonal factorisation of the design rows.
+    Targets are any finite numbers, shaped like the predictions.
+
+    Returns:
+        The loss. Its ``value(predictions, targets)`` is a scalar, and its
+        ``gradient(predictions, targets)`` the derivative in the predictions.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> predictions, targets = jnp.array([[1.0, 2.0]]), jnp.zeros((1, 2))
+        >>> float(vp.least_squares().value(predictions, targets))  # (1² + 2²) / 2
+        2.5
+    """
     return LeastSquares()
 
 
 def softmax_cross_entropy() -> SoftmaxCrossEntropy:
-    """Multinomial cross entropy; targets (batch, classes) are one-hot rows or probabilities."""
+    """The multinomial cross entropy, −mean Σ target · log softmax(prediction).
+
+    The sum is over classes, the mean over samples. Predictions are logits (batch, classes). Targets
+    (batch, classes) are one-hot rows or probabilities: entries of at least 0 and rows that sum to
+    1. ``jax.nn.one_hot(labels, classes)`` makes such rows from integer labels; other targets raise
+    ValueError as soon as a method sees them. The loss needs a positive `w_penalty`, because classes
+    that a hyperplane separates have no best W without one.
+
+    Returns:
+        The loss. Its ``value(predictions, targets)`` is a scalar, and its
+        ``gradient(predictions, targets)`` the derivative in the predictions, (batch, classes).
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> targets = jax.nn.one_hot(jnp.array([0, 2]), 3)
+        >>> value = vp.softmax_cross_entropy().value(jnp.zeros((2, 3)), targets)
+        >>> round(float(value), 3)  # log 3
+        1.099
+    """
     return SoftmaxCrossEntropy()
 
 
 def logistic() -> Logistic:
-    """Binary cross entropy of each output; targets (batch, outputs) lie in [0, 1]."""
+    """The binary cross entropy of each output, mean Σ (log(1 + exp(p)) − t p).
+
+    The sum is over outputs, each with its own yes or no, and the mean over samples. Predictions p
+    are logits (batch, outputs). Targets t (batch, outputs) lie in [0, 1]; others raise ValueError
+    as soon as a method sees them. The loss needs a positive `w_penalty`, because samples that a
+    hyperplane separates have no best W without one.
+
+    Returns:
+        The loss. Its ``value(predictions, targets)`` is a scalar, and its
+        ``gradient(predictions, targets)`` the derivative in the predictions, (batch, outputs).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> value = vp.logistic().value(jnp.zeros((4, 1)), jnp.ones((4, 1)))
+        >>> round(float(value), 3)  # log 2
+        0.693
+    """
     return Logistic()
 
 
 def convex_loss(fn: Callable[[jax.Array, jax.Array], jax.Array]) -> ConvexLoss:
-    """A user's loss: the mean over samples of `fn(prediction, target)`.
+    """A loss of your own, the mean over samples of ``fn(prediction, target)``.
 
-    `fn` maps one prediction (outputs,) and one target (outputs,) to a scalar. It must be convex and
-    twice differentiable in the prediction; gradient and curvature come from automatic
-    differentiation.
+    Its gradient and curvature come from automatic differentiation. Two losses are equal if their
+    functions are, so define `fn` once and not anew in every iteration of a loop.
+
+    When a method first sees the data, it checks `fn` near four of the targets: ValueError is raised
+    if a second derivative is negative there, and TypeError if the result is not a scalar of the
+    targets' dtype.
+
+    Arguments:
+        fn: A function of one prediction (outputs,) and one target (outputs,) to a scalar. It must
+            be convex in the prediction, twice differentiable in it, and traceable by JAX.
+
+    Returns:
+        The loss. Its ``value(predictions, targets)`` is a scalar, and its
+        ``gradient(predictions, targets)`` the derivative in the predictions, (batch, outputs).
+
+    Raises:
+        TypeError: If `fn` is not callable.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> def poisson(prediction, target):  # counts, whose expectation is exp(prediction)
+        ...     return jnp.sum(jnp.exp(prediction) - target * prediction)
+        >>> loss = vp.convex_loss(poisson)
+        >>> float(loss.value(jnp.zeros((4, 2)), jnp.ones((4, 2))))
+        2.0
     """
     if not callable(fn):
         raise TypeError(f"fn: expected a function of one prediction and one target, got {fn!r}")

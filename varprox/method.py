@@ -1,7 +1,4 @@
-"""What a training method is: a pair of pure functions, and the words for how a run stands.
-
-Imports nothing of the package.
-"""
+"""What a training method is: a pair of pure functions, and the words for how a run stands."""
 
 from collections.abc import Callable
 from enum import IntEnum
@@ -9,7 +6,29 @@ from typing import Any, NamedTuple
 
 
 class Status(IntEnum):
-    """How a run stands; `state.status` holds the number, and `message` is its sentence."""
+    """How a run stands, or why it has ended.
+
+    `state.status` of a method holds the number, `Solution.status` the member; `message` is a
+    sentence that explains it.
+
+    Attributes:
+        RUNNING: The run has not ended.
+        CONVERGED: What another step could gain is below the tolerance.
+        STALLED: No step lowers the objective, though the model of the objective promises a decrease
+            above the tolerance.
+        NON_FINITE: The objective or its gradient is NaN or infinite. The weights are the last good
+            ones.
+        BUDGET: The work, the seconds or the epochs allowed are used up.
+        FLAT: The gradient is exactly zero at the start, so no step can be found. This happens if no
+            feature depends on θ, or if the last layer uses none. Start from other weights.
+
+    Example:
+        >>> import varprox as vp
+        >>> vp.Status(1)
+        <Status.CONVERGED: 1>
+        >>> vp.Status.CONVERGED.message
+        'What another step could gain is below the tolerance.'
+    """
 
     RUNNING = 0
     CONVERGED = 1
@@ -38,17 +57,38 @@ _MESSAGES = {
 
 
 class Method(NamedTuple):
-    """A training method for a problem.
+    """A training method for a problem: a pair of pure functions, `init` and `step`.
 
-    `state = init(theta, data, key)` and `state, info = step(state, data)` are pure and may be used
-    inside the caller's own `jit`, `vmap` or `scan`. A state has at least the fields `theta`, `w`,
-    `objective` (Φ at these weights), `work_units` (spent so far) and `status`; `info` is a
-    NamedTuple of scalars.
+    Factories such as `gnvpro` and `slimtrain` make methods, and `fit` runs them. In a loop of your
+    own, `init` and `step` can be called inside `jit`, `vmap` or `scan`.
 
-    A full-batch method has no `epoch`, and its `data` are all of the data. A stochastic one takes a
-    minibatch in every step, and has `state, info = epoch(state, data, batch_size=…)`, whose info
-    holds those of the steps along a leading axis; its state has the field `learned` too, what the
-    features hold that learn from batches, as `varprox.slimtrain.with_learned` takes it.
+    A state is a NamedTuple and a pytree of arrays. Every state has the fields `theta`, `w`,
+    `objective` (Φ at these weights), `work_units` (spent so far) and `status`
+    (a number of `Status`).
+
+    Attributes:
+        init: A function ``state = init(theta, data, key)``. `data` is the pair (inputs, targets)
+            and `key` a random key, which may be left out.
+        step: A function ``state, info = step(state, data)``; `info` is a NamedTuple of scalars. A
+            full-batch method takes all of the data at every step, a stochastic one a minibatch.
+        problem: The `Problem` that is solved.
+        epoch: None for a full-batch method. For a stochastic one it is a function
+            ``state, info = epoch(state, data, batch_size=…)`` that passes once over shuffled
+            minibatches; the entries of `info` have one number per step. Its state also has the
+            field `learned`: whatever the features have learned from batches, such as the statistics
+            of batch norm.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> inputs = jnp.linspace(-1, 1, 20)[:, None]
+        >>> data = inputs, 3 * jnp.tanh(2 * inputs) + 1
+        >>> model = vp.Separable(lambda theta, inputs: jnp.tanh(theta * inputs))
+        >>> method = vp.lbfgsvpro(vp.Problem(model, vp.least_squares()))
+        >>> state = method.init(jnp.array([1.5]), data)
+        >>> after, info = method.step(state, data)
+        >>> bool(after.objective < state.objective)
+        True
     """
 
     init: Callable

@@ -1,8 +1,8 @@
-"""The separable model, the problem (model + loss + penalties) and its objective Φ(W, θ).
+"""The separable model, the problem (model, loss and penalties) and its objective Φ(W, θ).
 
-Both are pytrees whose leaves are the numbers in them (penalty weights, constants bound to the
-features), so a compiled function takes a problem as an argument and serves for all values of these.
-Imports heads, losses, penalties, checks and precision.
+Both are pytrees. Their leaves are the numbers in them: penalty weights, and arrays bound to the
+features. A compiled function takes a problem as an argument and serves for all values of these
+numbers.
 """
 
 from collections.abc import Callable
@@ -24,14 +24,41 @@ from varprox.precision import full_products
 
 @dataclass(frozen=True, init=False)
 class Separable:
-    """Features followed by a linear last layer: `prediction = head.rows(features(theta, inputs)) @
-    w`.
+    """A model that is linear in the weights of its last layer: features, then a head.
 
-    `features(theta, inputs)` maps any pytree θ of floating arrays and inputs (batch, …) to (batch,
-    m), or to what else the head takes. Features that learn from the batches they see, such as those
-    with batch norm, keep their statistics as arguments of a `jax.tree_util.Partial`, and
-    `training(features, theta, inputs) -> (z, features)` is what a stochastic method calls instead:
-    it gives z of a training batch and the features that have seen it.
+    It predicts ``head.rows(features(theta, inputs)) @ w``. The features depend nonlinearly on the
+    weights θ. The head turns them into design rows, in which the prediction is linear in the
+    weights W of the last layer.
+
+    A model is a pytree. Arrays that are bound to the features with `jax.tree_util.Partial` are its
+    leaves: they can change without a recompilation. A plain function is equal only to itself, so
+    define the features once and not anew in every iteration of a loop.
+
+    Arguments:
+        features: A function ``features(theta, inputs) -> z``. `theta` is any pytree of arrays, all
+            float32 or all float64. `inputs` is an array, or a pytree of arrays, with the samples
+            along the first axis. `z` has the dtype of θ and shape (batch, m), or (batch, height,
+            width, channels) for a convolutional head.
+        head: The last layer: `dense()`, ``conv(…)``, ``conv_transpose(…)`` or a `Head` of your own.
+            None, the default, means `dense()`: fully connected, with a bias.
+        training: Only for features that learn from the batches they see, as batch norm does: a
+            function ``training(features, theta, inputs) -> (z, features)``. A stochastic method
+            calls it instead of the features. It returns z of a training batch, and the features
+            with their updated statistics. Such features are a `Partial` whose arguments are the
+            statistics. None, the default, is for features that learn nothing.
+
+    Raises:
+        TypeError: If `features` or `training` is not callable, or if `head` is not a `Head`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> def features(theta, inputs):
+        ...     return jnp.tanh(inputs @ theta["kernel"] + theta["bias"])
+        >>> model = vp.Separable(features, head=vp.dense(bias=True))
+        >>> theta = {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}
+        >>> model.rows(theta, jnp.ones((5, 2))).shape  # three features, and a column of ones
+        (5, 4)
     """
 
     features: Callable[[Any, Any], jax.Array]
@@ -53,11 +80,11 @@ class Separable:
         object.__setattr__(self, "training", training)
 
     def rows(self, theta, inputs) -> jax.Array:
-        """The design rows (batch, columns) at θ."""
+        """Design rows at θ, (batch, columns); a convolutional head has one row per output pixel."""
         return self.head.rows(self.features(theta, inputs))
 
     def train(self, theta, inputs) -> tuple[jax.Array, "Separable"]:
-        """The features of a training batch at θ, and the model that has seen it."""
+        """The features z of a training batch at θ, and the model that has seen the batch."""
         if self.training is None:
             return self.features(theta, inputs), self
         z, features = self.training(self.features, theta, inputs)
@@ -66,12 +93,38 @@ class Separable:
 
 @dataclass(frozen=True, init=False)
 class Problem:
-    """What is minimised: Φ(W, θ) = loss(rows(θ) W, targets) + R(θ) + ½ w_penalty ‖W‖².
+    """What is minimised: a model, its loss, and penalties on its weights.
 
-    `theta_penalty` is R: a number α (for ½ α ‖θ‖²), a penalty such as `tikhonov(alpha)`, any smooth
-    function of θ, a sequence of these, or None. `w_penalty` is a number ≥ 0, the bias being
-    penalised like the rest. Under least squares it may be zero (W is then the minimum-norm
-    solution); other losses need a positive one, because they may have no minimiser otherwise.
+    The objective is::
+
+        Φ(W, θ) = loss(rows(θ) W, targets) + R(θ) + ½ w_penalty ‖W‖²
+
+    The loss is a mean over samples. A problem is a pytree. Its leaves are `w_penalty`, the numbers
+    in the penalties on θ and the arrays bound to the features: changing them does not recompile.
+
+    Arguments:
+        model: The `Separable` model.
+        loss: `least_squares()`, `softmax_cross_entropy()`, `logistic()` or ``convex_loss(fn)``.
+        theta_penalty: The penalty R. A number α means ½ α ‖θ‖²; the other choices are a penalty
+            such as ``tikhonov(alpha)``, any smooth function from θ to a scalar, or a tuple or list
+            of these, which are added up. None, the default, means no penalty.
+        w_penalty: A finite number ≥ 0, by default 0. It penalises the bias like the rest of W. It
+            may be 0 under least squares: W(θ) is then the minimum-norm solution. Other losses may
+            have no minimiser without a penalty on W, and need a positive number.
+
+    Raises:
+        TypeError: If `model` is not a `Separable`, if `loss` is not a loss, or if a penalty is
+            neither a number nor a function.
+        ValueError: If a number is negative or not finite, or if `w_penalty` is 0 under a loss other
+            than least squares.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, inputs: jnp.tanh(inputs @ theta))
+        >>> problem = vp.Problem(model, vp.least_squares(), theta_penalty=0.01, w_penalty=0.001)
+        >>> round(float(problem.penalty(jnp.ones((2, 3)))), 4)  # R(θ) = ½ · 0.01 · 6
+        0.03
     """
 
     model: Separable
@@ -154,8 +207,33 @@ def objective(problem: Problem, theta, w, data) -> jax.Array:
 
 @full_products
 def predict(problem: Problem, theta, w, inputs) -> jax.Array:
-    """The model's predictions (batch, outputs), or (batch, height, width, outputs) for a
-    convolutional head; under cross entropy these are logits."""
+    """The predictions of a problem's model at given weights.
+
+    Arguments:
+        problem: The `Problem`; only its model matters.
+        theta: The nonlinear weights θ, a pytree as the features take it.
+        w: The weights W of the last layer, (columns, outputs), in the dtype of the features.
+        inputs: Inputs as the features take them, with the samples along the first axis.
+
+    Returns:
+        The predictions (batch, outputs), or (batch, height, width, outputs) if the head is
+        convolutional. Under a cross entropy, softmax or logistic, they are logits.
+
+    Raises:
+        TypeError: If `problem` is not a `Problem`, if another argument holds something other than
+            arrays, if the features cannot be evaluated, or if `w` has another dtype than the
+            features.
+        ValueError: If `w` does not have one row per column of the design rows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, inputs: jnp.tanh(inputs @ theta))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> theta, w = jnp.ones((2, 3)), jnp.ones((4, 1))  # three features and the bias
+        >>> vp.predict(problem, theta, w, jnp.zeros((5, 2))).shape
+        (5, 1)
+    """
     check_problem(problem)
     for name, leaves in (
         ("theta", jax.tree.leaves(theta)),

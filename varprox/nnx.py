@@ -1,6 +1,7 @@
-"""Take a flax `nnx` model apart into features, θ and last layer; put the trained weights back.
+"""Take a flax ``nnx`` model apart into features, θ and last layer; put the trained weights back.
 
-Imports flax, model and heads.
+``split`` gives θ and the ``Separable`` that a ``Problem`` takes. ``merge`` gives a flax model with
+the trained weights. ``initial_w`` reads the last layer of a flax model.
 """
 
 from collections.abc import MutableSequence
@@ -23,24 +24,48 @@ SOME = 64  # samples that show what a network does
 def split(net: nnx.Module, head: str = "head") -> tuple[Any, Separable]:
     """Takes a network apart into its nonlinear weights and a separable model.
 
-    The last operation of `net(inputs)` must be the layer at the attribute path `head`, such as
-    "head", "decoder.out" or "layers.2"; in an `nnx.Sequential` the default is its last layer. It
-    may be an `nnx.Linear`, or an `nnx.Conv` or `nnx.ConvTranspose` over images, whose padding is
-    the same on both sides. Whether it is the last, and called once, can be seen only with inputs at
-    hand: methods and `solve_w` look, and raise ValueError where it is not, and where it has another
-    number of outputs than the targets, which `merge` could not give it back.
+    The last operation of ``net(inputs)`` must be the layer at the path ``head``, and the network
+    must call this layer once. Only a call with inputs can show this, so methods and ``solve_w``
+    check it and raise ValueError. They also raise it if the layer has another number of outputs
+    than the targets, because ``merge`` could not put W back. The layer may be an ``nnx.Linear``, or
+    an ``nnx.Conv`` or ``nnx.ConvTranspose`` over images with the same padding on both sides.
 
-    Returns `theta`, nested dicts of the `nnx.Param` arrays of everything but the head (the entries
-    of an `nnx.List` under integer keys), and `model`, a `Separable` whose `features(theta, inputs)`
-    run the network without its head, as after `net.eval()`: batch norm takes the statistics that it
-    has, and nothing is dropped out. What is no weight (these statistics, random number keys)
-    travels with the model and changes only in training batches, `model.train(theta, inputs)`, which
-    run the network as after `net.train()`. The model is a pytree; an equal network split again
-    gives the same structure, so nothing recompiles.
+    The features run the network without its last layer, as after ``net.eval()``: batch norm uses
+    the statistics that it has, and dropout drops nothing. Whatever is not a weight, such as these
+    statistics and the keys of random numbers, is part of the model. It changes only in training
+    batches, ``model.train(theta, inputs)``, which run the network as after ``net.train()``.
 
-    `net` stays as it is. Raises TypeError if it is no module or no such layer stands at `head`, and
-    ValueError if there is no such path, if the head's weights are used by the rest of the network,
-    or for a convolution that `varprox.conv` and `varprox.conv_transpose` know nothing of.
+    The model is a pytree. If an equal network is split again, the structure is the same and nothing
+    recompiles. ``net`` does not change.
+
+    Arguments:
+        net: A flax ``nnx.Module``.
+        head: The attribute path of the last layer, such as ``"head"``, ``"decoder.out"`` or
+            ``"layers.2"``. In an ``nnx.Sequential`` the default is its last layer.
+
+    Returns:
+        The pair (theta, model). ``theta`` holds the ``nnx.Param`` arrays of everything but the last
+        layer in nested dicts; the entries of an ``nnx.List`` have integer keys. ``model`` is a
+        ``Separable`` whose head computes what the layer does.
+
+    Raises:
+        TypeError: If ``net`` is not a module, if ``head`` is not a string, or if another kind of
+            layer is there.
+        ValueError: If there is no such path, if the rest of the network uses the weights of the
+            layer, too, or if ``conv`` and ``conv_transpose`` cannot express the convolution.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> net = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), jnp.tanh, nnx.Linear(3, 1, rngs=rngs))
+        >>> theta, model = vp.nnx.split(net)
+        >>> jax.tree.map(jnp.shape, theta)
+        {'layers': {0: {'bias': (3,), 'kernel': (2, 3)}}}
+        >>> model.rows(theta, jnp.zeros((5, 2))).shape  # three features and a one for the bias
+        (5, 4)
     """
     body = _clone(net)
     body.eval()
@@ -66,12 +91,35 @@ def merge(
     *,
     model: Separable | None = None,
 ) -> nnx.Module:
-    """A copy of `net` with the weights θ and W, in their dtypes; `net` stays as it is.
+    """A copy of a network with the weights θ and W, in their dtypes; the network does not change.
 
-    `theta` is structured as `split(net, head)` gives it; `w` is (columns, outputs), its last row
-    the bias if the head has one. `model` is that of the trained problem,
-    `solution.problem.model`; its statistics are taken over, and without it those of `net`. Raises
-    ValueError where either has another structure or shape, and what `split` raises.
+    Arguments:
+        net: The flax ``nnx.Module`` that ``split`` was given.
+        theta: The nonlinear weights, with the structure that ``split(net, head)`` gives them.
+        w: The last layer, (columns, outputs), its last row the bias if the layer has one.
+        head: The attribute path of the last layer, as for ``split``.
+        model: The model of the trained problem, ``solution.problem.model``. The copy gets its
+            statistics, such as those of batch norm. If None, the copy has the statistics of
+            ``net``.
+
+    Returns:
+        A new ``nnx.Module`` like ``net``.
+
+    Raises:
+        TypeError: As ``split`` does.
+        ValueError: If ``theta``, ``w`` or the statistics of ``model`` have another structure or
+            shape, and as ``split`` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> net = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), jnp.tanh, nnx.Linear(3, 1, rngs=rngs))
+        >>> theta, model = vp.nnx.split(net)
+        >>> trained = vp.nnx.merge(net, theta, w=jnp.full((4, 1), 0.5))
+        >>> trained(jnp.zeros((5, 2))).shape, trained.layers[2].bias[...].tolist()
+        ((5, 1), [0.5])
     """
     expected, fresh = split(net, head)
     _check_like("theta", theta, expected)
@@ -92,9 +140,29 @@ def merge(
 
 
 def initial_w(net: nnx.Module, head: str = "head") -> jax.Array:
-    """The weights of the head as W, (columns, outputs), its last row the bias if the head has one.
+    """The weights of the last layer as W, (columns, outputs), as the network has them.
 
-    Raises as `split` does.
+    Arguments:
+        net: A flax ``nnx.Module``.
+        head: The attribute path of the last layer, as for ``split``.
+
+    Returns:
+        An array (columns, outputs), its last row the bias if the layer has one.
+
+    Raises:
+        TypeError: If ``net`` is not a module, if ``head`` is not a string, or if another kind of
+            layer is there.
+        ValueError: If there is no such path, or if ``conv`` and ``conv_transpose`` cannot express
+            the convolution.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> from flax import nnx
+        >>> rngs = nnx.Rngs(0)
+        >>> net = nnx.Sequential(nnx.Linear(2, 3, rngs=rngs), jnp.tanh, nnx.Linear(3, 1, rngs=rngs))
+        >>> vp.nnx.initial_w(net).shape
+        (4, 1)
     """
     *_, layer = _find(_clone(net), head)
     return _head_of(layer, head).pack(*_weights(layer))

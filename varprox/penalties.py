@@ -1,8 +1,7 @@
-"""Penalties on the nonlinear weights θ, as functions of θ that carry their weight as a traced
-number.
+"""Penalties on the nonlinear weights θ.
 
 Each factory returns a `jax.tree_util.Partial`: a callable that is a pytree, so that changing the
-weight of a penalty does not recompile what uses it. Imports checks.
+weight of a penalty does not recompile what uses it.
 """
 
 from collections.abc import Callable
@@ -23,18 +22,70 @@ Penalty = Callable[[Any], jax.Array]
 
 
 def tikhonov(alpha: float, where: Callable[[Any], Any] = _everything) -> Partial:
-    """½ α ‖θ‖², over all leaves of the pytree θ, or over those of `where(theta)`."""
+    """The Tikhonov penalty ½ α ‖θ‖².
+
+    ``Problem(…, theta_penalty=alpha)`` means the same for a number α. Use `tikhonov` to penalise
+    only a part of θ, or parts with different weights.
+
+    Arguments:
+        alpha: The weight α, a finite number ≥ 0.
+        where: A function from θ to the part that is penalised, any pytree of arrays. The default
+            penalises all of θ.
+
+    Returns:
+        The penalty, a function from θ to a scalar. It is also a pytree with the leaf α, so another
+        α does not recompile.
+
+    Raises:
+        TypeError: If `alpha` is not a number, or if `where` is not callable.
+        ValueError: If `alpha` is negative or not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> theta = {"kernel": jnp.ones((3, 1)), "bias": jnp.ones(1)}
+        >>> float(vp.tikhonov(2.0)(theta)), float(vp.tikhonov(2.0, lambda t: t["kernel"])(theta))
+        (4.0, 3.0)
+    """
     return Partial(_tikhonov, _where(where), check_number("alpha", alpha))
 
 
 def smoothness_in_time(
     alpha: float, step: float, where: Callable[[Any], Any] = _everything
 ) -> Partial:
-    """½ α Σ_j ‖(θ_{j+1} − θ_j) / step‖² for weights that are values on a grid of layers in time.
+    """A penalty on changes in time, ½ α Σ_j ‖(θ_{j+1} − θ_j) / step‖².
 
-    `where(theta)` picks the leaves that have time as their leading axis; `step` is the distance in
-    time between two of their entries. Weights of the other layers want a penalty of their own, such
-    as `tikhonov`: `Problem` takes a tuple of penalties. Source: arXiv:2007.13171, section 4.
+    It is for networks that are flows in time, such as `varprox.networks.ResNet`, whose weights are
+    values on a time grid. Weights without a time axis need another penalty, such as `tikhonov`:
+    `Problem` takes a tuple of penalties.
+
+    Arguments:
+        alpha: The weight α, a finite number ≥ 0.
+        step: The time between neighbouring entries along the time axis, a positive number. For
+            `ResNet` and `HamiltonianNet` it is final_time / steps. For `AntisymmetricResNet`, which
+            has weights at midpoints too, it is half of this.
+        where: A function from θ to the part that is penalised: any pytree of arrays whose leading
+            axis is time. The default takes all of θ.
+
+    Returns:
+        The penalty, a function from θ to a scalar. It is also a pytree with the leaves α and step,
+        so other numbers do not recompile.
+
+    Raises:
+        TypeError: If `alpha` or `step` is not a number, or if `where` is not callable.
+        ValueError: If `alpha` is negative, if `step` is not positive, or if one of them is not
+            finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> theta = {"opening": jnp.ones(2), "bias": jnp.array([[0.0], [1.0], [2.0]])}
+        >>> penalty = vp.smoothness_in_time(1.0, step=0.5, where=lambda theta: theta["bias"])
+        >>> float(penalty(theta))  # ½ (2² + 2²)
+        4.0
+
+    Source:
+        Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, section 4.
     """
     step = check_number("step", step)
     if not isinstance(step, jax.core.Tracer) and step == 0:

@@ -1,7 +1,6 @@
 """Quasi-Newton methods on the reduced objective in whitened variables: LBFGSvpro and Broydenvpro.
 
-They differ in what stands for the inverse Hessian. Imports inverse_hessian, line_search,
-projection, whitening and model below it.
+They differ in what stands for the inverse Hessian.
 """
 
 from functools import partial
@@ -36,7 +35,25 @@ SHORT = 1e-2  # first trial along a line, of the whole step; with 0.1 and 1e-3 r
 
 
 class State(NamedTuple):
-    """The weights and what the next iteration starts from; `gradient` is ∇Φ_red(θ)."""
+    """The weights of a quasi-Newton method and what its next step starts from.
+
+    Attributes:
+        theta: The nonlinear weights θ.
+        projection: W(θ) and what speeds up the next solve for it.
+        objective: Φ at these weights.
+        gradient: ∇Φ_red(θ), a pytree like θ.
+        rounding: The rounding error of Φ if the errors of all predictions add up.
+        decrease: The decrease of Φ in the last accepted step; Φ itself at the start.
+        unit: The size of the first objective, by which objectives and gradients are divided.
+        inverse: The approximation H of the inverse Hessian, as pairs or as a matrix.
+        descent: −H g, the next direction, in the whitened variables.
+        whitening: The map from the whitened variables to θ.
+        failures: 1 after a step that failed, 2 after W has been solved for again.
+        quiet: The number of steps in a row that promised and gained no more than the tolerance.
+        idle: The number of trial points of steps in a row that promised and gained only rounding.
+        work_units: The work units so far.
+        status: The number of a ``Status``.
+    """
 
     theta: Any
     projection: Projection
@@ -56,11 +73,19 @@ class State(NamedTuple):
 
     @property
     def w(self) -> jax.Array:
+        """The last layer W(θ), (columns, outputs)."""
         return self.projection.w
 
 
 class Info(NamedTuple):
-    """What one iteration did; all of it belongs to the weights after it."""
+    """What one step of a quasi-Newton method did.
+
+    Attributes:
+        objective: Φ at the weights after the step.
+        gradient_norm: ‖∇Φ_red‖ at the weights after the step.
+        trials: The number of trial points of the line search.
+        w_products: The number of products in the last solve for W; 0 under least squares.
+    """
 
     objective: jax.Array
     gradient_norm: jax.Array
@@ -79,26 +104,70 @@ class _At(NamedTuple):
 
 
 def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = None) -> Method:
-    """L-BFGS with `memory` pairs on the reduced objective; the cheapest full-batch iteration.
+    """L-BFGS on the reduced objective, the full-batch method with the cheapest steps.
 
-    It works in variables in which the Gauss–Newton matrix at the start is nearer to the identity:
-    see `varprox.whitening`. Features that couple samples are not whitened. The features need a
-    reverse rule.
+    The method keeps the last ``memory`` pairs of steps and changes of the gradient. It works in
+    variables in which the Gauss–Newton matrix at the start is closer to the identity (see
+    ``varprox.whitening``); features that couple samples are not whitened. The features need a
+    derivative in reverse mode. Every step uses all data. Use the method for classification, for
+    many inputs, and for more than some thousand weights. Up to there, ``broydenvpro`` learns more
+    from the same gradients.
 
-    The run has converged when two steps in a row promised, and gained, no more than the fraction
-    `tolerance` of the objective, or no more than rounding; where a direction is flatter by a factor
-    κ than the model takes it to be, the next gains may add up to κ times that. None stands for
-    1e-12, which allows for κ = 1e6 where a relative gain of 1e-6 is left. Ten trials in a row below
-    rounding of the objective end the run, too: CONVERGED where at least half of its digits are
-    known, or the residual is next to nothing beside the targets, STALLED elsewhere. A start where
-    the gradient is zero and the objective is not has the status FLAT.
+    The run has converged when two steps in a row promised and gained at most ``tolerance`` · Φ, or
+    no more than rounding. If a direction is flatter by a factor κ than the model assumes, the gains
+    still possible may add up to κ times the tolerance. The default of 1e-12 thus allows for κ = 1e6
+    if a relative gain of 1e-6 may remain. Ten trial points in a row with gains below rounding of Φ
+    also end the run. The status is then CONVERGED if rounding leaves at least half of the digits of
+    Φ or if the residual is negligible beside the targets, and STALLED otherwise.
 
-    Work units: 2 for the start, 2, an upper bound, for the whitening and 2 a trial point of the
-    line search, most steps needing one. Where a step found nothing lower, the next one stays in
-    place, solves for W to full accuracy and forgets the pairs; only if the step after that, along
-    the gradient, fails, too, has the run stalled. `data` is all of it at every step.
+    If the line search finds no lower point, the next step stays put, solves for W again to full
+    accuracy and discards the pairs. The run stalls only if the gradient step after that fails as
+    well. If the gradient is zero at the start and the objective is not, the status is FLAT.
 
-    Source: arXiv:2007.13171, section 3.
+    Work units, one being a forward or a backward pass over the data:
+
+    =============================  ============================================================
+    Part                           Work units
+    =============================  ============================================================
+    start                          2
+    whitening                      2, an upper bound
+    trial point                    2; most steps need one
+    =============================  ============================================================
+
+    Arguments:
+        problem: The problem to train. The head must be dense, and the features must not learn from
+            batches.
+        memory: The number of pairs, an integer ≥ 1. Each takes twice as much memory as θ. Changing
+            it recompiles.
+        tolerance: The relative gain at which the run has converged, a number ≥ 0. None stands for
+            1e-12. Changing it does not recompile.
+
+    Returns:
+        A full-batch ``Method``, a pair of pure functions. ``state = method.init(theta, data)``
+        checks the data and solves for the first W. ``state, info = method.step(state, data)`` takes
+        one step. The state is a ``varprox.quasi_newton.State``, the info a
+        ``varprox.quasi_newton.Info``.
+
+    Raises:
+        TypeError: If ``problem`` is not a ``Problem`` or ``tolerance`` is not a number. ``init``
+            raises it for data, θ or features of the wrong type, and for features without a
+            derivative in reverse mode; ``step`` raises it for the state of another method.
+        ValueError: If ``memory`` or ``tolerance`` is out of its range. ``init`` raises it for data
+            that do not fit the problem.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, x: jnp.exp(-theta * x), vp.dense(bias=False))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> inputs = jnp.linspace(0, 1, 20)[:, None]
+        >>> data = inputs, 2 * jnp.exp(-3 * inputs)
+        >>> solution = vp.fit(vp.lbfgsvpro(problem), jnp.ones(1), data, max_work=200)
+        >>> print(solution.theta.round(2), solution.w.round(2))
+        [3.] [[2.]]
+
+    Source:
+        Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, section 3.
     """
     check_problem(problem)
     memory = check_integer("memory", memory, least=1)
@@ -110,18 +179,51 @@ def broydenvpro(
 ) -> Method:
     """Self-scaled Broyden on the reduced objective: the whole inverse Hessian from gradients alone.
 
-    Between `lbfgsvpro`, whose steps cost as many passes and know less, and `gnvpro`, whose steps
-    are worth more and cost more. It asks of the features no more than a reverse rule: they may
-    couple samples, or be a solver. Everything else is as with `lbfgsvpro`: the whitened variables,
-    the end of a run, the work units, and what follows a step that found nothing lower.
+    A step takes as many passes as a step of ``lbfgsvpro``, but knows more of the curvature. A step
+    of ``gnvpro`` gains more and costs more. The features only need a derivative in reverse mode:
+    they may couple samples, or be a solver. The whitened variables, the work units, the end of a
+    run and what follows a failed line search are as in ``lbfgsvpro``.
 
-    The inverse Hessian of θ takes the square of its size in numbers, twice while it is changed,
-    which is every 32 steps; a step takes two products with it. Where it alone would take more than
-    `max_bytes`, by default 1 GiB for 11,585 weights in double precision, the start raises
-    ValueError.
+    For n weights the inverse Hessian takes n² numbers, and 2 n² while it is rewritten, which
+    happens every 32 steps. A step takes two products with it.
 
-    Source: for the update, Urbán, Stefanou, Pons, J. Comput. Phys. 523 (2025); see
-    `varprox.inverse_hessian`.
+    Arguments:
+        problem: The problem to train. The head must be dense, and the features must not learn from
+            batches.
+        tolerance: The relative gain at which the run has converged, a number ≥ 0. None stands for
+            1e-12. Changing it does not recompile.
+        max_bytes: The most that the inverse Hessian alone may take, an integer ≥ 1, in bytes. The
+            default of 1 GiB is enough for 11,585 weights in double precision. Changing it does not
+            recompile.
+
+    Returns:
+        A full-batch ``Method``, a pair of pure functions. ``state = method.init(theta, data)``
+        checks the data and solves for the first W. ``state, info = method.step(state, data)`` takes
+        one step. The state is a ``varprox.quasi_newton.State``, the info a
+        ``varprox.quasi_newton.Info``.
+
+    Raises:
+        TypeError: If ``problem`` is not a ``Problem`` or ``tolerance`` is not a number. ``init``
+            raises it for data, θ or features of the wrong type, and for features without a
+            derivative in reverse mode; ``step`` raises it for the state of another method.
+        ValueError: If ``tolerance`` or ``max_bytes`` is out of its range. ``init`` raises it for
+            data that do not fit the problem, and for so many weights that the inverse Hessian takes
+            more than ``max_bytes``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, x: jnp.exp(-theta * x), vp.dense(bias=False))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> inputs = jnp.linspace(0, 1, 20)[:, None]
+        >>> data = inputs, 2 * jnp.exp(-3 * inputs)
+        >>> solution = vp.fit(vp.broydenvpro(problem), jnp.ones(1), data, max_work=200)
+        >>> print(solution.theta.round(2), solution.w.round(2))
+        [3.] [[2.]]
+
+    Source:
+        Urbán, Stefanou, Pons, J. Comput. Phys. 523 (2025), for the update; see
+        ``varprox.inverse_hessian``.
     """
     check_problem(problem)
     max_bytes = check_integer("max_bytes", max_bytes, least=1)

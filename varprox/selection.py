@@ -1,10 +1,10 @@
 """How slimTik chooses its regularisation parameter Λ at every step.
 
-A selection is a function `select(fit, count, lambda_sum, lower_bound) -> (lambda_, value)`:
-`fit(lambda_)` gives the squared residual of the batch at w(Λ) and the trace of A B(Λ) Aᵀ, both over
-all its `count` scalar residuals; `fit.scale` is the mean eigenvalue of the Gram matrices in memory,
-`fit.row` the mean square of the norm of a row there; `value` is that of the function which was
-minimised. Imports checks.
+A selection is a function ``select(trials, count, lambda_sum, lower_bound) -> (lambda_, value)``.
+``trials(lambda_)`` gives the squared residual of the batch at W(Λ) and the trace of A B(Λ) Aᵀ, both
+over all its `count` scalar residuals; `trials.scale` is the mean eigenvalue of the sum of the Gram
+matrices in memory, and `trials.row` the mean squared norm of a row there. `value` is the value of
+the function that was minimised.
 """
 
 from collections.abc import Callable
@@ -43,40 +43,180 @@ class Trials(NamedTuple):
 
 
 def proportional(factor: float = 0.3) -> Partial:
-    """A ΣΛ that falls from `START` times the mean eigenvalue of the Gram matrices in memory, by one
-    in a hundred a step, to `factor` times this and `ROWS` mean squares of a row's norm.
+    """A ΣΛ that starts high and decays to a level in proportion to the features.
 
-    It keeps W near the one before in directions that the last few batches say little of. At first,
-    while features are poor, a small W that follows slowly has them learn; later W is to follow
-    them. Where ΣΛ ends is in proportion to the features, and high enough to keep down the leverage
-    ‖a‖² / ΣΛ of single rows, which matters where rows are few for the weights.
+    Let M be the sum of the Gram matrices in memory, s its mean eigenvalue and ρ the mean squared
+    norm of a row in memory. ΣΛ is led to the target L = factor · s + 2.5 ρ; a step takes it to:
 
-    ΣΛ starts where it is less than `LEAST` times the one to end at, falls where it is more than
-    `MOST` times that, and in between stays: Λ scales W in the same directions, so that a ΣΛ that
-    took part in the noise of small batches would pass it on to W. The value is reported as zero.
+    ==================  =================
+    ΣΛ before the step  ΣΛ after the step
+    ==================  =================
+    below L / 10        max(L, 50 s)
+    from L / 10 to 3 L  max(L, ΣΛ)
+    above 3 L           max(L, 0.99 ΣΛ)
+    ==================  =================
+
+    So ΣΛ starts at about 50 s, decays by 1 % per step, and stays once it is within three times the
+    target. It is left alone there because Λ scales W in the directions that ΣΛ damps: a ΣΛ that
+    followed the noise of small batches would pass it on to W.
+
+    ΣΛ keeps W near its previous value in directions that the last few batches say little about. At
+    first, while the features are poor, a small W that follows slowly lets them learn; later W is to
+    follow the features. The term in ρ bounds the leverage ‖a‖² / ΣΛ of single rows a, which matters
+    if there are few rows per weight. The value of the selection is reported as zero.
+
+    Arguments:
+        factor: The part of L that is in proportion to s, a finite number ≥ 0.
+
+    Returns:
+        The selection, for the option `selection` of `slimtik`, `slimtrain` (whose default it is)
+        and `varprox.transforms.slimtik` (likewise).
+
+    Raises:
+        TypeError: If `factor` is not a number.
+        ValueError: If `factor` is negative or not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> slimtik = vp.slimtik(selection=vp.proportional())
+        >>> state = slimtik.init(jnp.zeros((2, 1)))
+        >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> state, info = slimtik.update(state, rows, rows @ jnp.array([[3.0], [1.0]]))
+        >>> round(float(info.lambda_sum), 2)  # 50 s, as M has the eigenvalues 1 and 3
+        100.0
     """
     return Partial(_proportional, check_number("factor", factor))
 
 
 def sgcv() -> Partial:
-    """Sampled generalised cross validation: ‖A w − c‖² / (N − trace)², without any knowledge of the
-    noise. Source: arXiv:2109.14002, section 3."""
+    """Sampled generalised cross validation.
+
+    It minimises ‖A w − c‖² / (N − trace)² over Λ, where A holds the rows of the batch, c its
+    targets, w is W(Λ), N the number of scalar residuals and trace the trace of A B(Λ) Aᵀ, the
+    effective degrees of freedom. No knowledge of the noise is needed.
+
+    Λ is found by search: 30 magnitudes from 1e-16 to ΣΛ / 2 for either sign, then twice 30 values
+    around the best. So one step at most halves ΣΛ, or raises it by half. As sGCV looks at the batch
+    that W is fitted to, it tends to lower ΣΛ to its lower bound.
+
+    Returns:
+        The selection, for the option `selection` of `slimtik` (whose default it is), `slimtrain`
+        and `varprox.transforms.slimtik`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> slimtik = vp.slimtik(selection=vp.sgcv())
+        >>> state = slimtik.init(jnp.zeros((2, 1)))
+        >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> state, info = slimtik.update(state, rows, rows @ jnp.array([[3.0], [1.0]]))
+        >>> round(float(info.lambda_sum), 3)  # from 0.05: for targets without noise less is better
+        0.025
+
+    Source:
+        Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, section 3.
+    """
     return minimise(_sgcv)
 
 
 def supre(noise_variance: float) -> Partial:
-    """The sampled unbiased predictive risk estimator: ‖A w − c‖² + 2 σ² trace − N σ²."""
+    """The sampled unbiased predictive risk estimator.
+
+    It minimises ‖A w − c‖² + 2 σ² trace − N σ² over Λ, with the notation and the search of `sgcv`,
+    where σ² is the variance of the noise.
+
+    Arguments:
+        noise_variance: σ², the variance of the noise in one entry of the targets that slimTik is
+            given, a finite number ≥ 0. `slimtrain` and `varprox.transforms.slimtik` divide rows and
+            targets by √batch, hence the variance by the batch size.
+
+    Returns:
+        The selection, for the option `selection` of `slimtik`, `slimtrain` and
+        `varprox.transforms.slimtik`.
+
+    Raises:
+        TypeError: If `noise_variance` is not a number.
+        ValueError: If `noise_variance` is negative or not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> slimtik = vp.slimtik(selection=vp.supre(1e-4))
+        >>> state = slimtik.init(jnp.zeros((2, 1)))
+        >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> state, info = slimtik.update(state, rows, rows @ jnp.array([[3.0], [1.0]]))
+        >>> round(float(info.lambda_sum), 3)  # from 0.05: the residual is larger than the noise
+        0.025
+
+    Source:
+        Newman, Chung, Chung, Ruthotto, arXiv:2109.14002.
+    """
     return minimise(Partial(_supre, check_number("noise_variance", noise_variance)))
 
 
 def sdp(noise_variance: float) -> Partial:
-    """The sampled discrepancy principle: |‖A w − c‖² − N σ²|, where the paper has the square of
-    it, which is least at the same Λ."""
+    """The sampled discrepancy principle.
+
+    It minimises the distance of ‖A w − c‖² from N σ² over Λ, with the notation and the search of
+    `sgcv`, where σ² is the variance of the noise. The paper has the square of this distance, which
+    is least at the same Λ.
+
+    Arguments:
+        noise_variance: σ², the variance of the noise in one entry of the targets that slimTik is
+            given, a finite number ≥ 0. `slimtrain` and `varprox.transforms.slimtik` divide rows and
+            targets by √batch, hence the variance by the batch size.
+
+    Returns:
+        The selection, for the option `selection` of `slimtik`, `slimtrain` and
+        `varprox.transforms.slimtik`.
+
+    Raises:
+        TypeError: If `noise_variance` is not a number.
+        ValueError: If `noise_variance` is negative or not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> slimtik = vp.slimtik(selection=vp.sdp(1.0))
+        >>> state = slimtik.init(jnp.zeros((2, 1)))
+        >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> state, info = slimtik.update(state, rows, rows @ jnp.array([[3.0], [1.0]]))
+        >>> round(float(info.lambda_sum), 3)  # from 0.05: the residual is smaller than the noise
+        0.075
+
+    Source:
+        Newman, Chung, Chung, Ruthotto, arXiv:2109.14002.
+    """
     return minimise(Partial(_sdp, check_number("noise_variance", noise_variance)))
 
 
 def constant(value: float) -> Partial:
-    """The same Λ at every step; the value of the selection function is reported as zero."""
+    """The same regularisation parameter Λ at every step.
+
+    ΣΛ then grows by Λ per batch; with Λ = 0 it stays at `initial`, an option of `slimtik`. The
+    value of the selection is reported as zero.
+
+    Arguments:
+        value: Λ, a finite number ≥ 0.
+
+    Returns:
+        The selection, for the option `selection` of `slimtik`, `slimtrain` and
+        `varprox.transforms.slimtik`.
+
+    Raises:
+        TypeError: If `value` is not a number.
+        ValueError: If `value` is negative or not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> slimtik = vp.slimtik(selection=vp.constant(2.0), initial=0.05)
+        >>> state = slimtik.init(jnp.zeros((2, 1)))
+        >>> state, info = slimtik.update(state, jnp.ones((3, 2)), jnp.ones((3, 1)))
+        >>> round(float(info.lambda_sum), 2)
+        2.05
+    """
     return Partial(_constant, check_number("value", value))
 
 

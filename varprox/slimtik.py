@@ -1,9 +1,7 @@
 """slimTik: sampled limited-memory Tikhonov regularisation, for design rows and targets alone.
 
 It follows the solution of a ridge regression whose rows arrive in batches, and chooses the
-regularisation parameter on the way. Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002,
-section 3; Chung, Chung, Slagel, Tenorio, Inverse Problems 36 (2020). Imports checks, heads,
-precision and selection.
+regularisation parameter on the way.
 """
 
 from collections.abc import Callable
@@ -22,7 +20,14 @@ from varprox.selection import Fit, Trials, sgcv, tries
 
 
 class State(NamedTuple):
-    """W and what the next update needs."""
+    """W and what the next update of slimTik needs.
+
+    Attributes:
+        w: W, (columns, outputs).
+        lambda_sum: ΣΛ.
+        grams: A ring of the Gram matrices AᵀA of the last batches, (memory + 1, columns, columns).
+        place: The place in the ring for the next Gram matrix.
+    """
 
     w: jax.Array  # (columns, outputs)
     lambda_sum: jax.Array  # ΣΛ
@@ -31,7 +36,16 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What an update did."""
+    """What an update of slimTik did.
+
+    Attributes:
+        lambda_: The Λ that was chosen.
+        lambda_sum: ΣΛ after the update.
+        trace: The trace of A B Aᵀ, over all scalar residuals of the batch.
+        residual: ‖A W − c‖² at the new W.
+        value: The value of the selection.
+        finite: Whether the batch was finite. If not, W and all else stayed as they were.
+    """
 
     lambda_: jax.Array
     lambda_sum: jax.Array  # after the update
@@ -51,7 +65,8 @@ class Options(NamedTuple):
 
 
 class SlimTik(NamedTuple):
-    """`state = init(w)` and `state, info = update(state, rows, targets)`, pure functions."""
+    """A pair of pure functions: ``state = init(w)`` and
+    ``state, info = update(state, rows, targets)``."""
 
     init: Callable
     update: Callable
@@ -64,19 +79,72 @@ def slimtik(
     initial: float = 0.05,
     lower_bound: float = 1e-7,
 ) -> SlimTik:
-    """One step of Newton's method for W on the last `memory` + 1 batches, for every batch.
+    """slimTik: W from batches of design rows, by sampled limited-memory Tikhonov steps.
+
+    Every batch with rows A and targets c gives one step of Newton's method for W, with the Gram
+    matrices of this batch and of the `memory` batches before it::
 
         W ← W − (M + (ΣΛ + Λ) I)⁻¹ (Aᵀ(A W − c) + Λ W),   ΣΛ ← ΣΛ + Λ,   M = Σ AᵀA in memory
 
-    `selection` chooses Λ, which may be negative, as in `varprox.selection`: `sgcv()` by default.
-    All but `supre` and `sdp`, which know the variance of the noise, choose the same one for targets
-    in other units, and W is then in proportion.
-    ΣΛ begins at `initial` and is never below `lower_bound`; less than rounding error of M counts as
-    that much. Rows (batch, columns) and targets (batch, outputs) are taken as they are. Several
-    outputs share one Gram matrix, whose eigenbasis serves all trials of Λ; `constant` and
-    `proportional` try none and take a Cholesky factor, which costs less. `update` raises ValueError
-    for shapes and TypeError for dtypes that do not fit W, which is in float32 or float64; a batch
-    that is not finite changes nothing but `info.finite`.
+    The regularisation parameter Λ is chosen at every step and may be negative. ΣΛ is never below
+    `lower_bound`; if it is less than the rounding error of M, it counts as that much. The outputs
+    share one Gram matrix. The selections are:
+
+    ===================  ==================  =================================  ==================
+    selection            needs               chooses                            factorisation of M
+    ===================  ==================  =================================  ==================
+    `sgcv()`             nothing             Λ by generalised cross validation  eigenvectors
+    ``supre(variance)``  the noise variance  Λ by the predictive risk           eigenvectors
+    ``sdp(variance)``    the noise variance  Λ by the discrepancy principle     eigenvectors
+    `proportional()`     nothing             a ΣΛ that starts high and decays   Cholesky
+    ``constant(value)``  Λ                   the same Λ at every step           Cholesky
+    ===================  ==================  =================================  ==================
+
+    In the eigenbasis of M a trial of Λ costs little. `proportional` and `constant` try none: they
+    take the Cholesky factorisation, which costs less. Except for `supre` and `sdp`, which know the
+    noise, the selections do not depend on the unit of the targets: Λ is the same in other units,
+    and W is in proportion.
+
+    Arguments:
+        memory: The number of earlier batches whose Gram matrices are kept, an integer ≥ 0.
+        selection: How Λ is chosen, one of the table or a function of your own,
+            ``select(trials, count, lambda_sum, lower_bound) -> (lambda_, value)``. There
+            ``trials(lambda_)`` is the pair of the squared residual ‖A W − c‖² and the trace of A B
+            Aᵀ with B = (M + (ΣΛ + Λ) I)⁻¹, both over the `count` scalar residuals of the batch.
+            `trials.scale` is the mean eigenvalue of M, and `trials.row` the mean squared norm of a
+            row in memory. None, the default, means `sgcv()`.
+        initial: ΣΛ at the start, a finite number ≥ 0.
+        lower_bound: The least ΣΛ, a finite number ≥ 0.
+
+    Returns:
+        A pair of pure functions, `init` and `update`. ``state = init(w)`` starts at W
+        (columns, outputs), float32 or float64, with nothing remembered.
+        ``state, info = update(state, rows, targets)`` takes rows (batch, columns) and targets
+        (batch, outputs) as they are, in the dtype of W. The new W is `state.w`. The scalars
+        `info.lambda_`, `info.lambda_sum`, `info.trace`, `info.residual` (at the new W) and
+        `info.value` (of the selection) say what was done. A batch that is not finite changes
+        nothing and sets `info.finite` to False. Both functions raise ValueError for shapes and
+        TypeError for dtypes that do not fit.
+
+    Raises:
+        TypeError: If `selection` is not callable, or if `initial` or `lower_bound` is not a number.
+        ValueError: If `memory` is not an integer ≥ 0, or if `initial` or `lower_bound` is negative
+            or not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> slimtik = vp.slimtik(memory=5, selection=vp.constant(0.0), initial=1e-3)
+        >>> state = slimtik.init(jnp.zeros((2, 1)))
+        >>> rows = jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+        >>> for _ in range(3):
+        ...     state, info = slimtik.update(state, rows, rows @ jnp.array([[3.0], [1.0]]))
+        >>> [round(float(x), 2) for x in state.w[:, 0]]
+        [3.0, 1.0]
+
+    Source:
+        Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, section 3; Chung, Chung, Slagel, Tenorio,
+        Inverse Problems 36 (2020).
     """
     options = checked(memory, selection, initial, lower_bound)
     return SlimTik(partial(start_tikhonov, options), partial(_update, options))

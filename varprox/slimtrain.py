@@ -1,8 +1,4 @@
-"""slimTrain: minibatch training in which slimTik finds W and any optimizer of optax moves θ.
-
-Source: Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, algorithm 1. Imports heads, slimtik,
-minibatches and model.
-"""
+"""slimTrain: minibatch training in which slimTik finds W and any optimizer of optax moves θ."""
 
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +19,23 @@ from varprox.slimtik import centre_and_unit, checked, raised, start_tikhonov, ti
 
 
 class State(NamedTuple):
-    """The weights and what the next step starts from, all of it arrays."""
+    """The weights of slimTrain and what its next step starts from, all of it arrays.
+
+    Attributes:
+        theta: The nonlinear weights θ.
+        verified: The last θ at which a batch was finite.
+        tikhonov: The state of ``varprox.slimtik``; its W predicts the targets minus ``centre``.
+        centre: The mean of the targets that ``init`` was given, (outputs,); 0 if there is no bias.
+        unit: The root mean square of these targets minus ``centre``.
+        optimizer: The state of the optimizer for θ.
+        learned: What features have learned from batches; see ``with_learned``.
+        objective: Φ of the last batch, or the mean over the last epoch; NaN at the start.
+        work_units: The work units so far.
+        samples: The number of samples in a pass of one work unit.
+        key: The random key for the next epoch, as ``jax.random.key_data``.
+        status: The number of a ``Status``.
+        like: Empty inputs and targets, shaped like those of a batch.
+    """
 
     theta: Any
     verified: Any  # the last θ at which a batch was finite
@@ -45,12 +57,23 @@ class State(NamedTuple):
         return raised(self.tikhonov.w, self.centre)
 
     def with_w(self, w: jax.Array) -> "State":
-        """The state at other weights of the last layer."""
+        """The same state with other weights of the last layer, (columns, outputs)."""
         return self._replace(tikhonov=self.tikhonov._replace(w=raised(w, -self.centre)))
 
 
 class Info(NamedTuple):
-    """What one step did; the losses are those of its batch, with the new W and the old θ."""
+    """What one step of slimTrain did.
+
+    After an epoch every field has a leading axis with one entry per step, and the history of
+    ``fit`` holds the means.
+
+    Attributes:
+        objective: Φ of the batch at the new W and the old θ, penalties included.
+        lambda_: The regularisation parameter Λ.
+        lambda_sum: ΣΛ after the step.
+        selection: The value of the selection function at Λ.
+        finite: Whether the batch was finite. If not, nothing was learned from it.
+    """
 
     objective: jax.Array
     lambda_: jax.Array
@@ -76,37 +99,90 @@ def slimtrain(
     lower_bound: float = 1e-7,
     feature_precision: str | None = "highest",
 ) -> Method:
-    """The method of choice for data that come in minibatches, under least squares.
+    """Minibatch training under least squares: slimTik finds W, and any optimizer of optax moves θ.
 
-    Each step takes one forward pass, updates W by `varprox.slimtik` from the features of this batch
-    and the Gram matrices of `memory` batches before it, and moves θ by one reverse pass at the new
-    W and the optimizer. W has no learning rate, and its regularisation parameter is chosen by
-    `selection`: by default `proportional()`, where the paper has `sgcv()`, which looks at the batch
-    that W is fitted to and so lets ΣΛ fall to its lower bound. Rows and targets go into slimTik
-    divided by √batch; `initial` and `lower_bound` are those of ΣΛ, which takes the place of the
-    problem's `w_penalty`: this is part of the objective that is reported, and of nothing else.
+    A step takes one forward pass, updates W by ``varprox.slimtik`` and moves θ by one reverse pass
+    at the new W. The update of W uses the features of the batch and the Gram matrices of the
+    ``memory`` batches before it. W has no learning rate; its regularisation Λ is chosen at every
+    step. This is the method of choice for data in minibatches. The last layer may be dense or a
+    convolution.
 
-    The units of the targets do not matter. `init` finds the mean of its targets, at which a bias
-    starts and from which slimTik measures it, and the root mean square of what is left. The
-    gradient that the optimizer sees is that of the objective divided by the square of this unit;
-    for targets of mean zero and in such units it is that of the objective itself. W, the objective
-    and what else is reported are in the units of the targets as they came.
+    Rows and targets enter slimTik divided by √batch. ΣΛ takes the place of the problem's
+    ``w_penalty``, which only enters the objective that is reported.
 
-    The method has an `epoch(state, data, batch_size=…)` beside `init` and `step`, which passes over
-    shuffled batches; samples that do not fill one are left out of this epoch. `init` and `step`
-    take any pair (inputs, targets), with targets shaped like the predictions; that of `init` says
-    how many samples make a work unit. `step` raises ValueError for a batch with samples of another
-    shape. Features that learn from the batches they see are kept in `state.learned`, and
-    `with_learned(problem, state.learned)` is the problem with them.
+    Apart from the penalty on θ, the units of the targets do not matter. ``init`` takes the mean of
+    its targets as the start of the bias, which is regularised towards this mean, and the root mean
+    square of the rest as the unit. The optimizer sees the gradient of the objective divided by the
+    square of the unit. If the targets have mean zero and unit size, this is the gradient of the
+    objective itself. W, the objective and everything else that is reported are in the original
+    units.
 
-    A batch is not finite where its data, its loss, a gradient or the new weights are NaN or
-    infinite. Nothing is learned from it, and θ goes back to where a batch was last finite, while W
-    is that of this batch. So also weights that have grown out of all bounds come back good.
+    Features may learn from the batches they see, as batch norm does. ``state.learned`` keeps what
+    they have learned; ``varprox.slimtrain.with_learned(problem, state.learned)`` is the problem
+    with it.
 
-    All products are in full precision, on any device. `feature_precision` is that of the products
-    within the features, forward and reverse, where they name none: any name that
-    `jax.default_matmul_precision` takes, or None for what the device does by default, which on
-    accelerators is fast, and rounds to about three digits.
+    A batch is skipped if its data, its loss, a gradient or the new weights are NaN or infinite.
+    Then θ returns to the last value at which a batch was finite, and W to the one found from that
+    batch. This also recovers weights that have diverged. An epoch returns θ in the same way if a
+    batch was skipped, or if its last θ gives predictions that are not finite. The status after a
+    step is NON_FINITE if the batch was skipped. After an epoch it is NON_FINITE if the predictions
+    are not finite, if all batches were skipped, or if finite batches were followed more often by a
+    skipped batch than by a finite one. There is no other status that ends a run.
+
+    One work unit is a forward or a backward pass over as many samples as ``init`` was given. A step
+    takes two passes over its batch.
+
+    Arguments:
+        problem: The problem to train, with the loss ``least_squares()``.
+        optimizer: A gradient transformation of optax for θ, such as ``optax.adam(1e-3)``. Another
+            object recompiles.
+        memory: The number of earlier batches whose Gram matrices are kept, an integer ≥ 0. Changing
+            it recompiles.
+        selection: How Λ is chosen, such as ``sgcv()`` or ``proportional()``; see ``slimtik``. None
+            stands for ``proportional()``. The paper has ``sgcv()``, which looks at the batch that W
+            is fitted to, and so lets ΣΛ fall to its lower bound. Changing a number in a selection
+            does not recompile.
+        initial: ΣΛ at the start, a number ≥ 0. Changing it does not recompile.
+        lower_bound: The lower bound of ΣΛ, a number ≥ 0. Changing it does not recompile.
+        feature_precision: The precision of products inside the features, forward and reverse, that
+            name none themselves. It is a name that ``jax.default_matmul_precision`` takes, or None
+            for the default of the device, which on accelerators is fast and rounds to about three
+            digits. All other products are in full precision. Changing it recompiles.
+
+    Returns:
+        A stochastic ``Method`` with three pure functions. ``state = method.init(theta, data, key)``
+        takes a pair (inputs, targets) with any number of samples.
+        ``state, info = method.step(state, batch)`` takes one step.
+        ``state, infos = method.epoch(state, data, batch_size=32)`` passes over the data in shuffled
+        batches; samples that do not fill a batch are left out of this epoch. The state is a
+        ``varprox.slimtrain.State``, the info a ``varprox.slimtrain.Info``.
+
+    Raises:
+        TypeError: If ``problem`` is not a ``Problem`` or has another loss, if ``optimizer`` has no
+            ``init`` and ``update``, if ``selection`` is not a function, or if ``initial`` or
+            ``lower_bound`` is not a number. ``init`` raises it for data, θ or features of the wrong
+            type, ``step`` and ``epoch`` for the state of another method and for a batch of another
+            structure.
+        ValueError: If an option is out of its range. ``init`` raises it for data that do not fit
+            the problem, ``step`` and ``epoch`` for samples of another shape or dtype than ``init``
+            was given, and ``epoch`` for a ``batch_size`` that is larger than the data.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, x: jnp.exp(-theta * x), vp.dense(bias=False))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> inputs = jnp.linspace(0, 1, 20)[:, None]
+        >>> data = inputs, 2 * jnp.exp(-3 * inputs)
+        >>> method = vp.slimtrain(problem, optax.sgd(1.0), memory=2)
+        >>> solution = vp.fit(method, jnp.ones(1), data, epochs=5, batch_size=10)
+        >>> objective = solution.history["objective"]  # the mean of each epoch
+        >>> objective.shape, bool(objective[5] < objective[1])
+        ((6,), True)
+
+    Source:
+        Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, algorithm 1.
     """
     check_problem(problem)
     if not problem.loss.quadratic:
@@ -137,7 +213,16 @@ def slimtrain(
 
 
 def with_learned(problem: Problem, learned: list) -> Problem:
-    """The problem with features that hold what others have learned, as `learned_by` gives it."""
+    """The problem with features that hold what they have learned from batches.
+
+    Arguments:
+        problem: The problem that the method was made for.
+        learned: The field ``learned`` of a state of ``slimtrain``.
+
+    Returns:
+        The problem to pass to ``predict``; ``problem`` itself if its features do not learn from
+        batches.
+    """
     model = problem.model
     if model.training is None:
         return problem

@@ -1,6 +1,8 @@
-"""slimTik and GNvpro as gradient transformations of optax, for a training loop of one's own.
+"""slimTik and GNvpro as gradient transformations of optax, for a training loop of your own.
 
-Imports optax, the methods and what is below them.
+``slimtik`` trains the last layer in minibatches, beside any optimizer for the other parameters.
+``gnvpro`` trains θ by full-batch steps. Both are called as
+``updates, state = tx.update(gradients, state, params, …)``.
 """
 
 from collections.abc import Callable
@@ -28,7 +30,15 @@ from varprox.slimtik import (
 
 
 class SlimTikState(NamedTuple):
-    """That of the optimizer for θ and that of slimTik, with W as it was last seen."""
+    """The state of the optimizer for θ and of slimTik, with W as it was last seen.
+
+    Attributes:
+        optimizer: The state of the optimizer for θ.
+        tikhonov: The state of ``varprox.slimtik``; its W predicts the targets minus ``centre``.
+        batches: The number of batches seen so far.
+        centre: The mean of the targets of the first batch, (outputs,); 0 if there is no bias.
+        unit: The root mean square of all targets so far, minus ``centre``.
+    """
 
     optimizer: Any
     tikhonov: Tikhonov  # its W predicts targets less `centre`
@@ -47,29 +57,72 @@ def slimtik(
     initial: float = 0.05,
     lower_bound: float = 1e-7,
 ) -> optax.GradientTransformationExtraArgs:
-    """Any optimizer for θ, and slimTik for the last layer among the parameters.
+    """slimTik for the last layer among the parameters, and any optimizer for the others.
 
-    `update(gradients, state, params, features=z, targets=c)` wants the features z of the batch,
-    those that the last layer takes, and its targets, shaped like the predictions. Gradients of θ
-    pass through `optimizer`; those of the last layer, which may be anything, make way for the step
-    of `varprox.slimtik` with rows and targets divided by √batch. Where a batch, a gradient or an
-    update is not finite nothing moves.
+    ``tx.update(gradients, state, params, features=z, targets=c)`` needs the features z of the
+    batch, which are the input of the last layer, and its targets c, shaped like the predictions.
+    The gradients of the other parameters pass through ``optimizer``. The gradients of the last
+    layer may be anything: they are replaced by a step of ``varprox.slimtik``, with rows and targets
+    divided by √batch. If a batch, a gradient or an update is not finite, parameters and state do
+    not change.
 
-    The units of the targets do not matter where the gradients are those of a loss in their square,
-    as a mean of squares is: these are divided by the square of the root mean square of the targets
-    so far, about the mean of the first batch where the last layer has a bias. The first batch only
-    finds W, because gradients at a W that has seen no targets say nothing; a W that predicts this
-    batch worse than their mean, as one drawn at random does, is forgotten.
+    The first batch only finds W, because gradients at a W that has seen no targets say nothing. If
+    the initial W predicts this batch worse than the mean of its targets does (without a bias, worse
+    than zero), as a random W will, it is discarded. The units of the targets do not matter if the
+    loss is quadratic in them, such as a mean of squares: its gradients are divided by the mean
+    square of the targets so far. If the last layer has a bias, this is taken about the mean of the
+    first batch.
 
-    `head` is the path of the last layer in the parameters, such as "head" or "decoder.out". There
-    stand flax's "kernel" and, with bias, "bias", or else an array W (columns, outputs). `layer`
-    says what they mean: `varprox.dense()` if it is None, with a bias where there is one. The other
-    options are those of `varprox.slimtrain`; under `optax.inject_hyperparams`, `memory` is a static
-    argument.
+    Arguments:
+        optimizer: A gradient transformation of optax for all parameters but the last layer.
+        head: The path of the last layer in the parameters, such as ``"head"`` or ``"decoder.out"``.
+            It leads to flax's ``kernel`` and, with a bias, ``bias``, or to an array W (columns,
+            outputs).
+        memory: The number of earlier batches whose Gram matrices are kept, an integer ≥ 0. It must
+            be a static argument under ``optax.inject_hyperparams``.
+        selection: How Λ is chosen, such as ``sgcv()``. None stands for ``proportional()``.
+        layer: The head that the last layer is, such as ``varprox.conv(…)``. None stands for
+            ``varprox.dense()``, with a bias if the parameters have one.
+        initial: ΣΛ at the start, a number ≥ 0.
+        lower_bound: The lower bound of ΣΛ, a number ≥ 0.
 
-    Raises ValueError if there is no such path, or if the last layer has other entries, and
-    TypeError if they are neither in float32 nor in float64; `update` does where features or targets
-    do not fit it.
+    Returns:
+        A gradient transformation with extra arguments. ``state = tx.init(params)`` is a
+        ``SlimTikState``. The updates of ``tx.update`` are what ``optax.apply_updates`` takes.
+
+    Raises:
+        TypeError: If ``selection`` is not a function, or if ``initial`` or ``lower_bound`` is not a
+            number. ``init`` raises it if the last layer is neither in float32 nor in float64,
+            ``update`` if features or targets are in another dtype.
+        ValueError: If an option is out of its range. ``init`` raises it if there is no such path or
+            if the last layer has other entries, ``update`` if features or targets do not fit the
+            last layer or if ``params`` are missing.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import varprox as vp
+        >>> inputs = jnp.linspace(0, 1, 20)[:, None]
+        >>> targets = 2 * jnp.exp(-3 * inputs)
+        >>> params = {"decay": jnp.ones(1), "head": jnp.zeros((1, 1))}
+        >>> def loss(params):
+        ...     z = jnp.exp(-params["decay"] * inputs)
+        ...     return jnp.mean((z @ params["head"] - targets) ** 2), z
+        >>> tx = vp.transforms.slimtik(optax.sgd(1.0), head="head")
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     gradients, z = jax.grad(loss, has_aux=True)(params)
+        ...     updates, state = tx.update(gradients, state, params, features=z, targets=targets)
+        ...     return optax.apply_updates(params, updates), state
+        >>> state = tx.init(params)
+        >>> for _ in range(5):
+        ...     params, state = step(params, state)
+        >>> bool(loss(params)[0] < jnp.var(targets)), int(state.batches)
+        (True, 5)
+
+    Source:
+        Newman, Chung, Chung, Ruthotto, arXiv:2109.14002.
     """
     selection = proportional() if selection is None else selection
     options = checked(memory, selection, initial, lower_bound)
@@ -187,12 +240,47 @@ def _name(key):
 
 
 def gnvpro(problem: Problem, data: tuple, **options) -> optax.GradientTransformationExtraArgs:
-    """The steps of `varprox.gnvpro`, with its options, as updates of θ.
+    """The steps of ``varprox.gnvpro`` as updates of θ, for a full-batch loop of your own.
 
-    `update(gradients, state, params)` takes θ as parameters and looks at no gradient; it wants no
-    learning rate. W(θ) is `state.w`. `data` are all of the data; where they should not become
-    constants of a compiled update they, or others of the same shapes, may be passed to it as
-    `data=…`. Parameters that something else has moved in between cost one more forward pass.
+    ``tx.update(gradients, state, theta)`` ignores the gradients, which may be None, and needs no
+    learning rate. W(θ) is ``state.w``, and ``state.status`` says whether the run has ended. If
+    anything else changes θ between updates, the next update costs the work units of another start.
+
+    Arguments:
+        problem: The problem to train, as for ``varprox.gnvpro``.
+        data: A pair (inputs, targets) with all data. They become constants of a compiled update. To
+            avoid this, pass them, or others of the same shapes, to ``tx.update`` as ``data=…``.
+        **options: The options of ``varprox.gnvpro``.
+
+    Returns:
+        A gradient transformation with extra arguments. ``state = tx.init(theta)`` is a
+        ``varprox.gnvpro.State``. The updates of ``tx.update`` are what ``optax.apply_updates``
+        takes.
+
+    Raises:
+        TypeError: As ``varprox.gnvpro`` does; ``init`` as its ``init`` does.
+        ValueError: As ``varprox.gnvpro`` does; ``init`` as its ``init`` does, and ``update`` if
+            ``params`` are missing.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> import varprox as vp
+        >>> model = vp.Separable(lambda theta, x: jnp.exp(-theta * x), vp.dense(bias=False))
+        >>> problem = vp.Problem(model, vp.least_squares())
+        >>> inputs = jnp.linspace(0, 1, 20)[:, None]
+        >>> tx = vp.transforms.gnvpro(problem, (inputs, 2 * jnp.exp(-3 * inputs)))
+        >>> theta, update = jnp.ones(1), jax.jit(tx.update)
+        >>> state = tx.init(theta)
+        >>> for _ in range(6):
+        ...     updates, state = update(None, state, theta)
+        ...     theta = optax.apply_updates(theta, updates)
+        >>> print(theta.round(2), state.w.round(2))
+        [3.] [[2.]]
+
+    Source:
+        Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, algorithm 3.1.
     """
     method = full_batch(problem, **options)
 

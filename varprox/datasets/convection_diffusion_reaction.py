@@ -1,27 +1,28 @@
 """A convection–diffusion–reaction equation: from 55 reaction strengths to 72 observations.
 
-In the closed unit square a source sets a substance free, a vortex stirs it, and it feeds reactions:
+In the closed unit square a source sets a substance free, a vortex stirs it, and it feeds
+reactions::
 
     ∂u/∂t = ∇·(D ∇u) − v·∇u + f + Σ_j y_j r_j(u),   D ∂u/∂n = 0 on the boundary,   u = 0 at t = 0,
 
-with D = 0.1, v = (sin πx₁ cos πx₂, −cos πx₁ sin πx₂) and f = 2 exp(−|x − (0.3, 0.3)|² / 0.08).
-There are 55 reactions j = (k, l), those with k + l ≤ 9,
+with D = 0.1, v = (sin πx₁ cos πx₂, −cos πx₁ sin πx₂) and f = 2 exp(−‖x − (0.3, 0.3)‖² / 0.08).
+There are 55 reactions j = (k, l), those with k + l ≤ 9::
 
-    r_j(u)(x) = 6 (1 + k² + l²)^(−3/2) cos(kπx₁) cos(lπx₂) u / (1 + u),
+    r_j(u)(x) = 6 (1 + k² + l²)^(−3/2) cos(kπx₁) cos(lπx₂) u / (1 + u)
 
-so that Σ_j y_j r_j(u) is a smooth random field of rates times u / (1 + u), the law of Michaelis and
-Menten: in proportion to u where there is little of it, and saturated where there is much. Where the
-rate is positive u multiplies, at first exponentially; where it is negative it stays low. The
-strengths y_j are uniform in (−1, 1); coarse reactions matter most. Observed is u at 6 points, x₁ in
-{1/6, 1/2, 5/6} and x₂ in {1/4, 3/4}, and at 12 times, 1/12, 2/12, …, 1. Nothing has a unit.
+So Σ_j y_j r_j(u) is a smooth random field of rates times u / (1 + u), the law of Michaelis and
+Menten: it is proportional to u for small u and saturates for large u. Where the rate is positive u
+multiplies, at first exponentially; where it is negative u stays low. The strengths y_j are uniform
+in (−1, 1); coarse reactions matter most. u is observed at 6 points, x₁ in {1/6, 1/2, 5/6} and x₂ in
+{1/4, 3/4}, and at 12 times, 1/12, 2/12, …, 1. No quantity has a unit.
 
-Space is discretised by biquadratic finite elements on 12 × 12 squares with Simpson's rule, under
-which the mass matrix is diagonal and the nodes, among them the points of observation, converge with
-order 4; time by the BDF of SciPy. Both together err by less than 1% of the standard deviation of
-each observation.
+Space is discretised by biquadratic finite elements on 12 × 12 squares with Simpson's rule. Under
+this rule the mass matrix is diagonal, and the values at the nodes, among them the points of
+observation, converge with order 4. Time is discretised by SciPy's BDF. Both together err by less
+than 1% of the standard deviation of each observation.
 
-The setting is that of Newman, Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171; D, v, f,
-the reactions, the points and the times are chosen here.
+The setting is taken from Newman, Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171; D, v,
+f, the reactions, the points and the times are chosen here.
 """
 
 from typing import Any, NamedTuple
@@ -47,7 +48,19 @@ RTOL, ATOL = 1e-5, 1e-7
 
 
 class ConvectionDiffusionReaction(NamedTuple):
-    """Pairs (inputs (n, 55), targets (n, 72)); see `convection_diffusion_reaction`."""
+    """Samples of the convection–diffusion–reaction equation.
+
+    Attributes:
+        train: The pair (inputs (n, 55), targets (n, 72)) to train on.
+        validation: Such a pair to validate on.
+        test: Such a pair to test on.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.convection_diffusion_reaction(40, 20, 20)  # doctest: +SKIP
+        >>> data.train[1].shape, data.validation[1].shape  # doctest: +SKIP
+        ((40, 72), (20, 72))
+    """
 
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
@@ -64,22 +77,43 @@ def convection_diffusion_reaction(
 ) -> ConvectionDiffusionReaction:
     """Regression of the observations of a convection–diffusion–reaction equation.
 
-    Inputs are strengths of reactions (n, 55), targets what `cdr_observables` makes of them (n, 72),
-    both in jax's default float dtype, neither shifted nor scaled. `source="simulated"` draws inputs
-    uniformly from (−1, 1) and simulates each set by itself, so that none depends on the size of
-    another, and a smaller set is the beginning of a larger one: exactly in its inputs, and in its
-    targets to the solver's tolerance. It takes about a minute on two cores, once: the arrays are
-    kept in the user's cache.
+    Inputs are the strengths of 55 reactions, and targets the 72 observations that `cdr_observables`
+    makes of them. Neither is shifted or scaled.
 
-    `source="original"` takes the 800 samples that the authors of arXiv:2007.13171 published, in an
-    order drawn from the seed: first those for training, then for validation, then for testing.
-    Their file CDR_Data.mat is looked for in the folder that the environment variable VARPROX_DATA
-    names and in the user's cache, and else downloaded.
+    With ``source="simulated"`` inputs are uniform in (−1, 1). Each set is drawn and simulated by
+    itself, so none depends on the size of another, and a smaller set is the beginning of a larger
+    one: exactly in its inputs, and to the solver's tolerance in its targets. The first call takes
+    about a minute on two cores; the arrays are then kept in the user's cache.
 
-    Raises TypeError or ValueError unless the sizes are integers ≥ 1 and `seed` is one ≥ 0,
-    ValueError for another `source`, for more than the 800 original samples, and where a file does
-    not hold the data, ImportError where a package is missing, NotADirectoryError for a VARPROX_DATA
-    that is no folder, and OSError where a download fails.
+    With ``source="original"`` the samples are the 800 that the authors of arXiv:2007.13171
+    published, in an order drawn from the seed: first the training set, then the validation set,
+    then the test set. Their file CDR_Data.mat is looked for in the folder that the environment
+    variable VARPROX_DATA names, then in the user's cache, and is downloaded if it is in neither.
+
+    Arguments:
+        n: The number of training samples, an integer ≥ 1.
+        n_validation: The number of validation samples, an integer ≥ 1.
+        n_test: The number of test samples, an integer ≥ 1.
+        seed: An integer ≥ 0, which fixes the samples.
+        source: "simulated" or "original".
+
+    Returns:
+        A `ConvectionDiffusionReaction` with inputs (n, 55) and targets (n, 72) in JAX's default
+        float dtype.
+
+    Raises:
+        TypeError: If a size or `seed` is not an integer.
+        ValueError: If a size is below 1, `seed` is below 0, `source` is another one, more than 800
+            original samples are asked for, or a file does not hold the data.
+        ImportError: If scikit-fem, which simulates, or pooch, which downloads, is missing.
+        NotADirectoryError: If VARPROX_DATA names no folder.
+        OSError: If the download fails.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.convection_diffusion_reaction(40, 20, 20)  # doctest: +SKIP
+        >>> data.train[0].shape, data.train[1].shape  # doctest: +SKIP
+        ((40, 55), (40, 72))
     """
     sizes = {"n": n, "n_validation": n_validation, "n_test": n_test}
     sizes = {name: check_integer(name, size, least=1) for name, size in sizes.items()}
@@ -97,13 +131,28 @@ def convection_diffusion_reaction(
 def cdr_observables(parameters: np.ndarray) -> np.ndarray:
     """The solution at 6 points and 12 times, for each row of strengths of the 55 reactions.
 
-    `parameters` is (n, 55), the reactions ordered by k + l and then by k; the result is (n, 72)
-    float64, and reshaped to (n, 6, 12) has points and times as axes, points with x₁ running
-    fastest. Rows are integrated 20 at a time, with a progress bar; the other rows of a group
-    change a result within the solver's tolerance.
+    The docstring of the module `varprox.datasets.convection_diffusion_reaction` states the
+    equation. Rows are integrated 20 at a time, with a progress bar on stderr. The other rows of a
+    group change a result within the solver's tolerance.
 
-    Raises ValueError where `parameters` has another shape or a NaN or Inf, ImportError where
-    scikit-fem is missing, RuntimeError where the solver fails. For the equation see the module.
+    Arguments:
+        parameters: The strengths y, (n, 55), of reactions ordered by k + l and then by k.
+
+    Returns:
+        The observations (n, 72), float64. Reshaped to (n, 6, 12) they have points and times as
+        axes, with points ordered so that x₁ runs fastest.
+
+    Raises:
+        ValueError: If `parameters` has another shape, or holds NaN or Inf.
+        ImportError: If scikit-fem is missing.
+        RuntimeError: If the solver fails.
+
+    Example:
+        >>> import numpy as np
+        >>> import varprox as vp
+        >>> u = vp.datasets.cdr_observables(np.zeros((1, 55))).reshape(1, 6, 12)
+        >>> bool((np.diff(u[0, 0]) > 0).all())  # without reactions u rises with time
+        True
     """
     y = np.asarray(parameters, float)
     if y.ndim != 2 or y.shape[1] != len(MODES) or not len(y):

@@ -1,21 +1,25 @@
 """Direct current resistivity: what a conductive body in the ground adds to potentials.
 
 Two dipoles in turn send 1 A through the ground, −div(m grad u) = q, from one electrode at the
-surface to another, (−120, 0) to (120, 60) m and (0, −120) to (−60, 120) m, outside an array of
-21 × 21 receivers 10 m apart that covers |x|, |y| ≤ 100 m. The ground is a box of 1520 × 1520 ×
-760 m without flow through its sides (Neumann conditions), of conductivity m = m₀ c^χ with
-m₀ = 0.01 S/m, where χ = 1 / (1 + exp((r − 1) / 0.2)) falls smoothly from 1 inside to 0 outside the
-ellipsoid r = 1 below the array's centre. The parameters y, uniform in [−1, 1]³, are the depth of
-its centre, 50 … 90 m, its largest semi-axis, 30 … 60 m (along x; the others are 3/4 of it along y
-and 1/2 of it in depth), and, in the logarithm, its contrast c, 2 … 20. An observable is what the
-body adds to the potential at a receiver, in mV: v = u − u₀, u₀ being the potential for m = m₀,
-which is the same for all samples. It solves −div(m grad v) = div((m − m₀) grad u₀), free of the
-singularities at the electrodes; its mean over the box is zero, which fixes the constant. Trilinear
-finite elements, 10 m wide near the array and wider outwards, discretise both u₀ and v; with
-elements of half the width observables change by 0.4 % of their spread over the samples.
+surface to another: from (−120, 0) to (120, 60) m, and from (0, −120) to (−60, 120) m. The
+electrodes are outside an array of 21 × 21 receivers, 10 m apart, that covers x and y from −100 to
+100 m. The ground is a box of 1520 × 1520 × 760 m without flow through its sides
+(Neumann conditions). Its conductivity is m = m₀ c^χ with m₀ = 0.01 S/m, where χ = 1 / (1 +
+exp((r − 1) / 0.2)) falls smoothly from 1 inside to 0 outside the ellipsoid r = 1 below the centre
+of the array.
 
-The equation, the three kinds of parameters, the two dipoles and the array are those of Newman,
-Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171; lengths and conductivities are ours.
+The parameters y, uniform in [−1, 1]³, are the depth of the ellipsoid's centre, 50 … 90 m, its
+largest semi-axis, 30 … 60 m (along x; the others are 3/4 of it along y and 1/2 of it in depth),
+and, on a logarithmic scale, its contrast c, 2 … 20. An observable is what the body adds to the
+potential at a receiver, in mV: v = u − u₀, where u₀ is the potential for m = m₀, the same for all
+samples. It solves −div(m grad v) = div((m − m₀) grad u₀), which is free of the singularities at the
+electrodes. Its mean over the box is zero, which fixes the constant. Trilinear finite elements, 10 m
+wide near the array and wider outwards, discretise both u₀ and v; with elements of half the width
+observables change by 0.4 % of their spread over the samples.
+
+The equation, the three kinds of parameters, the two dipoles and the array are taken from Newman,
+Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171; lengths and conductivities are chosen
+here.
 """
 
 from functools import reduce
@@ -42,7 +46,22 @@ VERSION = 1  # to be raised whenever a change below changes the numbers
 
 
 class DcResistivity(NamedTuple):
-    """Pairs (parameters (n, 3), observables (n, 882) less `mean`); see `dc_resistivity`."""
+    """Samples of the direct current resistivity problem.
+
+    Targets are observables less their mean over the training set.
+
+    Attributes:
+        train: The pair (parameters (n, 3), targets (n, 882)) to train on.
+        validation: Such a pair to validate on.
+        test: Such a pair to test on.
+        mean: The mean (882,) of the training set's observables, which the targets lack.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.dc_resistivity(100)  # doctest: +SKIP
+        >>> data.train[1].shape, data.mean.shape  # doctest: +SKIP
+        ((80, 882), (882,))
+    """
 
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
@@ -51,22 +70,42 @@ class DcResistivity(NamedTuple):
 
 
 def dc_resistivity(n: int = 1000, *, seed: int = 0, source: str = "simulated") -> DcResistivity:
-    """`n` samples of the map from a body's parameters (3) to surface potentials (882).
+    """Regression of surface potentials from the parameters of a body in the ground.
 
-    Of ten samples in a row the ninth is for validation and the tenth for testing, so that 8000,
-    1000 and 1000 of the paper's 10,000 are for training, validation and testing, and the sets of a
-    smaller `n` are part of those of a larger one. The mean that the targets lack is that of the `n`
-    samples' training set. Arrays are in jax's default float dtype.
+    Inputs are the 3 parameters of a body, and targets its 882 observables, less their mean over the
+    training set. Of ten samples in a row the first eight are for training, the ninth for validation
+    and the tenth for testing. So 10,000 samples give 8000, 1000 and 1000 as in the paper, and the
+    sets of a smaller `n` are part of the sets of a larger one.
 
-    `source="simulated"` draws the parameters from the seed and computes their `dcr_observables`,
-    once, in about 0.05 s a sample; they are kept in the user's cache. `source="original"` takes
-    `n` ≤ 10,000 samples of the authors' file DCR_Data.mat in an order drawn from the seed, with
-    parameters and columns as published. The file is looked for in the folder that VARPROX_DATA
-    names and in the user's cache, and else downloaded.
+    With ``source="simulated"`` parameters are drawn from the seed, and `dcr_observables` computes
+    the observables in about 0.05 s per sample. The arrays are then kept in the user's cache.
 
-    Raises TypeError or ValueError for another `source`, unless `n` is an integer ≥ 10 and `seed`
-    one ≥ 0, and where the file does not hold the arrays Y (3, 10000) and C (882, 10000) of finite
-    numbers; and what `find_file` and `simulated` raise. The simulation needs SciPy and scikit-fem.
+    With ``source="original"`` the samples come from the authors' file DCR_Data.mat, in an order
+    drawn from the seed, with parameters and columns as published. The file is looked for in the
+    folder that the environment variable VARPROX_DATA names, then in the user's cache, and is
+    downloaded if it is in neither.
+
+    Arguments:
+        n: The number of samples in all, an integer ≥ 10; at most 10,000 original ones.
+        seed: An integer ≥ 0, which fixes the samples.
+        source: "simulated" or "original".
+
+    Returns:
+        A `DcResistivity`, its arrays in JAX's default float dtype.
+
+    Raises:
+        TypeError: If `n` or `seed` is not an integer.
+        ValueError: If `n` is below 10, `seed` is below 0, `source` is another one, more than 10,000
+            original samples are asked for, or a file does not hold the data.
+        ImportError: If scikit-fem, which simulates, or pooch, which downloads, is missing.
+        NotADirectoryError: If VARPROX_DATA names no folder.
+        OSError: If the download fails.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.dc_resistivity(100)  # doctest: +SKIP
+        >>> data.train[0].shape, data.train[1].shape  # doctest: +SKIP
+        ((80, 3), (80, 882))
     """
     n = check_integer("n", n, least=10)
     seed = check_integer("seed", seed, least=0)
@@ -86,12 +125,27 @@ def dc_resistivity(n: int = 1000, *, seed: int = 0, source: str = "simulated") -
 
 
 def dcr_observables(parameters: np.ndarray) -> np.ndarray:
-    """The potentials (n, 882), in mV, that bodies of the given parameters (n, 3) add.
+    """The potentials, in mV, that bodies of given parameters add at the surface.
 
-    Column 441 s + 21 i + j belongs to source s and the receiver at x = 10 (i − 10) m,
-    y = 10 (j − 10) m. Both arrays are float64. Shows a progress bar on stderr. Raises ValueError
-    unless the parameters are (n, 3) numbers between −1 and 1, ImportError where SciPy or scikit-fem
-    is missing.
+    The docstring of the module `varprox.datasets.dc_resistivity` states the problem. A progress bar
+    runs on stderr.
+
+    Arguments:
+        parameters: The parameters (n, 3), numbers between −1 and 1.
+
+    Returns:
+        The observables (n, 882), float64. Column 441 s + 21 i + j belongs to source s and to the
+        receiver at x = 10 (i − 10) m and y = 10 (j − 10) m.
+
+    Raises:
+        ValueError: If `parameters` has another shape, or numbers outside [−1, 1].
+        ImportError: If scikit-fem is missing.
+
+    Example:
+        >>> import numpy as np
+        >>> import varprox as vp
+        >>> vp.datasets.dcr_observables(np.zeros((1, 3))).shape  # doctest: +SKIP
+        (1, 882)
     """
     parameters = np.asarray(parameters, np.float64)
     if parameters.ndim != 2 or parameters.shape[1] != 3:

@@ -10,17 +10,34 @@ SEMI_AXES = (1.0, 0.4)
 def ellipse(n: int = 5000, n_validation: int = 1000, seed: int = 0) -> Dataset:
     """Classification of points as inside or outside the ellipse x² + (y / 0.4)² = 1.
 
-    A point is r (cos t, 0.4 sin t) with t uniform in [0, 2π), and r uniform in [0, 1) inside, in
-    [1, 2) outside: the points are densest at the centre, and none lies beyond twice the ellipse.
-    Inputs are (n, 2), targets one-hot (n, 2), column 0 for inside and column 1 for outside, both in
-    jax's default float dtype. ⌈n/2⌉ points are inside, ⌊n/2⌋ outside, in random order. The training
-    points do not depend on `n_validation`.
+    A point is r (cos t, 0.4 sin t) with t uniform in [0, 2π), and with r uniform in [0, 1) inside
+    and in [1, 2) outside. So the points are densest at the centre, and none lies beyond twice the
+    ellipse. ⌈n/2⌉ points are inside and ⌊n/2⌋ outside, in random order. The training points do not
+    depend on `n_validation`.
 
-    Raises TypeError or ValueError unless `n` and `n_validation` are integers ≥ 1 and `seed` is
-    one ≥ 0.
+    Arguments:
+        n: The number of training points, an integer ≥ 1.
+        n_validation: The number of validation points, an integer ≥ 1.
+        seed: An integer ≥ 0, which fixes the points.
 
-    The circle example in the code of Newman, Ruthotto, Hart and van Bloemen Waanders,
-    arXiv:2007.13171.
+    Returns:
+        A `Dataset` with inputs (n, 2) and one-hot targets (n, 2) in JAX's default float dtype.
+        Column 0 of the targets means inside and column 1 outside.
+
+    Raises:
+        TypeError: If an argument is not an integer.
+        ValueError: If `n` or `n_validation` is below 1, or `seed` below 0.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.ellipse(100, n_validation=20)
+        >>> inputs, targets = data.train
+        >>> inputs.shape, targets.sum(axis=0).tolist()
+        ((100, 2), [50.0, 50.0])
+
+    Source:
+        The circle example in the code of Newman, Ruthotto, Hart, van Bloemen Waanders,
+        arXiv:2007.13171.
     """
     n = check_integer("n", n, least=1)
     n_validation = check_integer("n_validation", n_validation, least=1)

@@ -38,7 +38,23 @@ TEST_EVERY = 5  # of the candidates, every fifth is for testing
 
 
 class Pixels(NamedTuple):
-    """Where samples lie in the image: indices into the flattened `labels`, one array a set."""
+    """Where the samples of Indian Pines lie in the image.
+
+    The entries are indices into the flattened `labels` of `IndianPines`.
+
+    Attributes:
+        train: Indices (4000,) of the training pixels.
+        validation: Indices (5249,) of the validation pixels.
+        test: Indices (1000,) of the test pixels.
+        foreground: Indices (10249,) of all labelled pixels, in image order.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.indian_pines()
+        >>> classes = data.labels.ravel()[data.pixels.train]  # 1 … 16
+        >>> bool((classes - 1 == data.train[1].argmax(axis=1)).all())
+        True
+    """
 
     train: np.ndarray
     validation: np.ndarray
@@ -47,7 +63,24 @@ class Pixels(NamedTuple):
 
 
 class IndianPines(NamedTuple):
-    """The Indian Pines image and its split; see `indian_pines`."""
+    """The Indian Pines image and its split.
+
+    Attributes:
+        train: The pair (inputs (4000, 200), one-hot targets (4000, 16)) to train on.
+        validation: Such a pair, (5249, 200) and (5249, 16), to validate on.
+        test: Such a pair, (1000, 200) and (1000, 16), to test on.
+        foreground: All three sets in image order, (10249, 200) and (10249, 16).
+        labels: The image of labels, (145, 145) int32: 0 for background, 1 … 16 for the classes.
+        pixels: Where the samples of each set lie in the image, a `Pixels`.
+        class_names: The names of the 16 classes. ``class_names[k]`` belongs to column k of the
+            targets and to label k + 1.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.indian_pines()
+        >>> data.labels.shape, data.class_names[0]
+        ((145, 145), 'Alfalfa')
+    """
 
     train: tuple[np.ndarray, np.ndarray]  # inputs (4000, 200), one-hot targets (4000, 16)
     validation: tuple[np.ndarray, np.ndarray]  # (5249, 200), (5249, 16)
@@ -61,34 +94,48 @@ class IndianPines(NamedTuple):
 def indian_pines(*, normalise: str = "band", seed: int = 0) -> IndianPines:
     """The 10,249 labelled pixels of Indian Pines, 200 bands and 16 classes, with the papers' split.
 
-    5000 pixels drawn at random are candidates for training: the same number from every class, but
-    always leaving 10 of a class behind; what small classes cannot give, the others share evenly. Of
-    the candidates every fifth, class by class, is for testing (1000), the others for training
-    (4000); the rest of the labelled image is for validation (5249). Each set is in random order.
-
-    `normalise="band"` shifts and scales each band to mean 0 and variance 1 over the training
-    pixels; "spectrum" shifts each pixel's spectrum by its mean over the bands and divides it by its
-    standard deviation over the bands, as the papers do. Variances are sums divided by the number of
-    values, not by one less. `seed`, an integer ≥ 0, fixes the split.
-
-    Returns an `IndianPines`, its inputs and targets in jax's default float dtype. A map of
-    predictions (one row a labelled pixel, made from the inputs `data.foreground[0]`) is
-
-        image = np.zeros_like(data.labels)
-        image.flat[data.pixels.foreground] = 1 + predictions.argmax(axis=1)
+    5000 pixels drawn at random are candidates for training and testing. Every class gives the same
+    number, but 10 pixels of each class are always left; what small classes cannot give is shared
+    evenly among the others. Class by class, every fifth candidate is for testing (1000) and the
+    others are for training (4000). The rest of the labelled image is for validation (5249). Each
+    set is in random order.
 
     The files Indian_pines_corrected.mat and Indian_pines_gt.mat are looked for in the folder that
-    the environment variable VARPROX_DATA names and in the user's cache; then the copy that the
-    package tensorly brings is used, and where it is not installed the files are downloaded.
+    the environment variable VARPROX_DATA names and in the user's cache. If they are in neither, the
+    copy in the package tensorly is used; if tensorly is not installed, the files are downloaded.
 
-    Raises ValueError or TypeError for another `normalise` or `seed`, ValueError where a file does
-    not hold the image, and what the search for the files raises: NotADirectoryError for a
-    VARPROX_DATA that is no folder, ImportError where a package is missing, OSError where a download
-    fails.
+    Arguments:
+        normalise: "band", the default, shifts and scales each band to mean 0 and variance 1 over
+            the training pixels. "spectrum" shifts each pixel's spectrum by its mean over the bands
+            and divides it by its standard deviation over the bands, as the papers do. Variances are
+            sums divided by the number of values, not by one less.
+        seed: An integer ≥ 0, which fixes the split.
 
-    Newman, Ruthotto, Hart and van Bloemen Waanders, arXiv:2007.13171. Their published script
-    differs in two ways: it takes at most ⌊5000 / 16⌋ = 312 candidates from a class, hence 3689 in
-    all where here they are 5000, and it reads the image with all 220 bands.
+    Returns:
+        An `IndianPines`, its inputs and targets in JAX's default float dtype.
+
+    Raises:
+        TypeError: If `seed` is not an integer.
+        ValueError: If `normalise` is another one, `seed` is below 0, or a file does not hold the
+            image.
+        ImportError: If pooch, which downloads, is missing.
+        NotADirectoryError: If VARPROX_DATA names no folder.
+        OSError: If the download fails.
+
+    Example:
+        >>> import numpy as np
+        >>> import varprox as vp
+        >>> data = vp.datasets.indian_pines()
+        >>> inputs, targets = data.foreground  # in image order, for a map
+        >>> image = np.zeros_like(data.labels)
+        >>> image.flat[data.pixels.foreground] = 1 + targets.argmax(axis=1)  # or predictions
+        >>> bool((image == data.labels).all())
+        True
+
+    Source:
+        Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171. Their published script takes
+        at most ⌊5000 / 16⌋ = 312 candidates from a class, hence 3689 in all instead of 5000, and
+        reads the image with all 220 bands.
     """
     if normalise not in ("band", "spectrum"):
         raise ValueError(f'normalise: expected "band" or "spectrum", got {normalise!r}')

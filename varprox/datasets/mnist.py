@@ -24,7 +24,19 @@ VALIDATION = 10_000  # of the 60,000 images to train on
 
 
 class Mnist(NamedTuple):
-    """Pairs (images (n, 28, 28, 1), labels (n,) int32) for training, validation and testing."""
+    """The MNIST images, normalised, and their labels.
+
+    Attributes:
+        train: The pair (images (n, 28, 28, 1), labels (n,) int32) to train on.
+        validation: Such a pair of 10,000 to validate on.
+        test: Such a pair of 10,000 to test on.
+
+    Example:
+        >>> import varprox as vp
+        >>> images, labels = vp.datasets.mnist(1000).validation  # doctest: +SKIP
+        >>> images.shape, labels.shape  # doctest: +SKIP
+        ((10000, 28, 28, 1), (10000,))
+    """
 
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]  # 10,000
@@ -32,16 +44,35 @@ class Mnist(NamedTuple):
 
 
 def mnist(n: int = 50_000, *, seed: int = 0) -> Mnist:
-    """`n` training images, the 10,000 validation images that go with the seed, and the test images.
+    """The MNIST images of handwritten digits, 28 × 28 pixels.
 
-    Pixels p between 0 and 1 become (p − 0.1307) / 0.3013. Of the 60,000 images to train on, in an
-    order drawn from the seed, the last 10,000 are for validation and the first `n` for training, so
-    that smaller training sets are part of larger ones.
+    Pixels p between 0 and 1 become (p − 0.1307) / 0.3013. The 60,000 images that are not for
+    testing are put in an order drawn from the seed. The last 10,000 are for validation and the
+    first `n` for training, so smaller training sets are part of larger ones.
 
-    The four files in idx format are looked for in the folder `mnist` of the one that VARPROX_DATA
-    names and of the user's cache, and else downloaded. Raises TypeError or ValueError unless `n`
-    and `seed` are integers with 1 ≤ n ≤ 50,000 and seed ≥ 0, ValueError where a file is not in idx
-    format or has another shape, and what `find_file` raises where one cannot be had.
+    The four files in idx format are looked for in the folder `mnist` inside the folder that the
+    environment variable VARPROX_DATA names, then inside the user's cache, and are downloaded if
+    they are in neither.
+
+    Arguments:
+        n: The number of training images, from 1 to 50,000.
+        seed: An integer ≥ 0, which fixes the order.
+
+    Returns:
+        An `Mnist`, its images in JAX's default float dtype.
+
+    Raises:
+        TypeError: If `n` or `seed` is not an integer.
+        ValueError: If `n` is below 1 or above 50,000, `seed` is below 0, or a file does not hold
+            the data.
+        ImportError: If pooch, which downloads, is missing.
+        NotADirectoryError: If VARPROX_DATA names no folder.
+        OSError: If the download fails.
+
+    Example:
+        >>> import varprox as vp
+        >>> vp.datasets.mnist(1000).train[0].shape  # doctest: +SKIP
+        (1000, 28, 28, 1)
     """
     n = check_integer("n", n, least=1)
     rng = np.random.default_rng(check_integer("seed", seed, least=0))

@@ -6,14 +6,29 @@ from varprox.datasets._cache import Dataset, check_integer, float_dtype
 
 
 def peaks(n: int = 2000, n_validation: int = 500, seed: int = 0) -> Dataset:
-    """Regression of the peaks function from points drawn uniformly at random from [−3, 3]².
+    """Regression of MATLAB's peaks function from random points.
 
-    Inputs are (n, 2), targets (n, 1), both in jax's default float dtype; a target is
-    `peaks_function` of its input, rounded once. The training points do not depend on
-    `n_validation`.
+    Inputs are points drawn uniformly from [−3, 3]². A target is `peaks_function` of its input,
+    computed in float64 and rounded once. The training points do not depend on `n_validation`.
 
-    Raises TypeError or ValueError unless `n` and `n_validation` are integers ≥ 1 and `seed` is
-    one ≥ 0.
+    Arguments:
+        n: The number of training points, an integer ≥ 1.
+        n_validation: The number of validation points, an integer ≥ 1.
+        seed: An integer ≥ 0, which fixes the points.
+
+    Returns:
+        A `Dataset` with inputs (n, 2) and targets (n, 1) in JAX's default float dtype.
+
+    Raises:
+        TypeError: If an argument is not an integer.
+        ValueError: If `n` or `n_validation` is below 1, or `seed` below 0.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.peaks(100, n_validation=20)
+        >>> inputs, targets = data.train
+        >>> inputs.shape, targets.shape
+        ((100, 2), (100, 1))
     """
     n = check_integer("n", n, least=1)
     n_validation = check_integer("n_validation", n_validation, least=1)
@@ -22,11 +37,25 @@ def peaks(n: int = 2000, n_validation: int = 500, seed: int = 0) -> Dataset:
 
 
 def peaks_function(points: np.ndarray) -> np.ndarray:
-    """MATLAB's peaks at points (…, 2), as (…, 1), in the dtype of `points`.
+    """MATLAB's peaks function, a smooth surface with three hills and two hollows.
 
-    f(x, y) = 3 (1 − x)² exp(−x² − (y + 1)²)
-              − 10 (x/5 − x³ − y⁵) exp(−x² − y²)
-              − ⅓ exp(−(x + 1)² − y²)
+    ::
+
+        f(x, y) = 3 (1 − x)² exp(−x² − (y + 1)²)
+                  − 10 (x/5 − x³ − y⁵) exp(−x² − y²)
+                  − ⅓ exp(−(x + 1)² − y²)
+
+    Arguments:
+        points: An array of points (x, y), of shape (…, 2).
+
+    Returns:
+        The values f(x, y), of shape (…, 1), in the dtype of `points`.
+
+    Example:
+        >>> import numpy as np
+        >>> import varprox as vp
+        >>> vp.datasets.peaks_function(np.array([[0.0, 0.0], [0.0, 1.6]])).round(2).tolist()
+        [[0.98], [8.1]]
     """
     x, y = points[..., :1], points[..., 1:]
     return (
