@@ -12,14 +12,44 @@ from varprox.networks.dense import Network, check_counts, dtype_or_default
 class Autoencoder(Network):
     """A convolutional autoencoder of images, whose head is a transposed convolution.
 
-    The encoder halves the images twice by convolutions (4×4, stride 2), to `channels` and
-    2 `channels`, with a rectifier between them, and maps what is left to `latent` numbers. The
-    decoder goes the way back through a linear layer, batch norm, a transposed convolution, a
-    rectifier and batch norm to `channels` features of half the image's size; the head doubles
-    it. All weights start uniform within ±1/√n, n being the number of inputs that an output of the
-    layer sees, for transposed convolutions its number of outputs times that of taps. Raises
-    ValueError for a count that is no positive integer, and for images that four does not divide.
-    Source: arXiv:2109.14002, section 5.2.
+    =======  =====================================================================
+    part     layers
+    =======  =====================================================================
+    encoder  convolution, ReLU, convolution, linear layer to `latent` numbers
+    decoder  linear layer, batch norm, transposed convolution, ReLU, batch norm
+    head     transposed convolution
+    =======  =====================================================================
+
+    Kernels are 4 × 4 with stride 2: a convolution halves the image, a transposed one doubles it.
+    The encoder's convolutions have `channels` and twice as many output channels, and the features
+    are images of half the size with `channels` channels. The features learn the statistics of their
+    batches and the head is convolutional, so the network is trained by `varprox.slimtrain`.
+
+    All weights start uniform within ±1/√n, where n is the number of inputs that an output of the
+    layer sees; for transposed convolutions it is the number of outputs times the number of taps.
+
+    Arguments:
+        size: Height and width of the images, multiples of 4.
+        image_channels: The number of channels of the images.
+        channels: The number of channels of the features.
+        latent: The number of entries of a code, to which the encoder maps an image.
+        rngs: A `flax.nnx.Rngs`, from which the initial weights are drawn.
+        param_dtype: The dtype of the weights; None, the default, means JAX's default float.
+
+    Raises:
+        ValueError: If a count is not a positive integer, or if the height or width is not a
+            positive multiple of 4.
+
+    Example:
+        >>> from flax import nnx
+        >>> import varprox as vp
+        >>> net = vp.networks.Autoencoder((8, 8), channels=2, latent=3, rngs=nnx.Rngs(0))
+        >>> theta, model = vp.nnx.split(net)
+        >>> type(model.head).__name__
+        'ConvTransposeHead'
+
+    Source:
+        Newman, Chung, Chung, Ruthotto, arXiv:2109.14002, section 5.2.
     """
 
     def __init__(
@@ -73,7 +103,7 @@ class Autoencoder(Network):
         return self.encoded(z.reshape(len(z), -1))
 
     def features(self, inputs: jax.Array) -> jax.Array:
-        """Images (batch, height, width, image_channels) to (batch, height / 2, width / 2,
+        """Images (batch, height, width, image_channels) to features (batch, height / 2, width / 2,
         channels)."""
         first, second = self.norms
         z = first(self.decoded(self.encode(inputs)).reshape(-1, *self.smallest))

@@ -13,7 +13,23 @@ from jax.ad_checkpoint import checkpoint_name
 
 @jax.custom_jvp
 def tanh(x: jax.Array) -> jax.Array:
-    """The hyperbolic tangent, whose derivative keeps one array, 1 − tanh²; `jnp.tanh` keeps two."""
+    """The hyperbolic tangent, with a derivative that needs less memory.
+
+    Its derivative keeps one array, 1 − tanh², and the derivative of `jnp.tanh` two. Values and
+    derivatives are the same.
+
+    Arguments:
+        x: An array of any shape, of a floating dtype.
+
+    Returns:
+        tanh(x), an array like `x`.
+
+    Example:
+        >>> import jax
+        >>> import varprox as vp
+        >>> float(jax.grad(vp.networks.tanh)(0.0))
+        1.0
+    """
     return jnp.tanh(x)
 
 
@@ -29,6 +45,7 @@ class Network(nnx.Module):
     head: nnx.Linear | nnx.ConvTranspose
 
     def features(self, inputs: jax.Array) -> jax.Array:
+        """Inputs (…, in_features) to features (…, m)."""
         raise NotImplementedError
 
     def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -37,11 +54,28 @@ class Network(nnx.Module):
 
 
 class Dense(Network):
-    """Fully connected layers: activation(z K + b) for each hidden layer, then the head.
+    """Fully connected layers: activation(z K + b) for each hidden layer, then a linear head.
 
-    `sizes` counts inputs, hidden units layer by layer, and outputs: (2, 4, 4, 2) has two hidden
-    layers of width 4. Raises ValueError for fewer than two sizes or one that is no positive
-    integer.
+    Inputs are (…, sizes[0]), features (…, sizes[-2]) and outputs (…, sizes[-1]). Kernels K start
+    LeCun-normal and biases b at zero.
+
+    Arguments:
+        sizes: The numbers of inputs, of hidden units layer by layer, and of outputs. For example,
+            (2, 4, 4, 2) has two hidden layers of width 4.
+        activation: A function from arrays to arrays, by default `tanh`.
+        rngs: A `flax.nnx.Rngs`, from which the initial weights are drawn.
+        param_dtype: The dtype of the weights; None, the default, means JAX's default float.
+
+    Raises:
+        ValueError: If there are fewer than two sizes, or one is not a positive integer.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> net = vp.networks.Dense((2, 4, 4, 1), rngs=nnx.Rngs(0))
+        >>> net.features(jnp.ones((5, 2))).shape, net(jnp.ones((5, 2))).shape
+        ((5, 4), (5, 1))
     """
 
     def __init__(

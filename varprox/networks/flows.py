@@ -42,17 +42,43 @@ class _Flow(Network):
         return self.flow(z.reshape(-1, z.shape[-1]).T).T.reshape(z.shape)
 
     def flow(self, z: jax.Array) -> jax.Array:
-        """States (width, samples) at time zero to those at `final_time`."""
+        """States (width, samples) at time zero to states at `final_time`."""
         raise NotImplementedError
 
 
 class ResNet(_Flow):
     """A residual network: forward Euler for ż = activation(K(t) z + b(t)).
 
-    z ← z + h activation(K_j z + b_j) with h = final_time / steps. The weights are `kernel` (steps,
-    width, width), LeCun-normal at the start and drawn anew for each step, and `bias` (steps,
-    width), zero at the start. Raises ValueError for a count that is no positive integer and for a
-    final time that is not positive.
+    A linear layer and tanh open it: z = tanh(y K₀ + b₀). Then every step takes
+
+    z ← z + h activation(K_j z + b_j) with h = final_time / steps,
+
+    and a linear head ends it. The weights of the steps are `kernel` (steps, width, width),
+    LeCun-normal at the start and drawn anew for every step, and `bias` (steps, width), zero at the
+    start.
+
+    Arguments:
+        in_features: The number of inputs.
+        width: The number of units, which is the number of features.
+        out_features: The number of outputs.
+        steps: The number of steps in time, each with weights of its own.
+        final_time: The time at the end of the last step, a positive number.
+        bias_scale: The standard deviation of the opening layer's initial biases, a number ≥ 0.
+        activation: A function from arrays to arrays, by default `tanh`.
+        rngs: A `flax.nnx.Rngs`, from which the initial weights are drawn.
+        param_dtype: The dtype of the weights; None, the default, means JAX's default float.
+
+    Raises:
+        ValueError: If a count is not a positive integer, if `final_time` is not positive, or if
+            `bias_scale` is negative.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> net = vp.networks.ResNet(2, 4, 1, steps=3, final_time=1.0, rngs=nnx.Rngs(0))
+        >>> net.kernel.shape, net(jnp.ones((5, 2))).shape
+        ((3, 4, 4), (5, 1))
     """
 
     def __init__(
@@ -77,7 +103,7 @@ class ResNet(_Flow):
         self.bias = nnx.Param(jnp.zeros((steps, width), dtype))
 
     def flow(self, z: jax.Array) -> jax.Array:
-        """States (width, samples) at time zero to those at `final_time`."""
+        """States (width, samples) at time zero to states at `final_time`."""
         h = self.final_time / len(self.kernel)
 
         def step(z, weights):
@@ -90,16 +116,47 @@ class ResNet(_Flow):
 class AntisymmetricResNet(_Flow):
     """A stable residual network: RK4 for ż = tanh(K(t) z + b(t)) with K = T − Tᵀ − γ I.
 
-    T is strictly lower triangular. K's eigenvalues have real part −γ: signals do not explode, and
-    for small γ they do not fade. The weights are T and b at the nodes and midpoints of the time
-    grid: `lower` (2 steps + 1, width (width − 1) / 2), T row by row, and `bias` (2 steps + 1,
-    width). All nodes start equal: T normal with standard deviation 1.5 / √width, which puts K's
-    eigenvalues within about ±3i, so that states turn and mix on their way, and b zero. Between its
-    nodes a step's weights are the parabola through them: `min_steps` has the states follow it in
-    finer steps, their number doubled until they are as many, and `prolong` up to there changes
-    nothing. Raises ValueError for a count that is no positive integer, a width below 2, a final
-    time that is not positive and a negative gamma. Source: Haber, Ruthotto, Stable architectures
-    for deep neural networks, arXiv:1705.03341.
+    A linear layer and tanh open it, z = tanh(y K₀ + b₀), and a linear head ends it. T is strictly
+    lower triangular. The eigenvalues of K have real part −γ: signals do not explode, and for small
+    γ they do not fade.
+
+    The weights are T and b at the nodes and midpoints of the time grid: `lower` (2 steps + 1, width
+    (width − 1) / 2), which holds T row by row, and `bias` (2 steps + 1, width). All nodes start
+    with the same T, normal with standard deviation 1.5 / √width, and with b = 0. The eigenvalues of
+    K are then within about ±3i, so states turn and mix on their way.
+
+    Within a step the weights are the parabola through its two nodes and its midpoint. `min_steps`
+    lets the states follow this parabola in finer steps.
+
+    Arguments:
+        in_features: The number of inputs.
+        width: The number of units, at least 2, which is the number of features.
+        out_features: The number of outputs.
+        steps: The number of steps of the time grid on which the weights live.
+        final_time: The time at the end of the last step, a positive number.
+        bias_scale: The standard deviation of the opening layer's initial biases, a number ≥ 0.
+        gamma: The damping γ, a number ≥ 0.
+        min_steps: The least number of steps that the states take. If `steps` is smaller, it is
+            doubled until it is at least this; `prolong` changes nothing up to there.
+        rngs: A `flax.nnx.Rngs`, from which the initial weights are drawn.
+        param_dtype: The dtype of the weights; None, the default, means JAX's default float.
+
+    Raises:
+        ValueError: If a count is not a positive integer, if `width` is below 2, if `final_time` is
+            not positive, or if `bias_scale` or `gamma` is negative.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> net = vp.networks.AntisymmetricResNet(
+        ...     2, 4, 1, steps=3, final_time=1.0, rngs=nnx.Rngs(0)
+        ... )
+        >>> net.lower.shape, net(jnp.ones((5, 2))).shape
+        ((7, 6), (5, 1))
+
+    Source:
+        Haber, Ruthotto, Stable architectures for deep neural networks, arXiv:1705.03341.
     """
 
     def __init__(
@@ -144,7 +201,7 @@ class AntisymmetricResNet(_Flow):
         return kernels - self.gamma * jnp.eye(width, dtype=lower.dtype)
 
     def flow(self, z: jax.Array) -> jax.Array:
-        """States (width, samples) at time zero to those at `final_time`."""
+        """States (width, samples) at time zero to states at `final_time`."""
         kernels, biases = self.kernels(), self.bias[..., None]
         while len(kernels) < 2 * self.min_steps + 1:
             kernels, biases = _interpolate(kernels), _interpolate(biases)
@@ -175,13 +232,39 @@ class AntisymmetricResNet(_Flow):
 class HamiltonianNet(_Flow):
     """A Hamiltonian network: leapfrog for ẏ = tanh(K(t) z + b(t)), ż = −tanh(K(t)ᵀ y + b(t)).
 
-    z ← z − h tanh(K_jᵀ y + b_j), then y ← y + h tanh(K_j z + b_j), with h = final_time / steps. The
-    opening layer's output is y at time zero, z starts at zero, and the features are the final y.
-    Each step preserves volume in (y, z). The weights are `kernel` (steps, width, width),
-    LeCun-normal at the start and drawn anew for each step, and `bias` (steps, width), zero at the
-    start. Raises ValueError for a count that is no positive integer and for a final time that is
-    not positive. Source: Haber, Ruthotto, Stable architectures for deep neural networks,
-    arXiv:1705.03341.
+    A linear layer and tanh open it: y = tanh(x K₀ + b₀) for inputs x, and z = 0. Then every step
+    takes
+
+    z ← z − h tanh(K_jᵀ y + b_j), then y ← y + h tanh(K_j z + b_j), with h = final_time / steps.
+
+    The features are the final y, and a linear head ends the network. Each step preserves volume in
+    (y, z). The weights of the steps are `kernel` (steps, width, width), LeCun-normal at the start
+    and drawn anew for every step, and `bias` (steps, width), zero at the start.
+
+    Arguments:
+        in_features: The number of inputs.
+        width: The number of units in y, and in z; the number of features.
+        out_features: The number of outputs.
+        steps: The number of steps in time, each with weights of its own.
+        final_time: The time at the end of the last step, a positive number.
+        bias_scale: The standard deviation of the opening layer's initial biases, a number ≥ 0.
+        rngs: A `flax.nnx.Rngs`, from which the initial weights are drawn.
+        param_dtype: The dtype of the weights; None, the default, means JAX's default float.
+
+    Raises:
+        ValueError: If a count is not a positive integer, if `final_time` is not positive, or if
+            `bias_scale` is negative.
+
+    Example:
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> import varprox as vp
+        >>> net = vp.networks.HamiltonianNet(2, 4, 1, steps=3, final_time=1.0, rngs=nnx.Rngs(0))
+        >>> net.kernel.shape, net(jnp.ones((5, 2))).shape
+        ((3, 4, 4), (5, 1))
+
+    Source:
+        Haber, Ruthotto, Stable architectures for deep neural networks, arXiv:1705.03341.
     """
 
     def __init__(
@@ -204,11 +287,11 @@ class HamiltonianNet(_Flow):
         self.bias = nnx.Param(jnp.zeros((steps, width), dtype))
 
     def flow(self, y: jax.Array) -> jax.Array:
-        """States y (width, samples) at time zero to those at `final_time`, with z from zero."""
+        """States y (width, samples) at time zero to states at `final_time`, with z from zero."""
         return self.phase_flow(y, jnp.zeros_like(y))[0]
 
     def phase_flow(self, y: jax.Array, z: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """States y and z, each (width, samples), at time zero to those at `final_time`."""
+        """States y and z, each (width, samples), at time zero to states at `final_time`."""
         h = self.final_time / len(self.kernel)
 
         def step(state, weights):
@@ -222,15 +305,41 @@ class HamiltonianNet(_Flow):
 
 
 def prolong(theta: dict) -> dict:
-    """The nonlinear weights θ of a flow, as `varprox.nnx.split` gives them, for twice the steps.
+    """The nonlinear weights θ of a flow for twice as many steps in time.
 
-    The model stays the same, for the weights' leading axis says how many steps there are. Weights
-    at nodes and midpoints, those of `AntisymmetricResNet`, are interpolated in every step by the
-    parabola through its three, which are all that RK4 sees of it: this changes the outputs by O(h⁴)
-    for steps of length h, be the weights smooth from step to step or not, and by nothing but
-    rounding where the network takes its `min_steps` before and after. Weights that belong to
-    whole steps, those of `ResNet` and `HamiltonianNet`, are repeated, which changes the outputs by
-    O(h), the order of these methods. Raises ValueError for any other θ.
+    The model stays the same, because the leading axis of the weights says how many steps there are.
+
+    =====================  ===========================================  =====================
+    network                new weights                                  change of the outputs
+    =====================  ===========================================  =====================
+    `AntisymmetricResNet`  on the parabola through each step's weights  O(h⁴)
+    `ResNet`               each step's weights twice                    O(h)
+    `HamiltonianNet`       each step's weights twice                    O(h)
+    =====================  ===========================================  =====================
+
+    Here h is the length of a step. O(h⁴) holds even if the weights jump from step to step, because
+    RK4 sees nothing of a step but its nodes and midpoint. The outputs of an `AntisymmetricResNet`
+    that takes its `min_steps` before and after change by nothing but rounding. O(h) is the order of
+    the other two methods.
+
+    Arguments:
+        theta: The nonlinear weights of a `ResNet`, `AntisymmetricResNet` or `HamiltonianNet`, as
+            `varprox.nnx.split` gives them.
+
+    Returns:
+        Weights of the same structure, with time axes for twice as many steps. The function itself
+        is the option `prolong` of `varprox.fit_levels`.
+
+    Raises:
+        ValueError: If `theta` has another structure.
+
+    Example:
+        >>> from flax import nnx
+        >>> import varprox as vp
+        >>> net = vp.networks.ResNet(2, 4, 1, steps=3, final_time=1.0, rngs=nnx.Rngs(0))
+        >>> theta, model = vp.nnx.split(net)
+        >>> vp.networks.prolong(theta)["kernel"].shape
+        (6, 4, 4)
     """
     names = {"opening", "bias"}
     if not isinstance(theta, dict) or set(theta) - {"kernel", "lower"} != names or len(theta) != 3:
