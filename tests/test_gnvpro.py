@@ -51,6 +51,16 @@ def test_work_units_of_formed_models_add_up(name, loss):
         assert info.products == 0 and not info.newton
 
 
+def test_rows_that_are_made_twice_count_twice(x64, monkeypatch):
+    monkeypatch.setattr("varprox.jacobian.KEPT_BYTES", 0)
+    case, theta = Case("least_squares"), initial_theta()
+    method = vp.gnvpro(case.problem, curvature="dense", kaufman=True)
+    state = method.init(theta, case.data)
+    after, info = method.step(state, case.data)
+    outputs = case.data[1].shape[1]
+    assert after.work_units == 1 + 2 * (1 + outputs) + info.trials
+
+
 FORMS = [name for name in METHODS if name.startswith("gnvpro")]
 forms = pytest.mark.parametrize("name", FORMS)
 

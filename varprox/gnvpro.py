@@ -202,8 +202,8 @@ def gnvpro(
     step, ``"forward"``                1, and 1 per weight
     =================================  ========================================================
 
-    If the rows of ``"dense"`` take more than 128 MiB, they are computed twice per step but counted
-    once.
+    If the rows of ``"dense"`` take more than 128 MiB, they are computed twice per step, and a step
+    takes twice the units.
 
     Arguments:
         problem: The problem to train. The head must be dense, and the features must not learn from

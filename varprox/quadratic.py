@@ -265,6 +265,7 @@ def dense(
     """
     forward = isinstance(norm, ForwardNorm)
     formed = gauss_newton_matrix(problem, theta, data, at, kaufman=kaufman, forward=forward)
+    evaluations = 1 if formed.transposed is not None else 2  # of the rows
     diagonal = jnp.maximum(norm.diagonal, jnp.diagonal(formed.matrix))
     mean = jnp.mean(diagonal)
     scale = jax.lax.rsqrt(diagonal + EVEN * jnp.where(mean > 0, mean, 1))
@@ -307,7 +308,7 @@ def dense(
         solve,
         curvature=jnp.max(jnp.abs(jnp.diagonal(matrix))),
         reach=length(weights / scale),
-        work=1 + (weights.size if forward else passes(at.w, kaufman=kaufman)),
+        work=evaluations * (1 + (weights.size if forward else passes(at.w, kaufman=kaufman))),
         following=following,
         estimated=jnp.array(False) if learnt is None else learnt.trusted,
     )
