@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "peaks": "fit a function of two variables, medians over five seeds",
     "ellipse": "classify points inside and outside an ellipse from twenty starts",
     "autoencoder": "slimTrain and Adam on an autoencoder of MNIST, with many images and with few",
+    "cifar10": "classify photographs with a convolutional network, GNvpro seeing samples of them",
     "cdr": "learn a convection–diffusion–reaction equation from 400 samples",
     "dcr": "learn the potentials over a body in the ground",
     "race": "time and work to given objectives, on six problems and against more rivals",
@@ -57,11 +58,14 @@ DEFAULTS = {
     "cdr": (*OF_SURROGATES, "broyden"),
     "dcr": OF_SURROGATES,  # where W alone has 15,000 entries
     "autoencoder": ("slimtrain", "adam", "selections"),
+    "cifar10": ("gnvpro", "lbfgsvpro", "adam", "gn"),
 }
 
 
 SEEDS = {"autoencoder": 3, "cdr": 5, "dcr": 5}
-CHOICES = {name: DEFAULTS[name] for name in ("peaks", "race", "cdr", "dcr", "autoencoder")}
+CHOICES = {
+    name: DEFAULTS[name] for name in ("peaks", "race", "cdr", "dcr", "autoencoder", "cifar10")
+}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -132,7 +136,7 @@ def _add_options(name, experiment):
         "--output", type=Path, metavar="FOLDER", help=f"results/{name} by default"
     )
     precision = experiment.add_mutually_exclusive_group()
-    in_double = {"autoencoder": False, "zoo": None}.get(name, True)
+    in_double = {"autoencoder": False, "cifar10": False, "zoo": None}.get(name, True)
     only = " only; both by default" * (in_double is None)
     precision.add_argument(
         "--x64",
@@ -147,7 +151,7 @@ def _add_options(name, experiment):
         default=in_double,
         help="single precision" + only + " (the default)" * (in_double is False),
     )
-    if name in ("indian_pines", "peaks", "zoo"):
+    if name in ("indian_pines", "peaks", "zoo", "cifar10"):
         experiment.add_argument(
             "--budget",
             type=_budget,

@@ -172,7 +172,8 @@ def write(
 
 def _record(run):
     length = len(run.history["objective"])
-    kept = np.unique(np.linspace(0, length - 1, min(KEPT, length)).round().astype(int))
+    # Spread as on a logarithmic axis, on which histories are looked at.
+    kept = np.unique(np.geomspace(1, length, KEPT).round().astype(int)) - 1
     return {
         "method": run.method,
         "variant": run.variant,

@@ -75,8 +75,8 @@ def convergence(
     longest = max(run.solution.history["seconds"][-1] for runs in groups.values() for run in runs)
     for j, (axis, limit) in enumerate(zip(AXES, (work, longest), strict=True)):
         for method, runs in groups.items():
-            x, curves = _curves(runs, axis, limit, columns)
-            for ax, curve in zip(grid[:, j], curves, strict=True):
+            x, values = curves(runs, axis, limit, columns)
+            for ax, curve in zip(grid[:, j], values, strict=True):
                 _draw(ax, method, x, curve)
         grid[-1, j].set(xlabel=AXES[axis], xscale="log")
         _plain_ticks(grid[-1, j].xaxis)
@@ -105,7 +105,7 @@ def race(
             spent = [run.history[axis] for runs in groups.values() for run in runs]
             limit = max(column[-1] for column in spent)
             for method, runs in groups.items():
-                x, (curve,) = _curves(runs, axis, limit, ["objective"])
+                x, (curve,) = curves(runs, axis, limit, ["objective"])
                 _draw(ax, method, x, curve)
             ax.set(xscale="log", yscale="log", xlabel=AXES[axis])
             ax.grid(alpha=0.3, linewidth=0.6)
@@ -115,6 +115,19 @@ def race(
         handles.values(), handles, loc="outside upper center", ncols=min(5, len(handles)),
         frameon=False,
     )  # fmt: skip
+    _save(figure, path)
+
+
+def against_seconds(path: Path, panels: Mapping[str, tuple[Mapping, str]]) -> None:
+    """Side by side, each with its title and label: for each method points in time, and there the
+    values of each seed."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(11, 4.2), layout="constrained")
+    for ax, (title, (lines, ylabel)) in zip(axes, panels.items(), strict=True):
+        for method, (x, values) in lines.items():
+            _draw(ax, method, x, values, drawstyle="default")
+        ax.set(title=title, xscale="log", yscale="log", xlabel="seconds", ylabel=ylabel)
+        ax.grid(alpha=0.3, linewidth=0.6)
+        ax.legend(frameon=False, fontsize=8)
     _save(figure, path)
 
 
@@ -169,7 +182,9 @@ def reconstructions(
     _save(figure, path)
 
 
-def _curves(runs, axis, limit, columns):
+def curves(
+    runs: Sequence[Run], axis: str, limit: float, columns: Sequence[str]
+) -> tuple[np.ndarray, list[np.ndarray]]:
     """Points along `axis`, and there for each column the values of the best run, seed by seed."""
     seeds = by_seed(runs).values()
     first = max(min(run.history[axis][0] for run in group) for group in seeds)
