@@ -1,10 +1,11 @@
-# `make demo` and `make test` set themselves up in .venv; nothing else is needed first.
+# Every target sets itself up in .venv; nothing else is needed first.
 
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 
-RUN_STAMP := $(VENV)/.installed-bench-test
+RUN_STAMP := $(VENV)/.installed-test
+DOCS_STAMP := $(VENV)/.installed-docs
 DEV_STAMP := $(VENV)/.installed-dev
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -16,11 +17,13 @@ export VARPROX_DATA := $(abspath ../shared/data)
 endif
 endif
 
-.PHONY: help demo test lint clean distclean FORCE
+.PHONY: help demo test docs notebooks lint clean distclean FORCE
 
 help:
 	@echo "make demo       train on Indian Pines and write results/indian_pines"
 	@echo "make test       run the tests"
+	@echo "make docs       build the site into docs/_build/html"
+	@echo "make notebooks  run the scripts in notebooks/ and write their .ipynb"
 	@echo "make lint       ruff, mypy and the import rules"
 	@echo "make clean      remove caches and built files"
 	@echo "make distclean  the same, and .venv"
@@ -41,6 +44,17 @@ test: $(RUN_STAMP)
 	then export XLA_FLAGS="$$XLA_FLAGS $(QUICK_TO_COMPILE)"; fi; \
 	OPENBLAS_NUM_THREADS=1 $(PY) -m pytest
 
+docs: $(DOCS_STAMP)
+	@$(PY) -m sphinx --fail-on-warning --keep-going -q docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+# ONE=07_pinn runs only this one.
+notebooks: $(DOCS_STAMP)
+	@for script in notebooks/$(or $(ONE),*).py; do \
+	  echo "$$script"; \
+	  OPENBLAS_NUM_THREADS=1 $(PY) -m jupytext --quiet --to ipynb --execute "$$script" || exit 1; \
+	done
+
 lint: $(RUN_STAMP) $(DEV_STAMP)
 	@$(PY) -m ruff check .
 	@$(PY) -m ruff format --check .
@@ -48,7 +62,7 @@ lint: $(RUN_STAMP) $(DEV_STAMP)
 	@$(PY) -c 'from importlinter.cli import lint_imports_command as main; main()'
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
+	rm -rf build dist docs/_build docs/notebooks .pytest_cache .mypy_cache .ruff_cache .import_linter_cache *.egg-info
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean
@@ -59,14 +73,15 @@ distclean: clean
 NO_VENV := $(shell test -x $(PY) || echo FORCE)
 
 $(RUN_STAMP): pyproject.toml $(NO_VENV)
-	$(call install,bench$(comma)test)
+	$(call install,test)
+
+$(DOCS_STAMP): pyproject.toml $(RUN_STAMP)
+	$(call install,docs)
 
 $(DEV_STAMP): pyproject.toml $(RUN_STAMP)
 	$(call install,dev)
 
 FORCE:
-
-comma := ,
 
 define install
 @set -e; \

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax
 import pytest
+from repository import build
 
 MOST_MAPS = 20_000  # a module may add as many
 
@@ -51,3 +52,9 @@ def standard_promotion():
     """
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory):
+    """The package as a wheel, which Python also imports from."""
+    return build("wheel", tmp_path_factory.mktemp("wheel"))
