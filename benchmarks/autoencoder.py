@@ -21,8 +21,8 @@ import varprox as vp
 from benchmarks import minibatch, plots
 from benchmarks.entrants import Memory
 from benchmarks.experiment import Run, Task, by_method, by_seed, text_table, write
-from varprox.selection import minimise
-from varprox.slimtrain import with_learned
+from varprox.methods.selection import minimise
+from varprox.methods.slimtrain import with_learned
 
 BATCH_SIZE, MEMORY = 32, 5
 SIZES = tuple(2**k for k in range(7, 15))  # images in the limited regime

@@ -18,11 +18,12 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 import varprox as vp
-from varprox import Method, Problem, Status, trust_region
-from varprox.inverse_hessian import Broyden, bfgs, self_scaled_broyden, start_broyden
-from varprox.line_search import ENOUGH, search
-from varprox.model import check_data, objective, predict
+from varprox import Method, Problem, Status
+from varprox.numerics import trust_region
+from varprox.numerics.inverse_hessian import Broyden, bfgs, self_scaled_broyden, start_broyden
+from varprox.numerics.line_search import ENOUGH, search
 from varprox.precision import full_products
+from varprox.problem.model import check_data, objective, predict
 
 SPREAD = 0.1  # standard deviation of the random W
 MEMORY = 20  # pairs that L-BFGS keeps

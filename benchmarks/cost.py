@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 import varprox as vp
-from varprox.curvature import linearise
-from varprox.model import Problem
-from varprox.projection import project, start_projection
-from varprox.quasi_newton import ACCURACY
-from varprox.reduced import hessian_factor
+from varprox.methods.quasi_newton import ACCURACY
+from varprox.problem.model import Problem
+from varprox.reduced.curvature import linearise
+from varprox.reduced.objective import hessian_factor
+from varprox.reduced.projection import project, start_projection
 
 PRODUCTS = 10
 REPEATS = 11

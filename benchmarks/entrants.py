@@ -24,9 +24,9 @@ from benchmarks.contest import STARTS, net_of
 from benchmarks.experiment import Task
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from varprox import Method, Problem, Solution, Status
-from varprox.fit import _timed, _timed_apart
-from varprox.model import predict
-from varprox.penalties import tikhonov_weight
+from varprox.problem.model import predict
+from varprox.problem.penalties import tikhonov_weight
+from varprox.training.fit import _timed, _timed_apart
 
 
 class Limit(NamedTuple):

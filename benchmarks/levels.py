@@ -20,7 +20,7 @@ import varprox as vp
 from benchmarks import baselines, minibatch
 from benchmarks.experiment import Run, end, reading
 from varprox import Method, Problem
-from varprox.fit import join
+from varprox.training.fit import join
 
 LEVELS, STEPS, FINAL_TIME, PENALTY = 3, 2, 1.0, 1e-10
 STATE_STEPS = STEPS * 2 ** (LEVELS - 1)

@@ -1,6 +1,6 @@
 """What slimTrain is compared with: any optimizer on θ and W together, on the same minibatches.
 
-The epochs are those of `varprox.minibatches`, so that nothing but the step differs.
+The epochs are those of `varprox.methods.minibatches`, so that nothing but the step differs.
 """
 
 from collections.abc import Callable
@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import optax
 
 from varprox import Method, Problem, Status
-from varprox.minibatches import epoch
-from varprox.model import check_data
-from varprox.slimtrain import learned_by, with_learned
+from varprox.methods.minibatches import epoch
+from varprox.methods.slimtrain import learned_by, with_learned
+from varprox.problem.model import check_data
 
 
 class State(NamedTuple):

@@ -7,9 +7,9 @@ from jax.flatten_util import ravel_pytree
 
 import varprox as vp
 from benchmarks.experiment import Task
-from varprox.curvature import linearise
-from varprox.recycling import nothing_yet
-from varprox.trust_region import krylov_space
+from varprox.numerics.recycling import nothing_yet
+from varprox.numerics.trust_region import krylov_space
+from varprox.reduced.curvature import linearise
 
 RANK, STEPS = 20, 15
 

@@ -16,7 +16,7 @@ from scipy.optimize import minimize
 from benchmarks.baselines import MEMORY
 from benchmarks.experiment import evaluate
 from varprox import Problem, Solution, Status
-from varprox.model import objective
+from varprox.problem.model import objective
 
 
 @jax.jit

@@ -20,11 +20,11 @@ import varprox as vp
 from benchmarks import baselines
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from benchmarks.zoo_problems import CASES, Case, Start, cast, start
-from varprox.fit import _timed_apart
-from varprox.model import objective
-from varprox.penalties import tikhonov_weight
-from varprox.projection import rounding_of_predictions
-from varprox.quadratic import Form
+from varprox.methods.quadratic import Form
+from varprox.problem.model import objective
+from varprox.problem.penalties import tikhonov_weight
+from varprox.reduced.projection import rounding_of_predictions
+from varprox.training.fit import _timed_apart
 
 ULPS = 10  # of the targets, that a value may be off by rounding
 PRECISIONS = {True: "float64", False: "float32"}

@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 import varprox as vp
 from benchmarks import baselines
 from benchmarks.scipy_lbfgs import scipy_lbfgs
-from varprox.model import objective
+from varprox.problem.model import objective
 
 pytestmark = pytest.mark.usefixtures("x64")
 SAMPLES, WIDTH, CLASSES = 30, 4, 3

@@ -29,7 +29,7 @@ def benchmarks(*arguments):
 def test_help_lists_the_experiments():
     done = benchmarks("--help")
     assert done.returncode == 0
-    for name in ("indian_pines", "peaks", "ellipse", "autoencoder", "cdr", "dcr", "race"):
+    for name in "indian_pines peaks ellipse autoencoder cifar10 cdr dcr race".split():
         assert f"\n    {name}" in done.stdout
 
 
@@ -59,6 +59,8 @@ def test_the_race_takes_the_names_of_its_entrants():
         (["ellipse", "--normalise", "band"], "unrecognized arguments: --normalise"),
         (["autoencoder", "--epochs", "0"], "--epochs: expected an integer ≥ 1, got '0'"),
         (["autoencoder", "--method", "lbfgs"], "--method: invalid choice: 'lbfgs'"),
+        (["cifar10", "--method", "lbfgs"], "--method: invalid choice: 'lbfgs'"),
+        (["cifar10", "--budget", "1"], "--budget: expected a number ≥ 2, got '1'"),
         (["race", "--method", "gnvpro"], "--method: invalid choice: 'gnvpro'"),
         (["cdr", "--method", "lbfgs"], "--method: invalid choice: 'lbfgs'"),
         (["dcr", "--width", "1"], "--width: expected an integer ≥ 2, got '1'"),

@@ -24,7 +24,7 @@ from problems import (
 )
 
 import varprox as vp
-from varprox import curvature
+from varprox.reduced import curvature
 
 SIZE = sum(leaf.size for leaf in initial_theta().values())
 

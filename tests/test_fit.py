@@ -17,7 +17,7 @@ from flax import nnx
 from problems import features, initial_theta, loss_value, make_data, plain_rows
 
 import varprox as vp
-from varprox import quadratic
+from varprox.methods import quadratic
 
 ALPHA, W_PENALTY = 3e-2, 1e-2
 
@@ -434,7 +434,7 @@ def test_without_a_method_the_curvature_is_formed_where_it_can_be(x64, monkeypat
         solution = vp.fit(problem, theta, data, epochs=2)
         expected = vp.fit(build(problem), theta, data, epochs=2)
         np.testing.assert_array_equal(solution.history["objective"], expected.history["objective"])
-        monkeypatch.setattr(sys.modules["varprox.fit"], "WHOLE", 10)
+        monkeypatch.setattr(sys.modules["varprox.training.fit"], "WHOLE", 10)
 
 
 def stalling(method, after, status=vp.Status.STALLED):
@@ -457,7 +457,9 @@ def test_where_the_first_method_has_stalled_the_next_goes_on(loss, x64, monkeypa
 
     def run(status, **budgets):
         methods = [stalling(first, 20, status), last]
-        monkeypatch.setattr(sys.modules["varprox.fit"], "_default_methods", lambda *_: methods)
+        monkeypatch.setattr(
+            sys.modules["varprox.training.fit"], "_default_methods", lambda *_: methods
+        )
         alone = vp.fit(methods[0], theta, data, **budgets)
         return vp.fit(problem, theta, data, **budgets), alone
 
@@ -487,7 +489,7 @@ def test_nothing_follows_where_the_gradient_vanishes(x64, monkeypatch):
     model = vp.Separable(lambda theta, inputs: jnp.tanh(inputs))
     problem = vp.Problem(model, vp.least_squares(), None, W_PENALTY)
     methods = [stalling(vp.gnvpro(problem, curvature="krylov", rank=2), 0), vp.broydenvpro(problem)]
-    monkeypatch.setattr(sys.modules["varprox.fit"], "_default_methods", lambda *_: methods)
+    monkeypatch.setattr(sys.modules["varprox.training.fit"], "_default_methods", lambda *_: methods)
     solution = vp.fit(problem, theta, data, max_work=60)
     assert solution.status == vp.Status.STALLED and len(solution.history["objective"]) == 2
 

@@ -19,9 +19,9 @@ from scipy.optimize import least_squares, minimize
 from test_method import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 
 import varprox as vp
-from varprox import secant, trust_region
-from varprox.model import objective
-from varprox.quadratic import EVEN, Form, KernelNorm
+from varprox.methods.quadratic import EVEN, Form, KernelNorm
+from varprox.numerics import secant, trust_region
+from varprox.problem.model import objective
 
 
 @losses
@@ -52,7 +52,7 @@ def test_work_units_of_formed_models_add_up(name, loss):
 
 
 def test_rows_that_are_made_twice_count_twice(x64, monkeypatch):
-    monkeypatch.setattr("varprox.jacobian.KEPT_BYTES", 0)
+    monkeypatch.setattr("varprox.reduced.matrix.KEPT_BYTES", 0)
     case, theta = Case("least_squares"), initial_theta()
     method = vp.gnvpro(case.problem, curvature="dense", kaufman=True)
     state = method.init(theta, case.data)

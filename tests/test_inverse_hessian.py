@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varprox.inverse_hessian import (
+from varprox.numerics.inverse_hessian import (
     UPDATES,
     bfgs,
     no_pairs,

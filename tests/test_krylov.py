@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varprox.krylov import lanczos
+from varprox.numerics.krylov import lanczos
 
 SIZE = 12
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varprox.line_search import ENOUGH, FIRST_ENOUGH, STEEP, search
+from varprox.numerics.line_search import ENOUGH, FIRST_ENOUGH, STEEP, search
 
 FUNCTIONS = {
     "quadratic": lambda t: (t - 1) ** 2,

@@ -11,7 +11,7 @@ import pytest
 from problems import features, initial_theta, make_data, plain_rows, plain_w, relative, w_value
 
 import varprox as vp
-from varprox.quasi_newton import ACCURACY
+from varprox.methods.quasi_newton import ACCURACY
 
 METHODS = {
     "gnvpro-krylov": functools.partial(vp.gnvpro, curvature="krylov", rank=8),

@@ -12,7 +12,7 @@ import varprox as vp
 from benchmarks import autoencoder, minibatch, peaks_minibatches
 from benchmarks.baselines import solved_w
 from benchmarks.experiment import Run
-from varprox.model import objective
+from varprox.problem.model import objective
 
 PROBLEM = vp.Problem(vp.Separable(features), vp.least_squares(), 1e-2, 1e-2)
 

@@ -23,8 +23,8 @@ from problems import (
 )
 
 import varprox as vp
-from varprox.heads import ConvHead
-from varprox.model import derivatives, objective, treats_samples_alone
+from varprox.problem.heads import ConvHead
+from varprox.problem.model import derivatives, objective, treats_samples_alone
 
 THETA = initial_theta(dtype=np.float32)
 DATA = make_data("least_squares", 2, dtype=np.float32)

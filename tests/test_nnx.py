@@ -9,8 +9,8 @@ from flax import nnx
 
 import varprox as vp
 from varprox import networks
-from varprox.model import check_data
 from varprox.nnx import initial_w, merge, split
+from varprox.problem.model import check_data
 
 
 class Nested(nnx.Module):

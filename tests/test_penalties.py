@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import varprox as vp
-from varprox.penalties import as_penalty
+from varprox.problem.penalties import as_penalty
 
 THETA = {"a": np.array([[1.0, -2.0], [3.0, 0.5]]), "b": [np.array([2.0, 0.0, -1.0])]}
 SQUARES = 1 + 4 + 9 + 0.25 + 4 + 1

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import varprox as vp
-from varprox import projection
+from varprox.reduced import projection
 
 ALPHA = 1e-2
 LOSSES = {

@@ -10,8 +10,9 @@ from jax.flatten_util import ravel_pytree
 from problems import Case, dense_reference, features, initial_theta, projection_at, relative
 
 import varprox as vp
-from varprox import quadratic, trust_region
-from varprox.quadratic import Form
+from varprox.methods import quadratic
+from varprox.methods.quadratic import Form
+from varprox.numerics import trust_region
 
 RADII = (np.inf, 1e-2, 1e-4)
 CASE = Case("softmax_cross_entropy", outputs=2)

@@ -16,7 +16,7 @@ from problems import Case, dense_reference, features, products
 from test_method import METHODS, make_problem, run
 
 import varprox as vp
-from varprox.model import objective
+from varprox.problem.model import objective
 
 methods = pytest.mark.parametrize("name", ["lbfgsvpro", "broydenvpro"])
 PAIRS = [pair for pair in test_method.PAIRS if pair[0] in ("lbfgsvpro", "broydenvpro")]

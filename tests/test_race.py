@@ -10,8 +10,8 @@ from problems import Case, dense_reference, initial_theta, relative
 import varprox as vp
 from benchmarks import entrants, preconditioning, race
 from benchmarks.experiment import Run
-from varprox.model import objective
-from varprox.recycling import nothing_yet
+from varprox.numerics.recycling import nothing_yet
+from varprox.problem.model import objective
 
 ENTRANTS = {
     "GNvpro": entrants.of_method(vp.gnvpro),

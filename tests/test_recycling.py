@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from test_krylov import SIZE, never, operator
 
-from varprox.krylov import lanczos
-from varprox.recycling import nothing_yet, recycle
+from varprox.numerics.krylov import lanczos
+from varprox.numerics.recycling import nothing_yet, recycle
 
 KINDS = ["definite", "indefinite", "clustered"]
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from problems import relative
 
-from varprox import secant
+from varprox.numerics import secant
 
 SIZE = 5
 

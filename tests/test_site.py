@@ -19,7 +19,8 @@ from benchmarks.__main__ import EXPERIMENTS
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
 TEXTS = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
-MODULES = {name: import_module(f"varprox.{name}") for name in ("gnvpro", "quasi_newton", "fit")}
+ROOMS = {"gnvpro": "methods", "quasi_newton": "methods", "fit": "training"}
+MODULES = {name: import_module(f"varprox.{room}.{name}") for name, room in ROOMS.items()}
 
 
 def documented():
@@ -136,7 +137,7 @@ def test_debugging_knows_every_status_and_every_column():
     for status in vp.Status:
         assert f"| `{status.name}` | {status.message} |" in text
     infos = (MODULES["gnvpro"].Info, MODULES["quasi_newton"].Info)
-    infos += (import_module("varprox.slimtrain").Info,)
+    infos += (import_module("varprox.methods.slimtrain").Info,)
     columns = {field for info in infos for field in info._fields}
     columns |= {"train_loss", "validation_loss", "work_units", "seconds", "level"}
     for column in columns:

@@ -11,8 +11,8 @@ import pytest
 from jax.tree_util import Partial
 
 import varprox as vp
-from varprox import selection as selections
-from varprox.selection import Fit, candidates
+from varprox.methods import selection as selections
+from varprox.methods.selection import Fit, candidates
 
 TRACE = dict(np.load(Path(__file__).parent / "reference" / "slimtik_trace.npz"))
 LOWER = float(TRACE["lower_bound"])

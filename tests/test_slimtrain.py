@@ -14,8 +14,8 @@ from jax.tree_util import Partial
 from problems import features, initial_theta, make_data
 
 import varprox as vp
-from varprox import minibatches
-from varprox.model import objective
+from varprox.methods import minibatches
+from varprox.problem.model import objective
 
 SAMPLES, BATCH = 16, 4
 RATE = 0.1

@@ -9,7 +9,7 @@ from problems import features, initial_theta, make_data
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import varprox as vp
-from varprox.threads import one_blas_thread
+from varprox.training.threads import one_blas_thread
 
 
 def threads():

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varprox import trust_region
-from varprox.krylov import KrylovSpace, Tridiagonal
+from varprox.numerics import trust_region
+from varprox.numerics.krylov import KrylovSpace, Tridiagonal
 
 SIZE = 6
 

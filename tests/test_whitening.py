@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import varprox as vp
-from varprox import whitening as module
-from varprox.whitening import DAMPING, LEAST, LONGEST, whitening
+from varprox.reduced import whitening as module
+from varprox.reduced.whitening import DAMPING, LEAST, LONGEST, whitening
 
 
 def linear(theta, inputs):

@@ -16,7 +16,7 @@ from benchmarks import profiles, zoo, zoo_processes, zoo_runs
 from benchmarks.profiles import Scale
 from benchmarks.zoo_problems import CASES, start
 from benchmarks.zoo_runs import BY_NAME, METHODS, Budget, Job, Record
-from varprox.model import objective
+from varprox.problem.model import objective
 
 # Profiles.
 

@@ -39,19 +39,19 @@ inputs, float32 or float64. Work is counted in passes over the data, forward or 
 import importlib
 from typing import TYPE_CHECKING
 
-from varprox.curvature import Curvature, gauss_newton, newton
-from varprox.fit import Solution, fit, fit_levels
-from varprox.gnvpro import gnvpro
-from varprox.heads import Head, conv, conv_transpose, dense
-from varprox.losses import convex_loss, least_squares, logistic, softmax_cross_entropy
-from varprox.method import Method, Status
-from varprox.model import Problem, Separable, predict
-from varprox.penalties import smoothness_in_time, tikhonov
-from varprox.quasi_newton import broydenvpro, lbfgsvpro
-from varprox.reduced import reduced_objective, solve_w
-from varprox.selection import constant, proportional, sdp, sgcv, supre
-from varprox.slimtik import slimtik
-from varprox.slimtrain import slimtrain
+from varprox.methods.gnvpro import gnvpro
+from varprox.methods.method import Method, Status
+from varprox.methods.quasi_newton import broydenvpro, lbfgsvpro
+from varprox.methods.selection import constant, proportional, sdp, sgcv, supre
+from varprox.methods.slimtik import slimtik
+from varprox.methods.slimtrain import slimtrain
+from varprox.problem.heads import Head, conv, conv_transpose, dense
+from varprox.problem.losses import convex_loss, least_squares, logistic, softmax_cross_entropy
+from varprox.problem.model import Problem, Separable, predict
+from varprox.problem.penalties import smoothness_in_time, tikhonov
+from varprox.reduced.curvature import Curvature, gauss_newton, newton
+from varprox.reduced.objective import reduced_objective, solve_w
+from varprox.training.fit import Solution, fit, fit_levels
 
 __version__ = "0.1.0"
 __all__ = [

@@ -15,8 +15,8 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import Partial
 
-from varprox.heads import ConvHead, Head, conv, conv_transpose, dense
-from varprox.model import Separable
+from varprox.problem.heads import ConvHead, Head, conv, conv_transpose, dense
+from varprox.problem.model import Separable
 
 SOME = 64  # samples that show what a network does
 
@@ -273,9 +273,9 @@ class _Features:
         """Refuses a network that does not call its head once, or does anything after it, and a head
         with another number of outputs than the targets.
 
-        `varprox.model.check_data` asks for this. In the head's place stands what answers with
-        numbers of its own, shaped like the head's output: these are to come out, in evaluation and
-        in training, whatever θ and the inputs are.
+        `varprox.problem.model.check_data` asks for this. In the head's place stands what answers
+        with numbers of its own, shaped like the head's output: these are to come out, in evaluation
+        and in training, whatever θ and the inputs are.
         """
         run = partial(_answered, graphdef, state, theta, dtype=targets.dtype)
         path, place = _place(nnx.merge(graphdef, theta, state))

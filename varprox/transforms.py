@@ -12,14 +12,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varprox import quadratic
-from varprox.gnvpro import gnvpro as full_batch
-from varprox.heads import ConvHead, DenseHead, dense, has_bias
-from varprox.model import Problem
-from varprox.precision import full_products
-from varprox.selection import proportional
-from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import (
+from varprox.methods import quadratic
+from varprox.methods.gnvpro import gnvpro as full_batch
+from varprox.methods.selection import proportional
+from varprox.methods.slimtik import State as Tikhonov
+from varprox.methods.slimtik import (
     centre_and_unit,
     check_dtype,
     checked,
@@ -27,6 +24,9 @@ from varprox.slimtik import (
     start_tikhonov,
     tikhonov_step,
 )
+from varprox.precision import full_products
+from varprox.problem.heads import ConvHead, DenseHead, dense, has_bias
+from varprox.problem.model import Problem
 
 
 class SlimTikState(NamedTuple):
@@ -254,8 +254,8 @@ def gnvpro(problem: Problem, data: tuple, **options) -> optax.GradientTransforma
 
     Returns:
         A gradient transformation with extra arguments. ``state = tx.init(theta)`` is a
-        ``varprox.gnvpro.State``. The updates of ``tx.update`` are what ``optax.apply_updates``
-        takes.
+        ``varprox.methods.gnvpro.State``. The updates of ``tx.update`` are what
+        ``optax.apply_updates`` takes.
 
     Raises:
         TypeError: As ``varprox.gnvpro`` does; ``init`` as its ``init`` does.

@@ -7,14 +7,17 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from varprox import quadratic, trust_region
 from varprox.checks import check_flag, check_integer, check_number
-from varprox.krylov import norm
-from varprox.method import Method, Status
-from varprox.model import Problem, check_data, check_problem, derivatives, zero_w
-from varprox.penalties import tikhonov_weight
+from varprox.methods import quadratic
+from varprox.methods.method import Method, Status
+from varprox.methods.quadratic import Form
+from varprox.numerics import trust_region
+from varprox.numerics.krylov import norm
 from varprox.precision import full_products
-from varprox.projection import (
+from varprox.problem.model import Problem, check_data, check_problem, derivatives, zero_w
+from varprox.problem.penalties import tikhonov_weight
+from varprox.reduced.objective import hessian_factor
+from varprox.reduced.projection import (
     Projection,
     factorise,
     is_exact,
@@ -23,8 +26,6 @@ from varprox.projection import (
     start_projection,
     without_span,
 )
-from varprox.quadratic import Form
-from varprox.reduced import hessian_factor
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
 IDLE = 3  # with a gain below rounding: the trust region begins anew, and after as many the run ends
@@ -65,7 +66,7 @@ class State(NamedTuple):
     decrease: jax.Array  # of the objective, in the last accepted step
     radius: jax.Array
     shift: jax.Array  # σ of the last step
-    norm: Any  # of the trust region: see `varprox.quadratic`
+    norm: Any  # of the trust region: see `varprox.methods.quadratic`
     low: jax.Array  # iterations in a row whose gain ratio was low
     idle: jax.Array  # iterations in a row whose gain was below rounding of the objective
     newton: jax.Array  # have Newton products taken over?
@@ -86,7 +87,7 @@ class Info(NamedTuple):
         trials: The number of trial points, each with a forward pass and a solve for W.
         w_products: The number of products in the last solve for W; 0 under least squares.
         newton: Whether the products were with the full Hessian.
-        curvature: The form of the model, a number of ``varprox.quadratic.Form``.
+        curvature: The form of the model, a number of ``varprox.methods.quadratic.Form``.
     """
 
     objective: jax.Array
@@ -98,7 +99,7 @@ class Info(NamedTuple):
     trials: jax.Array
     w_products: jax.Array
     newton: jax.Array
-    curvature: jax.Array  # a number of `varprox.quadratic.Form`
+    curvature: jax.Array  # a number of `varprox.methods.quadratic.Form`
 
 
 class Options(NamedTuple):
@@ -162,10 +163,10 @@ def gnvpro(
     ``"dense"`` has it only if the rows take at most 128 MiB.
 
     The Gauss–Newton matrix omits a part of the Hessian that vanishes with the residual. ``"dense"``
-    and ``"forward"`` estimate this part from gradients (see ``varprox.secant``) if the estimate
-    takes at most 128 MiB and, under ``"dense"``, the rows do, too. The estimate enters the model
-    once it has predicted the decrease of three steps in a row with less than a quarter of the error
-    without it. It stays as long as it predicts better.
+    and ``"forward"`` estimate this part from gradients (see ``varprox.numerics.secant``) if the
+    estimate takes at most 128 MiB and, under ``"dense"``, the rows do, too. The estimate enters the
+    model once it has predicted the decrease of three steps in a row with less than a quarter of the
+    error without it. It stays as long as it predicts better.
 
     The first radius is r = √(2 Φ / κ), where κ is the largest curvature of the model. A step of
     this length changes the residuals by about their own size. If ten lengths of θ are shorter, the
@@ -222,7 +223,7 @@ def gnvpro(
         hand_over: Whether ``"krylov"`` may hand over to products with the full Hessian. Changing it
             does not recompile.
         whiten: Whether ``"krylov"`` whitens its variables at the start of the run (see
-            ``varprox.whitening``). This helps in the first steps if the inputs are many and
+            ``varprox.reduced.whitening``). This helps in the first steps if the inputs are many and
             correlated, such as spectra. Changing it recompiles.
         w_curvature: Whether the Gauss–Newton products of ``"krylov"`` include α₂ J_Wᵀ J_W, where α₂
             is the ``w_penalty`` and J_W the derivative of W(θ). Changing it recompiles.
@@ -234,7 +235,8 @@ def gnvpro(
     Returns:
         A full-batch ``Method``, a pair of pure functions. ``state = method.init(theta, data)``
         checks the data and solves for the first W. ``state, info = method.step(state, data)`` takes
-        one step. The state is a ``varprox.gnvpro.State``, the info a ``varprox.gnvpro.Info``.
+        one step. The state is a ``varprox.methods.gnvpro.State``, the info a
+        ``varprox.methods.gnvpro.Info``.
 
     Raises:
         TypeError: If ``problem`` is not a ``Problem``, ``flat`` or ``tolerance`` is not a number,

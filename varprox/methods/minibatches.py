@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varprox.checks import check_integer
-from varprox.method import Status
+from varprox.methods.method import Status
 
 
 def epoch(

@@ -14,9 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from varprox import secant, trust_region
-from varprox.curvature import linearise
-from varprox.jacobian import (
+from varprox.numerics import secant, trust_region
+from varprox.numerics.krylov import after
+from varprox.numerics.krylov import norm as length
+from varprox.numerics.recycling import Recycled, nothing_yet, recycle
+from varprox.numerics.secant import Secant
+from varprox.problem.model import Problem, derivatives, treats_samples_alone
+from varprox.problem.penalties import tikhonov_weight
+from varprox.reduced.curvature import linearise
+from varprox.reduced.matrix import (
     KEPT_BYTES,
     dimensions,
     gauss_newton_matrix,
@@ -24,14 +30,8 @@ from varprox.jacobian import (
     keeps_rows,
     passes,
 )
-from varprox.krylov import after
-from varprox.krylov import norm as length
-from varprox.model import Problem, derivatives, treats_samples_alone
-from varprox.penalties import tikhonov_weight
-from varprox.projection import Projection
-from varprox.recycling import Recycled, nothing_yet, recycle
-from varprox.secant import Secant
-from varprox.whitening import Whitening, whitening
+from varprox.reduced.projection import Projection
+from varprox.reduced.whitening import Whitening, whitening
 
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
 WORTH = 2  # steps in a Krylov space for one of a formed model: on networks 1.2 to 2 (medians)
@@ -261,7 +261,7 @@ def dense(
     of little curvature is not let off its leash. Source: Moré, Lecture Notes in Mathematics 630
     (1978), for the running maximum.
 
-    To the matrix comes what `varprox.secant` has learnt, while that is to be trusted.
+    To the matrix comes what `varprox.numerics.secant` has learnt, while that is to be trusted.
     """
     forward = isinstance(norm, ForwardNorm)
     formed = gauss_newton_matrix(problem, theta, data, at, kaufman=kaufman, forward=forward)

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from varprox.checks import check_integer, check_number
-from varprox.inverse_hessian import Broyden, Pairs, no_pairs, start_broyden
-from varprox.line_search import ENOUGH, FIRST_ENOUGH, search
-from varprox.method import Method, Status
-from varprox.model import Problem, check_data, check_problem
+from varprox.methods.method import Method, Status
+from varprox.numerics.inverse_hessian import Broyden, Pairs, no_pairs, start_broyden
+from varprox.numerics.line_search import ENOUGH, FIRST_ENOUGH, search
 from varprox.precision import full_products
-from varprox.projection import (
+from varprox.problem.model import Problem, check_data, check_problem
+from varprox.reduced.projection import (
     Projection,
     is_exact,
     project,
@@ -24,7 +24,7 @@ from varprox.projection import (
     start_projection,
     without_span,
 )
-from varprox.whitening import Whitening, whitening
+from varprox.reduced.whitening import Whitening, whitening
 
 ACCURACY = 3e-3  # η², what is asked of a W-solve: see `project`
 TOLERANCE = 1e-12  # see `lbfgsvpro`
@@ -108,8 +108,8 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = N
 
     The method keeps the last ``memory`` pairs of steps and changes of the gradient. It works in
     variables in which the Gauss–Newton matrix at the start is closer to the identity (see
-    ``varprox.whitening``); features that couple samples are not whitened. The features need a
-    derivative in reverse mode. Every step uses all data. Use the method for classification, for
+    ``varprox.reduced.whitening``); features that couple samples are not whitened. The features need
+    a derivative in reverse mode. Every step uses all data. Use the method for classification, for
     many inputs, and for more than some thousand weights. Up to there, ``broydenvpro`` learns more
     from the same gradients.
 
@@ -145,8 +145,8 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = N
     Returns:
         A full-batch ``Method``, a pair of pure functions. ``state = method.init(theta, data)``
         checks the data and solves for the first W. ``state, info = method.step(state, data)`` takes
-        one step. The state is a ``varprox.quasi_newton.State``, the info a
-        ``varprox.quasi_newton.Info``.
+        one step. The state is a ``varprox.methods.quasi_newton.State``, the info a
+        ``varprox.methods.quasi_newton.Info``.
 
     Raises:
         TypeError: If ``problem`` is not a ``Problem`` or ``tolerance`` is not a number. ``init``
@@ -199,8 +199,8 @@ def broydenvpro(
     Returns:
         A full-batch ``Method``, a pair of pure functions. ``state = method.init(theta, data)``
         checks the data and solves for the first W. ``state, info = method.step(state, data)`` takes
-        one step. The state is a ``varprox.quasi_newton.State``, the info a
-        ``varprox.quasi_newton.Info``.
+        one step. The state is a ``varprox.methods.quasi_newton.State``, the info a
+        ``varprox.methods.quasi_newton.Info``.
 
     Raises:
         TypeError: If ``problem`` is not a ``Problem`` or ``tolerance`` is not a number. ``init``
@@ -223,7 +223,7 @@ def broydenvpro(
 
     Source:
         Urbán, Stefanou, Pons, J. Comput. Phys. 523 (2025), for the update; see
-        ``varprox.inverse_hessian``.
+        ``varprox.numerics.inverse_hessian``.
     """
     check_problem(problem)
     max_bytes = check_integer("max_bytes", max_bytes, least=1)

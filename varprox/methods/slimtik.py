@@ -14,9 +14,9 @@ from jax.scipy.linalg import cho_factor, cho_solve
 from jax.tree_util import Partial
 
 from varprox.checks import check_integer, check_number
-from varprox.heads import Moments, dense
+from varprox.methods.selection import Fit, Trials, sgcv, tries
 from varprox.precision import full_products
-from varprox.selection import Fit, Trials, sgcv, tries
+from varprox.problem.heads import Moments, dense
 
 
 class State(NamedTuple):

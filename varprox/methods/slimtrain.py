@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varprox.heads import has_bias
-from varprox.method import Method, Status
-from varprox.minibatches import epoch
-from varprox.model import Problem, Separable, check_data, check_problem, predict, zero_w
+from varprox.methods.method import Method, Status
+from varprox.methods.minibatches import epoch
+from varprox.methods.selection import proportional
+from varprox.methods.slimtik import State as Tikhonov
+from varprox.methods.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 from varprox.precision import full_products
-from varprox.selection import proportional
-from varprox.slimtik import State as Tikhonov
-from varprox.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
+from varprox.problem.heads import has_bias
+from varprox.problem.model import Problem, Separable, check_data, check_problem, predict, zero_w
 
 
 class State(NamedTuple):
@@ -118,8 +118,8 @@ def slimtrain(
     units.
 
     Features may learn from the batches they see, as batch norm does. ``state.learned`` keeps what
-    they have learned; ``varprox.slimtrain.with_learned(problem, state.learned)`` is the problem
-    with it.
+    they have learned; ``varprox.methods.slimtrain.with_learned(problem, state.learned)`` is the
+    problem with it.
 
     A batch is skipped if its data, its loss, a gradient or the new weights are NaN or infinite.
     Then θ returns to the last value at which a batch was finite, and W to the one found from that
@@ -155,7 +155,7 @@ def slimtrain(
         ``state, info = method.step(state, batch)`` takes one step.
         ``state, infos = method.epoch(state, data, batch_size=32)`` passes over the data in shuffled
         batches; samples that do not fill a batch are left out of this epoch. The state is a
-        ``varprox.slimtrain.State``, the info a ``varprox.slimtrain.Info``.
+        ``varprox.methods.slimtrain.State``, the info a ``varprox.methods.slimtrain.Info``.
 
     Raises:
         TypeError: If ``problem`` is not a ``Problem`` or has another loss, if ``optimizer`` has no
@@ -271,8 +271,8 @@ def _init(static, options, theta, data, key=None):
 
 
 def _epoch(static, options, state, data, *, batch_size):
-    """`varprox.minibatches.epoch`; where not all of it was finite, or what it ends with is not for
-    one more batch, the last θ that a batch has verified comes back."""
+    """`varprox.methods.minibatches.epoch`; where not all of it was finite, or what it ends with is
+    not for one more batch, the last θ that a batch has verified comes back."""
     _check_like(state, data)
     state, infos = epoch(_step, static, options, state, data, batch_size=batch_size)
     inputs = jax.tree.map(lambda leaf: leaf[:batch_size], data[0])

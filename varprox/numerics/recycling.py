@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from varprox.krylov import KrylovSpace, dense
+from varprox.numerics.krylov import KrylovSpace, dense
 
 
 class Recycled(NamedTuple):

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from varprox.krylov import norm
+from varprox.numerics.krylov import norm
 
 # Used as soon as it is better, S makes the zoo's dense networks and collocation end ten times as
 # high after 400 work units. 3 and 5 steps do them next to no harm; with 5 logistic problems gain

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from varprox.krylov import KrylovSpace, dense, lanczos, norm
+from varprox.numerics.krylov import KrylovSpace, dense, lanczos, norm
 
 ACCEPT, GROW = 1e-4, 0.75  # gain ratios from which a step is taken, and from which the radius grows
 POOR = 0.25  # gain ratio below which the radius shrinks, and a first step is not taken

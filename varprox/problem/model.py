@@ -16,10 +16,10 @@ import numpy as np
 from jax.tree_util import Partial, register_pytree_node
 
 from varprox.checks import called, check_number
-from varprox.heads import ConvHead, Head, dense
-from varprox.losses import Loss
-from varprox.penalties import as_penalty
 from varprox.precision import full_products
+from varprox.problem.heads import ConvHead, Head, dense
+from varprox.problem.losses import Loss
+from varprox.problem.penalties import as_penalty
 
 
 @dataclass(frozen=True, init=False)

@@ -26,10 +26,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from varprox.model import Problem, check_data
 from varprox.precision import full_products
-from varprox.projection import Factor
-from varprox.reduced import hessian_factor, hessian_solver, w_of_rows
+from varprox.problem.model import Problem, check_data
+from varprox.reduced.objective import hessian_factor, hessian_solver, w_of_rows
+from varprox.reduced.projection import Factor
 
 
 class Curvature(NamedTuple):

@@ -1,6 +1,7 @@
 """The Gauss–Newton matrix of the reduced objective, formed instead of multiplied with.
 
-In the notation of `varprox.curvature`, with K v = dZ W, A v = dZᵀ G and B v = Zᵀ Q dZ W, it is
+In the notation of `varprox.reduced.curvature`, with K v = dZ W, A v = dZᵀ G and B v = Zᵀ Q dZ W,
+it is
 
     Kᵀ Q K − Bᵀ H⁻¹ B + Aᵀ H⁻¹ A + ∇²R  =  Jᵀ Q J + α₂ J_Wᵀ J_W + ∇²R,
 
@@ -26,8 +27,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from varprox.model import Problem
-from varprox.projection import Factor, Projection, to_flat
+from varprox.problem.model import Problem
+from varprox.reduced.projection import Factor, Projection, to_flat
 
 BLOCK_BYTES = 2**22  # of rows of dZ or K that are held at a time, where the matrix takes less
 KEPT_BYTES = 2**27  # of rows of dZ that are kept for `Transposed` products

@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from varprox.model import Problem, check_data, check_problem
 from varprox.precision import full_products
-from varprox.projection import Factor, factorise, hessian_map, project, start_projection
+from varprox.problem.model import Problem, check_data, check_problem
+from varprox.reduced.projection import Factor, factorise, hessian_map, project, start_projection
 
 DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
 

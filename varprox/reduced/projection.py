@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varprox import trust_region
-from varprox.heads import has_bias
-from varprox.least_squares import ridge
-from varprox.model import Problem
+from varprox.numerics import trust_region
+from varprox.numerics.ridge import ridge
+from varprox.problem.heads import has_bias
+from varprox.problem.model import Problem
 
 LIFETIME = 20  # products that a factor serves for, which take about as long as making it
 NO_FACTOR = 10**6  # products spent on a factor that is none
@@ -57,7 +57,7 @@ class Projection(NamedTuple):
     """W(θ), what is known of it, and what is kept to find the next one faster.
 
     `rows` are those that W and the factor belong to; under least squares what they span, the
-    `basis` of `varprox.least_squares.Span` for rows divided by the root of their number.
+    `basis` of `varprox.numerics.ridge.Span` for rows divided by the root of their number.
     """
 
     w: jax.Array  # (columns, outputs)

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varprox.krylov import after
-from varprox.model import Problem
+from varprox.numerics.krylov import after
+from varprox.problem.model import Problem
 
 BUCKETS, SAMPLES = 64, 1024  # of the sketch, at most
 LONGEST = 256  # axis that is whitened

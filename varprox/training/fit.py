@@ -14,14 +14,14 @@ import numpy as np
 from tqdm import tqdm
 
 from varprox.checks import check_flag, check_integer
-from varprox.gnvpro import gnvpro, select_form
-from varprox.method import Method, Status
-from varprox.model import Problem, check_data, derivatives, predict
+from varprox.methods.gnvpro import gnvpro, select_form
+from varprox.methods.method import Method, Status
+from varprox.methods.quadratic import Form, usable
+from varprox.methods.quasi_newton import MAX_BYTES, broydenvpro, bytes_of_inverse, lbfgsvpro
+from varprox.methods.slimtrain import with_learned
 from varprox.precision import full_products
-from varprox.quadratic import Form, usable
-from varprox.quasi_newton import MAX_BYTES, broydenvpro, bytes_of_inverse, lbfgsvpro
-from varprox.slimtrain import with_learned
-from varprox.threads import one_blas_thread
+from varprox.problem.model import Problem, check_data, derivatives, predict
+from varprox.training.threads import one_blas_thread
 
 BAR = "{desc} [{elapsed}, {rate_fmt}]"
 # Bytes of an inverse Hessian that is kept unasked where pairs would be whitened. Its products take
@@ -54,8 +54,9 @@ class Solution(NamedTuple):
     ``train_<name>``, ``validation_<name>``           your metrics, if given
     ================================================  ==========================================
 
-    The fields of infos are explained in ``varprox.gnvpro.Info``, ``varprox.quasi_newton.Info`` and
-    ``varprox.slimtrain.Info``. An entry is NaN if its column was not evaluated there.
+    The fields of infos are explained in ``varprox.methods.gnvpro.Info``,
+    ``varprox.methods.quasi_newton.Info`` and ``varprox.methods.slimtrain.Info``. An entry is NaN if
+    its column was not evaluated there.
 
     A run continues from where it ended with ``method._replace(init=lambda *_: solution.state)``.
 
@@ -160,7 +161,7 @@ def fit(
 
     A call that triggers compilation is executed a second time, to separate run time from compile
     time. Usually only the first step is affected. On CPU, BLAS is limited to one thread while
-    ``fit`` runs (see ``varprox.threads``).
+    ``fit`` runs (see ``varprox.training.threads``).
 
     Arguments:
         method: A ``Method`` such as ``vp.gnvpro(problem)``, or a ``Problem``, for which ``fit``

@@ -21,9 +21,9 @@ from problems import (
 )
 
 import varprox as vp
-from varprox import jacobian
-from varprox.jacobian import gauss_newton_matrix, gauss_newton_root
-from varprox.projection import project, start_projection
+from varprox.reduced import matrix as jacobian
+from varprox.reduced.matrix import gauss_newton_matrix, gauss_newton_root
+from varprox.reduced.projection import project, start_projection
 
 MANY = Case("least_squares", outputs=7)  # more outputs than columns of the rows
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varprox.least_squares import ridge, span
+from varprox.numerics.ridge import ridge, span
 
 COLUMNS, OUTPUTS = 5, 2
 
