@@ -27,11 +27,11 @@ def products_saved(task: Task) -> dict:
     counts = []
     for _ in range(STEPS):
         state, _ = method.step(state, task.train)
-        target, recycled = (
-            np.asarray(_decreases(task.problem, state.theta, task.train, state.w, norm))
-            for norm in (plain, state.norm.recycled)
+        target, found = (
+            np.asarray(_decreases(task.problem, state.theta, task.train, state.w, recycled))
+            for recycled in (plain, state.form.recycled)
         )
-        (reached,) = np.nonzero(recycled >= target[-1])
+        (reached,) = np.nonzero(found >= target[-1])
         counts.append(int(reached[0]) + 1 if len(reached) else None)
     known = [RANK + 1 if count is None else count for count in counts]
     return {"plain": RANK, "recycled": counts, "median": float(np.median(known))}

@@ -20,7 +20,7 @@ import varprox as vp
 from benchmarks import baselines
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from benchmarks.zoo_problems import CASES, Case, Start, cast, start
-from varprox.methods.quadratic import Form
+from varprox.methods.forms import Form
 from varprox.problem.model import objective
 from varprox.problem.penalties import tikhonov_weight
 from varprox.reduced.projection import rounding_of_predictions

@@ -19,7 +19,7 @@ from scipy.optimize import least_squares, minimize
 from test_method import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 
 import varprox as vp
-from varprox.methods.quadratic import EVEN, Form, KernelNorm
+from varprox.methods.forms import EVEN, Form, Kernel
 from varprox.numerics import secant, trust_region
 from varprox.problem.model import objective
 
@@ -93,12 +93,12 @@ def test_gradient_norm_is_that_of_the_weights_before_the_step(name, loss, x64):
         assert abs(info.gradient_norm - expected) < 1e-10 * expected
 
 
-def length(step, norm):
+def length(step, form):
     """Of a step, in the norm of the dense form, whose state this is, or in that of θ."""
     flat = ravel_pytree(step)[0]
-    if isinstance(norm, KernelNorm):
+    if isinstance(form, Kernel):
         return np.linalg.norm(flat)
-    return np.sqrt(np.sum((norm.diagonal + EVEN * norm.diagonal.mean()) * flat**2))
+    return np.sqrt(np.sum((form.diagonal + EVEN * form.diagonal.mean()) * flat**2))
 
 
 @pytest.mark.parametrize("name, slack", [("gnvpro-kernel", 1 + 1e-8), ("gnvpro-dense", 1.1)])
@@ -110,7 +110,7 @@ def test_no_step_leaves_the_trust_region(name, slack, loss, x64):
     for before, after, info in zip(states, states[1:], infos, strict=False):
         moved = jax.tree.map(np.subtract, after.theta, before.theta)
         corrected = 1 + trust_region.SHORT if info.trials > 1 else 1
-        assert length(moved, after.norm) <= float(info.radius) * slack * corrected
+        assert length(moved, after.form) <= float(info.radius) * slack * corrected
 
 
 @losses
@@ -187,10 +187,10 @@ def test_gradients_teach_what_a_formed_matrix_leaves_out(curvature, x64):
     states = finish(method, np.array([1.0, -0.7, 0.4]), data, 40)
     assert states[-1].status == vp.Status.CONVERGED
     assert abs(states[-1].objective - 0.5) < 1e-14
-    streaks = [int(state.norm.secant.streak) for state in states]
+    streaks = [int(state.form.secant.streak) for state in states]
     assert max(streaks) >= secant.PATIENCE > streaks[-2]  # the last model is that of streaks[-2]
     hessian = 0.1 * np.diag([1.0, 2.0, 4.0])  # of the height, as the residual is one and so is W
-    learnt = states[-1].norm.secant.matrix
+    learnt = states[-1].form.secant.matrix
     assert relative(learnt, hessian) < 0.02
 
 

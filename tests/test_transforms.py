@@ -392,7 +392,7 @@ def test_a_move_by_another_teaches_no_curvature(x64):
     params, state = gnvpro_step(tx, initial_theta(), tx.init(initial_theta()), data())
     _, after = gnvpro_step(tx, params, state, data())
     _, moved = gnvpro_step(tx, initial_theta(seed=5), state, data())
-    assert np.any(after.norm.secant.matrix != 0) and np.all(moved.norm.secant.matrix == 0)
+    assert np.any(after.form.secant.matrix != 0) and np.all(moved.form.secant.matrix == 0)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varprox.methods import quadratic
+from varprox.methods import forms
 from varprox.methods.gnvpro import gnvpro as full_batch
 from varprox.methods.selection import proportional
 from varprox.methods.slimtik import State as Tikhonov
@@ -305,6 +305,6 @@ def _moved(fresh, state):
     kept = ("radius", "shift", "low", "newton")
     return fresh._replace(
         work_units=state.work_units + fresh.work_units,
-        norm=quadratic.elsewhere(state.norm),
+        form=forms.elsewhere(state.form),
         **{name: getattr(state, name) for name in kept},
     )

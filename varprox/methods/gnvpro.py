@@ -8,23 +8,19 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from varprox.checks import check_flag, check_integer, check_number
-from varprox.methods import quadratic
+from varprox.methods.forms import FORMS, Form, Settings, choose, usable
 from varprox.methods.method import Method, Status
-from varprox.methods.quadratic import Form
 from varprox.numerics import trust_region
 from varprox.numerics.krylov import norm
 from varprox.precision import full_products
 from varprox.problem.model import Problem, check_data, check_problem, derivatives, zero_w
 from varprox.problem.penalties import tikhonov_weight
-from varprox.reduced.objective import hessian_factor
 from varprox.reduced.projection import (
     Projection,
-    factorise,
     is_exact,
     project,
     rounding_of_predictions,
     start_projection,
-    without_span,
 )
 
 PATIENCE = 3  # iterations in a row with a low gain ratio, after which Newton products take over
@@ -50,7 +46,7 @@ class State(NamedTuple):
         decrease: The decrease of Φ in the last accepted step; Φ itself at the start.
         radius: The trust-region radius for the next step; infinite if it has to be chosen anew.
         shift: The multiplier σ of the last step, for which (H + σ I) s = −g.
-        norm: Defines the variables in which the trust region is a ball.
+        form: The form of the model, with the variables in which the trust region is a ball.
         low: The number of steps in a row with a low gain ratio at their first trial.
         idle: The number of steps in a row that gained less than rounding of Φ.
         newton: Whether products with the full Hessian are in use.
@@ -66,7 +62,7 @@ class State(NamedTuple):
     decrease: jax.Array  # of the objective, in the last accepted step
     radius: jax.Array
     shift: jax.Array  # σ of the last step
-    norm: Any  # of the trust region: see `varprox.methods.quadratic`
+    form: Any  # of the model: see `varprox.methods.forms`
     low: jax.Array  # iterations in a row whose gain ratio was low
     idle: jax.Array  # iterations in a row whose gain was below rounding of the objective
     newton: jax.Array  # have Newton products taken over?
@@ -87,7 +83,7 @@ class Info(NamedTuple):
         trials: The number of trial points, each with a forward pass and a solve for W.
         w_products: The number of products in the last solve for W; 0 under least squares.
         newton: Whether the products were with the full Hessian.
-        curvature: The form of the model, a number of ``varprox.methods.quadratic.Form``.
+        curvature: The form of the model, a number of ``varprox.methods.forms.Form``.
     """
 
     objective: jax.Array
@@ -99,7 +95,7 @@ class Info(NamedTuple):
     trials: jax.Array
     w_products: jax.Array
     newton: jax.Array
-    curvature: jax.Array  # a number of `varprox.methods.quadratic.Form`
+    curvature: jax.Array  # a number of `varprox.methods.forms.Form`
 
 
 class Options(NamedTuple):
@@ -306,7 +302,7 @@ def select_form(
     Raises ValueError, with those that work, where the features do not allow it.
     """
     inputs, targets = data
-    allowed = quadratic.usable(problem, theta, inputs)
+    allowed = usable(problem, theta, inputs)
     asked = Form if curvature == "auto" else (Form[curvature.upper()],)
     forms = tuple(form for form in allowed if form in asked)
     if not forms:
@@ -317,7 +313,7 @@ def select_form(
     z = jax.eval_shape(problem.model.features, theta, inputs)
     w = jax.eval_shape(lambda: zero_w(problem, z, targets))
     kaufman = _kaufman(w, kaufman)
-    return quadratic.choose(forms, problem, theta, data, w, rank=rank, kaufman=kaufman)
+    return choose(forms, problem, theta, data, w, rank=rank, kaufman=kaufman)
 
 
 def _why(problem, theta, inputs, curvature, allowed):
@@ -340,21 +336,19 @@ def _start(problem, theta, data, *, form, memory, whiten, kaufman):
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
     projection = project(problem, rows, targets, start_projection(problem, rows, targets))
-    if form is Form.KRYLOV:
-        projection = without_span(problem, projection)
-    factor = _factor(problem, rows, projection.w, targets, form)
+    kind = FORMS[form]
+    factor = kind.factor(problem, rows, projection.w, targets)
     value = projection.value + problem.penalty(theta)
     return State(
         theta=theta,
         w=projection.w,
-        projection=projection._replace(factor=factor),
+        projection=kind.trimmed(problem, projection)._replace(factor=factor),
         objective=value,
         error=_error(problem, rows, projection.w),
         decrease=value,
         radius=jnp.full_like(value, jnp.inf),
         shift=jnp.zeros_like(value),
-        norm=quadratic.start_norm(
-            form,
+        form=kind.start(
             problem,
             theta,
             rows,
@@ -377,107 +371,47 @@ def _kaufman(w, kaufman):
     return outputs < columns if kaufman is None else kaufman
 
 
-def _factor(problem, rows, w, targets, form):
-    """That of ∇²_W Φ, which a formed model needs exactly even where W is large."""
-    if form is Form.KRYLOV:
-        return hessian_factor(problem, rows, w, targets)
-    return factorise(problem, rows, w, targets, whole=True)
-
-
 @partial(jax.jit, static_argnames=("rank", "kaufman", "w_curvature"))
 @full_products
 def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
-    inputs, targets = data
-    theta, unravel = ravel_pytree(state.theta)
-    kaufman = _kaufman(state.w, kaufman)
-    form = quadratic.form_of(state.norm)
-    at = state.projection
+    # The model at θ, with the exact W(θ) ...
+    form, at = state.form, state.projection
     if not problem.loss.quadratic:
-        at = at._replace(factor=_factor(problem, at.rows, at.w, targets, form))
-    of = problem, state.theta, data, at, state.norm
-    if form is Form.KRYLOV:
-        model = quadratic.krylov(
-            *of, state.radius, state.newton, rank=rank, flat=options.flat, w_curvature=w_curvature
-        )
-    else:
-        formed = quadratic.kernel if form is Form.KERNEL else quadratic.dense
-        model = formed(*of, kaufman=kaufman)
+        at = at._replace(factor=form.factor(problem, at.rows, at.w, data[1]))
+    settings = Settings(rank, options.flat, w_curvature, _kaufman(state.w, kaufman))
+    model = form.model(problem, state.theta, data, at, settings, state.radius, state.newton)
 
-    gradient_norm = norm(model.gradient)
-    # The errors of predictions have nothing to do with one another.
-    size = jnp.abs(state.objective)
-    rounding = state.error * (jnp.sqrt(2 * size / len(targets)) + state.error)
-    rounding = rounding + ROUNDINGS * jnp.finfo(size.dtype).eps * size
-    first = jnp.isinf(state.radius)
-    projection = at._replace(spent=jnp.int32(0))
-    rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
-
-    def evaluate(y, found):
-        step = model.root(y)
-        trial = unravel(theta + step)
-        if form is Form.FORWARD:
-            there, pullback = rows_at(trial), None
-        else:
-            there, pullback = jax.vjp(rows_at, trial)
-        tolerance = ACCURACY * jnp.minimum(found.decrease, state.decrease)
-        solved = project(problem, there, targets, projection, tolerance)
-        if form is Form.KRYLOV:
-            solved = without_span(problem, solved)
-        value = solved.value + problem.penalty(trial)
-
-        def by_gradients():
-            """The trapezoidal rule, which measures the decrease below rounding, too."""
-            if pullback is None:
-                d_rows = jax.jvp(rows_at, (trial,), (unravel(step),))[1]
-                along = jnp.sum(solved.slopes * (d_rows @ solved.w))
-            else:
-                (pulled,) = pullback(solved.slopes @ solved.w.T)
-                along = ravel_pytree(pulled)[0] @ step
-            penalty = jax.jvp(problem.penalty, (trial,), (unravel(step),))[1]
-            return -0.5 * (model.gradient @ step + along + penalty)
-
-        decrease = jax.lax.cond(
-            found.decrease < rounding, by_gradients, lambda: state.objective - value
-        )
-        # A step that rounding swallows leads nowhere, whatever gradients say.
-        moved = jnp.any(theta + step != theta)
-        decrease = jnp.where(jnp.isfinite(value) & moved, decrease, jnp.nan)
-        return decrease, (value, _error(problem, there, solved.w), solved)
-
-    def corrected(correction, found, aux):
-        *_, solved = aux
-        return correction(found, solved.slopes, solved.w)
-
-    # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
-    far = jnp.sqrt(2 * size / model.curvature)
-    guess = jnp.clip(FARTHEST * model.reach, NEAREST * far, far)
-    radius = jnp.where(first, guess, state.radius)
-    # Where θ is next to nothing its length says nothing of what rounding hides.
-    reach = jnp.stack([model.reach, jnp.maximum(model.reach, far)])
+    # ... is minimised in smaller and smaller balls, until the objective follows.
+    theta, unravel = ravel_pytree(state.theta)
+    rounding = _rounding(state, data[1])
+    radius, reach = _radius_and_reach(state, model)
+    start = at._replace(spent=jnp.int32(0))
     result = trust_region.search(
         model.step,
-        evaluate,
+        partial(_trial, problem, state, data, model, start, rounding),
         jnp.zeros_like(theta),
-        (state.objective, state.error, projection),
+        (state.objective, state.error, start),
         radius,
         state.shift,
         max_trials=MAX_TRIALS,
         reach=reach,
-        first=first,
-        correct=model.correct and partial(corrected, model.correct),
+        first=jnp.isinf(state.radius),
+        correct=model.correct and partial(_corrected, model.correct),
     )
     value, error, projection = result.aux
+    # Variables of a model that is not a number lead nowhere, not even from zero.
+    theta = jnp.where(result.accepted, theta + model.root(result.x), theta)
+
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
     idle = jnp.where(result.accepted & (result.decrease <= rounding), state.idle + 1, 0)
-    newton = state.newton | (options.hand_over & (form is Form.KRYLOV) & (low >= PATIENCE))
-    # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model.
-    again = newton & ~state.newton
-    # One that rounding has shrunk neither.
-    again |= idle == IDLE
-    next_radius = jnp.where(again, jnp.inf, result.radius)
+    newton = state.newton | (options.hand_over & (form.form is Form.KRYLOV) & (low >= PATIENCE))
+    # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model,
+    # and one that rounding has shrunk says nothing at all.
+    anew = newton & ~state.newton | (idle == IDLE)
+    status, held = _status(options.tolerance, state, model, result, idle, rounding, data[1])
     info = Info(
         objective=value,
-        gradient_norm=gradient_norm,
+        gradient_norm=norm(model.gradient),
         radius=radius,
         ratio=result.ratio,
         accepted=result.accepted,
@@ -485,40 +419,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         trials=result.trials,
         w_products=projection.products,
         newton=state.newton,
-        curvature=jnp.int32(form),
-    )
-    # Variables of a model that is not a number lead nowhere, not even from zero.
-    theta = jnp.where(result.accepted, theta + model.root(result.x), theta)
-    tolerance = options.tolerance
-    if tolerance is None:
-        tolerance = jnp.finfo(value.dtype).eps ** 0.75
-    # A model without a minimiser promises nothing.
-    near, far_off = result.promise
-    promises = (near > 0) | (gradient_norm == 0)
-    # Rounding of half the digits hides a lower point as well as it hides that there is none.
-    known = rounding <= jnp.finfo(size.dtype).eps ** 0.5 * size
-    converged = promises & ((near <= tolerance * size) | known & (far_off <= rounding))
-    # A step that has gained more than this shows the model to be wrong.
-    converged &= ~(result.decrease > tolerance * size + rounding)
-    held = converged
-    # What is only estimated does not end a run.
-    converged &= ~model.estimated
-    # Or nothing is left that the objective would show, or the residual is that of rounding.
-    ended = idle >= 2 * IDLE
-    exact = is_exact(value, targets)
-    converged |= ended & (known | exact) | exact & (jnp.abs(value) <= error**2)
-    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)
-    status = jnp.select(
-        [
-            ~finite,
-            first & (gradient_norm == 0) & (state.objective > rounding),
-            converged,
-            ended
-            | ~(result.accepted | model.estimated)
-            & (result.radius <= jnp.finfo(value.dtype).eps * model.reach),
-        ],
-        [Status.NON_FINITE, Status.FLAT, Status.CONVERGED, Status.STALLED],
-        Status.RUNNING,
+        curvature=jnp.int32(form.form),
     )
     state = State(
         theta=unravel(theta),
@@ -527,18 +428,99 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         objective=value,
         error=error,
         decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
-        radius=next_radius,
+        radius=jnp.where(anew, jnp.inf, result.radius),
         shift=result.shift,
-        norm=model.following(result, projection.slopes, projection.w, held),
+        form=model.following(result, projection.slopes, projection.w, held),
         low=low,
         idle=idle,
         newton=newton,
         work_units=state.work_units + model.work + result.trials,
-        status=status.astype(jnp.int32),
+        status=status,
     )
     return state, info
+
+
+def _rounding(state, targets):
+    """Of the objective. The errors of predictions have nothing to do with one another."""
+    size = jnp.abs(state.objective)
+    of_predictions = state.error * (jnp.sqrt(2 * size / len(targets)) + state.error)
+    return of_predictions + ROUNDINGS * jnp.finfo(size.dtype).eps * size
 
 
 def _error(problem, rows, w):
     """How well predictions are known, and with them the objective."""
     return ROUNDINGS * rounding_of_predictions(problem, rows, w)
+
+
+def _radius_and_reach(state, model):
+    """The radius to begin with, and the two distances within which the model is asked what it
+    promises."""
+    # Moving one variable by the root of 2 Φ changes the residuals by about their own size.
+    far = jnp.sqrt(2 * jnp.abs(state.objective) / model.curvature)
+    first = jnp.clip(FARTHEST * model.reach, NEAREST * far, far)
+    # Where θ is next to nothing its length says nothing of what rounding hides.
+    reach = jnp.stack([model.reach, jnp.maximum(model.reach, far)])
+    return jnp.where(jnp.isinf(state.radius), first, state.radius), reach
+
+
+def _trial(problem, state, data, model, start, rounding, y, found):
+    """The decrease of the objective at a trial point, and what is found there."""
+    inputs, targets = data
+    theta, unravel = ravel_pytree(state.theta)
+    step = model.root(y)
+    trial = unravel(theta + step)
+    rows, along = state.form.rows_at(lambda theta: problem.model.rows(theta, inputs), trial)
+    tolerance = ACCURACY * jnp.minimum(found.decrease, state.decrease)
+    solved = state.form.trimmed(problem, project(problem, rows, targets, start, tolerance))
+    value = solved.value + problem.penalty(trial)
+
+    def by_gradients():
+        """The trapezoidal rule, which measures the decrease below rounding, too."""
+        penalty = jax.jvp(problem.penalty, (trial,), (unravel(step),))[1]
+        slope = along(solved.slopes, solved.w, step) + penalty
+        return -0.5 * (model.gradient @ step + slope)
+
+    decrease = jax.lax.cond(
+        found.decrease < rounding, by_gradients, lambda: state.objective - value
+    )
+    # A step that rounding swallows leads nowhere, whatever gradients say.
+    moved = jnp.any(theta + step != theta)
+    decrease = jnp.where(jnp.isfinite(value) & moved, decrease, jnp.nan)
+    return decrease, (value, _error(problem, rows, solved.w), solved)
+
+
+def _corrected(correct, found, aux):
+    *_, solved = aux
+    return correct(found, solved.slopes, solved.w)
+
+
+def _status(tolerance, state, model, result, idle, rounding, targets):
+    """Why the run ends, if it does; and whether the test of convergence holds."""
+    value, error, _ = result.aux
+    size, eps = jnp.abs(state.objective), jnp.finfo(value.dtype).eps
+    if tolerance is None:
+        tolerance = eps**0.75
+    gradient_norm = norm(model.gradient)
+    # A model without a minimiser promises nothing.
+    near, far_off = result.promise
+    promises = (near > 0) | (gradient_norm == 0)
+    # Rounding of half the digits hides a lower point as well as it hides that there is none.
+    known = rounding <= eps**0.5 * size
+    held = promises & ((near <= tolerance * size) | known & (far_off <= rounding))
+    # A step that has gained more than this shows the model to be wrong.
+    held &= ~(result.decrease > tolerance * size + rounding)
+    # Nothing is left that the objective would show, or the residual is that of rounding.
+    ended = idle >= 2 * IDLE
+    exact = is_exact(value, targets)
+    rounded = ended & (known | exact) | exact & (jnp.abs(value) <= error**2)
+    shrunk = ~(result.accepted | model.estimated) & (result.radius <= eps * model.reach)
+    finite = jnp.isfinite(value) & jnp.isfinite(gradient_norm) & jnp.isfinite(model.curvature)
+    cases = {
+        Status.NON_FINITE: ~finite,
+        Status.FLAT: jnp.isinf(state.radius) & (gradient_norm == 0) & (state.objective > rounding),
+        # What is only estimated does not end a run.
+        Status.CONVERGED: held & ~model.estimated | rounded,
+        Status.STALLED: ended | shrunk,
+    }
+    status = jnp.select(list(cases.values()), list(cases), Status.RUNNING)
+    return status.astype(jnp.int32), held

@@ -14,9 +14,9 @@ import numpy as np
 from tqdm import tqdm
 
 from varprox.checks import check_flag, check_integer
+from varprox.methods.forms import Form, usable
 from varprox.methods.gnvpro import gnvpro, select_form
 from varprox.methods.method import Method, Status
-from varprox.methods.quadratic import Form, usable
 from varprox.methods.quasi_newton import MAX_BYTES, broydenvpro, bytes_of_inverse, lbfgsvpro
 from varprox.methods.slimtrain import with_learned
 from varprox.precision import full_products

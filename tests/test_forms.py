@@ -1,7 +1,5 @@
 """The forms of GNvpro's model: they agree, and "auto" picks the cheapest."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,13 +8,18 @@ from jax.flatten_util import ravel_pytree
 from problems import Case, dense_reference, features, initial_theta, projection_at, relative
 
 import varprox as vp
-from varprox.methods import quadratic
-from varprox.methods.quadratic import Form
+from varprox.methods import forms
+from varprox.methods.forms import EVEN, FORMS, Form, Settings
 from varprox.numerics import trust_region
 
 RADII = (np.inf, 1e-2, 1e-4)
 CASE = Case("softmax_cross_entropy", outputs=2)
-start_norm = partial(quadratic.start_norm, memory=0, kaufman=False)
+
+
+def make_model(form, problem, theta, rows, w, data, at, *, rank=1, whiten=False):
+    begun = FORMS[form].start(problem, theta, rows, w, data, memory=0, whiten=whiten, kaufman=False)
+    settings = Settings(rank, 0.0, w_curvature=True, kaufman=False)
+    return begun.model(problem, theta, data, at, settings, jnp.inf, jnp.array(False))
 
 
 @jax.jit
@@ -26,16 +29,9 @@ def steps(problem, theta, data, w):
     rows = problem.model.rows(theta, data[0])
     at = projection_at(problem, theta, data, w)
     size = ravel_pytree(theta)[0].size
-    options = {"rank": size, "flat": 0.0, "w_curvature": True}
     found = {}
     for form in Form:
-        norm = start_norm(form, problem, theta, rows, w, data, whiten=True)
-        arguments = problem, theta, data, at, norm
-        if form is Form.KRYLOV:
-            model = quadratic.krylov(*arguments, jnp.inf, jnp.array(False), **options)
-        else:
-            make = quadratic.kernel if form is Form.KERNEL else quadratic.dense
-            model = make(*arguments, kaufman=False)
+        model = make_model(form, problem, theta, rows, w, data, at, rank=size, whiten=True)
         made = [model.step(jnp.array(radius), jnp.array(0.0)) for radius in RADII]
         root = jax.vmap(model.root, out_axes=1)(jnp.eye(size))
         found[form] = [step._replace(step=model.root(step.step)) for step in made], root
@@ -66,9 +62,9 @@ def test_all_forms_solve_the_same_problem(loss, samples, x64, monkeypatch):
             assert relative(shifted @ step.step, -reference.gradient) < 1e-7
 
 
-@pytest.mark.parametrize("make", [quadratic.dense, quadratic.kernel])
+@pytest.mark.parametrize("form", [Form.DENSE, Form.KERNEL, Form.FORWARD])
 @pytest.mark.parametrize("loss", ["least_squares", "softmax_cross_entropy"])
-def test_a_correction_leaves_an_error_of_third_order(loss, make, x64):
+def test_a_correction_leaves_an_error_of_third_order(loss, form, x64):
     """In Jᵀ G + α₂ J_Wᵀ W + ∇R − g − H s with J at θ, where that of a step is of second order."""
     case, theta = Case(loss, outputs=2), initial_theta()
     problem, (inputs, targets) = case.problem, case.data
@@ -76,9 +72,7 @@ def test_a_correction_leaves_an_error_of_third_order(loss, make, x64):
     flat, unravel = ravel_pytree(theta)
     rows = problem.model.rows(theta, inputs)
     at = projection_at(problem, theta, case.data, reference.w)
-    form = Form.KERNEL if make is quadratic.kernel else Form.DENSE
-    norm = start_norm(form, problem, theta, rows, reference.w, case.data, whiten=False)
-    model = make(problem, theta, case.data, at, norm, kaufman=False)
+    model = make_model(form, problem, theta, rows, reference.w, case.data, at)
 
     def end(s):
         there = unravel(flat + s)
@@ -110,18 +104,18 @@ def test_the_dense_norm_follows_the_diagonal_and_its_mean(x64):
     theta, reference = initial_theta(), dense_reference(CASE, initial_theta(), CASE.data)
     _, root = steps(CASE.problem, theta, CASE.data, reference.w)[Form.DENSE]
     diagonal = np.diag(reference.gauss_newton)
-    expected = (diagonal + quadratic.EVEN * diagonal.mean()) ** -0.5
+    expected = (diagonal + EVEN * diagonal.mean()) ** -0.5
     np.testing.assert_allclose(np.diag(root), expected, rtol=1e-8)
 
     method = vp.gnvpro(CASE.problem, curvature="dense")
     states = [method.init(theta, CASE.data)]
     for _ in range(6):
         states.append(method.step(states[-1], CASE.data)[0])
-    norms = np.array([state.norm.diagonal for state in states])
+    norms = np.array([state.form.diagonal for state in states])
     assert (np.diff(norms, axis=0) >= 0).all() and (norms[-1] > norms[1]).any()
 
 
-def choose(samples, size, outputs=1, columns=9, penalty=1e-10, forms=tuple(Form)):
+def choose(samples, size, outputs=1, columns=9, penalty=1e-10, allowed=tuple(Form)):
     problem = vp.Problem(vp.Separable(lambda theta, x: x), vp.least_squares(), penalty, 1e-10)
     theta, w, inputs, targets = (
         jax.ShapeDtypeStruct(shape, np.float64)
@@ -132,7 +126,7 @@ def choose(samples, size, outputs=1, columns=9, penalty=1e-10, forms=tuple(Form)
             (samples, outputs),
         )
     )
-    return quadratic.choose(forms, problem, theta, (inputs, targets), w, rank=20, kaufman=True)
+    return forms.choose(allowed, problem, theta, (inputs, targets), w, rank=20, kaufman=True)
 
 
 def test_the_cheapest_form_is_chosen():
@@ -140,7 +134,7 @@ def test_the_cheapest_form_is_chosen():
     assert choose(4000, 10_128, outputs=16, columns=33) is Form.KRYLOV
     assert choose(50, 5000) is Form.KERNEL
     assert choose(10**6, 10**5) is Form.KRYLOV
-    assert choose(100, 4, forms=(Form.KRYLOV, Form.FORWARD)) is Form.FORWARD
+    assert choose(100, 4, allowed=(Form.KRYLOV, Form.FORWARD)) is Form.FORWARD
 
 
 def coupled(theta, inputs):
@@ -154,7 +148,7 @@ def test_features_are_known_where_a_penalty_is_traced(fn, transform, x64):
 
     def traced(alpha):
         problem = vp.Problem(vp.Separable(fn), CASE.problem.loss, alpha, alpha)
-        seen.append(quadratic.usable(problem, theta, data[0]))
+        seen.append(forms.usable(problem, theta, data[0]))
         if fn is coupled:
             with pytest.raises(ValueError, match="that depend on the other samples of the batch"):
                 vp.gnvpro(problem, curvature="dense").init(theta, data)
@@ -168,11 +162,11 @@ def test_features_are_known_where_a_penalty_is_traced(fn, transform, x64):
 def test_without_inputs_samples_cannot_be_taken_apart(inputs, x64):
     theta, (given, _) = initial_theta(), CASE.data
     problem = vp.Problem(vp.Separable(lambda theta, _: features(theta, given)), vp.least_squares())
-    assert quadratic.usable(problem, theta, inputs) == (Form.KRYLOV, Form.FORWARD)
+    assert forms.usable(problem, theta, inputs) == (Form.KRYLOV, Form.FORWARD)
 
 
 def test_no_matrix_is_formed_that_is_too_large(monkeypatch):
-    monkeypatch.setattr(quadratic, "LARGEST", 10**4)
+    monkeypatch.setattr(forms, "LARGEST", 10**4)
     assert choose(2000, 556) is Form.KRYLOV
 
 
