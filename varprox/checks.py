@@ -1,4 +1,4 @@
-"""Checks of options at the door; numbers under trace pass. Imports nothing of the package."""
+"""Checks of options at the door; numbers under trace pass."""
 
 import math
 from collections.abc import Callable

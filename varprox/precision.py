@@ -1,8 +1,7 @@
 """Products in full precision, whatever the device would do by default.
 
 On an accelerator a product of single precision is rounded to TF32 or bfloat16 unless it asks for
-more; a solve, a factor or a step made of such products is wrong in its third digit. Imports nothing
-of the package.
+more; a solve, a factor or a step made of such products is wrong in its third digit.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,4 @@
-"""An epoch: one pass over the data in shuffled minibatches, by any step of a stochastic method.
-
-Imports checks and method.
-"""
+"""An epoch: one pass over the data in shuffled minibatches, by any step of a stochastic method."""
 
 from collections.abc import Callable
 from functools import lru_cache, partial

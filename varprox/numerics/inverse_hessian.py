@@ -1,7 +1,7 @@
 """What stands for the inverse Hessian H in a quasi-Newton method, in flat variables.
 
 Either the last pairs of steps and changes of the gradient, or the whole of H. Both take up what a
-step has told, and give the descent −H g from its end. Imports precision.
+step has told, and give the descent −H g from its end.
 """
 
 from collections.abc import Callable

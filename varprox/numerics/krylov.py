@@ -1,6 +1,6 @@
 """Lanczos tridiagonalisation of a symmetric operator, with full reorthogonalisation.
 
-Works on flat vectors and knows nothing of what the operator is. Imports nothing of the package.
+Works on flat vectors and knows nothing of what the operator is.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""The search along a line by values and slopes. Imports nothing of the package."""
+"""The search along a line by values and slopes."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

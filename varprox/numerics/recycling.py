@@ -1,7 +1,7 @@
 """What the Krylov spaces of earlier iterations tell of the curvature, kept as a preconditioner.
 
 From one outer iteration to the next the Hessian changes little, so the directions in which a Krylov
-space has found it large need not be found again. Works on flat vectors and imports krylov.
+space has found it large need not be found again. Works on flat vectors.
 """
 
 from typing import NamedTuple

@@ -1,7 +1,7 @@
 """Ridge regression on design rows by orthogonal factors, never by normal equations.
 
 A QR decomposition of the rows gives an orthonormal basis of what they span, and the singular values
-of its small triangular factor the solution. Imports precision.
+of its small triangular factor the solution.
 """
 
 from typing import NamedTuple

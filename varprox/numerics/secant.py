@@ -1,7 +1,7 @@
 """The curvature that a Gauss–Newton matrix leaves out, learnt from gradients.
 
 It vanishes with the residual. Where the residual stays large, steps without it converge slowly.
-Works on flat vectors and imports krylov. Source: Dennis, Gay, Welsch, ACM Trans. Math. Softw. 7
+Works on flat vectors. Source: Dennis, Gay, Welsch, ACM Trans. Math. Softw. 7
 (1981), for the update and its sizing.
 """
 

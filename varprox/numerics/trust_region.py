@@ -1,7 +1,7 @@
 """One iteration of a trust-region method, for any smooth function of a flat vector.
 
 Its steps minimise a quadratic model, seen in a Krylov space or given as a matrix. The same
-iteration solves for W under a general convex loss and for θ in GNvpro. Imports krylov.
+iteration solves for W under a general convex loss and for θ in GNvpro.
 """
 
 from collections.abc import Callable

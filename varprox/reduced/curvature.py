@@ -15,8 +15,7 @@ the first term being Kaufman's approximation and the second what Golub and Perey
 adds. The Hessian replaces the cotangent by Q (dZ W + Z dW) Wᵀ + G dWᵀ and adds the curvature of the
 features under G Wᵀ.
 
-Imports model, projection and reduced. Source: arXiv:2007.13171, section 3; Golub and Pereyra,
-Inverse Problems 19 (2003) R1.
+Source: arXiv:2007.13171, section 3; Golub and Pereyra, Inverse Problems 19 (2003) R1.
 """
 
 from collections.abc import Callable

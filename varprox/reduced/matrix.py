@@ -15,8 +15,7 @@ the size of the residual, and Kaufman's approximation leaves it out; what is lef
 complement of the Gauss–Newton matrix in θ and W together, and takes one pass for each output where
 these are fewer. Under least squares, where Q is the identity, K and B only count in the span of Wᵀ,
 which has no more dimensions than Z has columns, however many outputs there are; and Aᵀ H⁻¹ A
-depends on G Gᵀ alone, whose numerical rank is what it costs. Imports model and
-projection. Source: Kaufman, BIT 15 (1975).
+depends on G Gᵀ alone, whose numerical rank is what it costs. Source: Kaufman, BIT 15 (1975).
 """
 
 from collections.abc import Callable

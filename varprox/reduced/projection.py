@@ -1,8 +1,7 @@
 """The projection: W(θ) for given rows, directly under least squares, else by Newton–Krylov.
 
 What the methods solve for at every trial point lives here: warm-started, preconditioned with a
-factor that is kept while it serves, and as accurate as asked. Imports model, least_squares and
-trust_region.
+factor that is kept while it serves, and as accurate as asked.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 Arrays of weights act on correlated things, such as the bands of a spectrum, so the curvature is
 steep in a few of their directions and flat in most. Found once, at the start of a run, from a
-sketch of the Gauss–Newton matrix. Imports krylov and model.
+sketch of the Gauss–Newton matrix.
 """
 
 import math
