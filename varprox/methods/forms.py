@@ -1,18 +1,14 @@
 """The four forms that GNvpro's model comes in, and which of them suits a problem.
 
 A form is what the trust region remembers from step to step: the variables in which it is a ball.
-All forms answer to the same names:
-
-- `Form.start(problem, theta, rows, w, data, …)` makes the first one;
-- `form.model(problem, theta, data, at, …)` is the `Quadratic` at θ;
-- `form.factor`, `form.trimmed` and `form.rows_at` say what the model needs of W(θ) and of a trial;
-- `Form.operations` and `Form.entries` say what a step costs.
+`ModelForm` says what all forms answer to.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +32,7 @@ from varprox.reduced.matrix import (
     passes,
 )
 from varprox.reduced.objective import hessian_factor
-from varprox.reduced.projection import Projection, factorise, without_span
+from varprox.reduced.projection import Factor, Projection, factorise, without_span
 from varprox.reduced.whitening import Whitening, whitening
 
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
@@ -79,65 +75,26 @@ class Sizes(NamedTuple):
         return count * PASS * self.samples * self.weights
 
 
-def by_reverse(rows_at: Callable, trial: Any) -> tuple[jax.Array, Callable]:
-    """The rows at θ, and the slope of Σ slopes · (rows W) along a step of θ, by a reverse pass."""
-    rows, pullback = jax.vjp(rows_at, trial)
+class ModelForm:
+    """What a form answers to; the defaults are those of the forms that have the whole matrix."""
 
-    def along(slopes, w, step):
-        (pulled,) = pullback(slopes @ w.T)
-        return ravel_pytree(pulled)[0] @ step
-
-    return rows, along
-
-
-def by_forward(rows_at: Callable, trial: Any) -> tuple[jax.Array, Callable]:
-    """The same by a forward pass."""
-
-    def along(slopes, w, step):
-        _, unravel = ravel_pytree(trial)
-        d_rows = jax.jvp(rows_at, (trial,), (unravel(step),))[1]
-        return jnp.sum(slopes * (d_rows @ w))
-
-    return rows_at(trial), along
-
-
-def exact_factor(problem: Problem, rows: jax.Array, w: jax.Array, targets: jax.Array):
-    """The factor of ∇²_W Φ that a formed model needs, exact even where W is large."""
-    return factorise(problem, rows, w, targets, whole=True)
-
-
-def untrimmed(problem: Problem, at: Projection) -> Projection:
-    """W(θ) with all that a formed model needs."""
-    return at
-
-
-class Krylov(NamedTuple):
-    """s = M P^½ y, with M from a sketch of the curvature at the start and P from the Krylov spaces
-    since."""
-
-    whitening: Whitening | None  # None stands for M = I
-    recycled: Recycled
-
-    form = Form.KRYLOV
-    factor = staticmethod(hessian_factor)
-    trimmed = staticmethod(without_span)
-    rows_at = staticmethod(by_reverse)
+    kind: ClassVar[Form]
 
     @classmethod
-    def start(cls, problem, theta, rows, w, data, *, memory, whiten, kaufman):
-        """Without directions of earlier spaces."""
-        found = whitening(problem, theta, rows, w, data) if whiten else None
-        return cls(found, nothing_yet(memory, ravel_pytree(theta)[0]))
-
-    @staticmethod
-    def operations(sizes: Sizes) -> int:
-        """Of steps that are worth one of a formed model; spaces are counted full."""
-        return WORTH * sizes.of_passes(2 + 2 * sizes.rank)
-
-    @staticmethod
-    def entries(sizes: Sizes) -> int:
-        """Of the matrix."""
-        return 0
+    def start(
+        cls,
+        problem: Problem,
+        theta: Any,
+        rows: jax.Array,
+        w: jax.Array,
+        data: tuple,
+        *,
+        memory: int,
+        whiten: bool,
+        kaufman: bool,
+    ) -> "ModelForm":
+        """The first one; `memory`, `whiten` and `kaufman` are those of `varprox.gnvpro`."""
+        raise NotImplementedError
 
     def model(
         self,
@@ -149,6 +106,76 @@ class Krylov(NamedTuple):
         radius: jax.Array,
         newton: jax.Array,
     ) -> Quadratic:
+        """The model at θ. Only a Krylov space asks for the radius, and whether it is to be that of
+        the Hessian instead of the Gauss–Newton matrix."""
+        raise NotImplementedError
+
+    @staticmethod
+    def operations(sizes: Sizes) -> int:
+        """Of a step."""
+        raise NotImplementedError
+
+    @staticmethod
+    def entries(sizes: Sizes) -> int:
+        """Of the largest array that a step forms."""
+        raise NotImplementedError
+
+    @staticmethod
+    def factor(problem: Problem, rows: jax.Array, w: jax.Array, targets: jax.Array) -> Factor:
+        """That of ∇²_W Φ, exact even where W is large."""
+        return factorise(problem, rows, w, targets, whole=True)
+
+    @staticmethod
+    def trimmed(problem: Problem, at: Projection) -> Projection:
+        """W(θ) without what the model does not need."""
+        return at
+
+    @staticmethod
+    def rows_at(rows_of: Callable, theta: Any) -> tuple[jax.Array, Callable]:
+        """The rows at θ, and the slope of Σ slopes · (rows W) along a step of θ."""
+        rows, pullback = jax.vjp(rows_of, theta)
+
+        def along(slopes, w, step):
+            (pulled,) = pullback(slopes @ w.T)
+            return ravel_pytree(pulled)[0] @ step
+
+        return rows, along
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Krylov(ModelForm):
+    """s = M P^½ y, with M from a sketch of the curvature at the start and P from the Krylov spaces
+    since."""
+
+    whitening: Whitening | None  # None stands for M = I
+    recycled: Recycled
+
+    kind = Form.KRYLOV
+
+    @classmethod
+    def start(cls, problem, theta, rows, w, data, *, memory, whiten, kaufman):
+        found = whitening(problem, theta, rows, w, data) if whiten else None
+        return cls(found, nothing_yet(memory, ravel_pytree(theta)[0]))
+
+    @staticmethod
+    def operations(sizes):
+        # Of steps that are worth one of a formed model; spaces are counted full.
+        return WORTH * sizes.of_passes(2 + 2 * sizes.rank)
+
+    @staticmethod
+    def entries(sizes):
+        return 0
+
+    @staticmethod
+    def factor(problem, rows, w, targets):
+        return hessian_factor(problem, rows, w, targets)
+
+    @staticmethod
+    def trimmed(problem, at):
+        return without_span(problem, at)
+
+    def model(self, problem, theta, data, at, settings, radius, newton):
         """The model in a Krylov space for the Gauss–Newton matrix, or the Hessian if `newton`.
 
         The space ends where a product adds less than the fraction `flat` of the model's decrease in
@@ -188,7 +215,7 @@ class Krylov(NamedTuple):
         def following(result, *_):
             t = found.tridiagonal
             t = t._replace(diagonal=after(result.trials, t.diagonal))
-            return self._replace(recycled=recycle(self.recycled, found._replace(tridiagonal=t)))
+            return replace(self, recycled=recycle(self.recycled, found._replace(tridiagonal=t)))
 
         if self.whitening is None:
             reach = length(self.recycled.inverse_root(weights))
@@ -209,100 +236,95 @@ class Krylov(NamedTuple):
         )
 
 
-class Dense(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Dense(ModelForm):
     """s = y / √d, where d is made of the largest diagonal of the matrices so far. The matrix is
     formed by reverse passes of single samples."""
 
     diagonal: jax.Array  # (size,)
     secant: Secant | None  # of the curvature that the matrices leave out; None where K is not kept
 
-    form = Form.DENSE
-    factor = staticmethod(exact_factor)
-    trimmed = staticmethod(untrimmed)
-    rows_at = staticmethod(by_reverse)
+    kind = Form.DENSE
 
     @classmethod
     def start(cls, problem, theta, rows, w, data, *, memory, whiten, kaufman):
-        """With nothing learnt."""
         return _start_matrix(cls, theta, rows, w, kaufman=kaufman, forward=False)
 
     @staticmethod
-    def operations(sizes: Sizes) -> int:
-        """Of a step."""
+    def operations(sizes):
         return sizes.of_passes(2 + sizes.passes) + _of_matrix(sizes)
 
     @staticmethod
-    def entries(sizes: Sizes) -> int:
-        """Of the matrix."""
+    def entries(sizes):
         return sizes.weights**2
 
-    def model(self, problem, theta, data, at, settings, radius, newton) -> Quadratic:
-        """The model as a matrix."""
+    def model(self, problem, theta, data, at, settings, radius, newton):
         formed = gauss_newton_matrix(problem, theta, data, at, kaufman=settings.kaufman)
         evaluations = 1 if formed.transposed is not None else 2  # of the rows
         work = evaluations * (1 + passes(at.w, kaufman=settings.kaufman))
         return _matrix_model(self, problem, theta, formed, work)
 
 
-class Forward(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Forward(ModelForm):
     """As `Dense`, with a matrix that is formed by forward passes of all samples together."""
 
     diagonal: jax.Array
     secant: Secant | None
 
-    form = Form.FORWARD
-    factor = staticmethod(exact_factor)
-    trimmed = staticmethod(untrimmed)
-    rows_at = staticmethod(by_forward)
+    kind = Form.FORWARD
 
     @classmethod
     def start(cls, problem, theta, rows, w, data, *, memory, whiten, kaufman):
-        """With nothing learnt."""
         return _start_matrix(cls, theta, rows, w, kaufman=kaufman, forward=True)
 
     @staticmethod
-    def operations(sizes: Sizes) -> int:
-        """Of a step."""
+    def operations(sizes):
         return sizes.of_passes(2 + sizes.weights) + _of_matrix(sizes)
 
     @staticmethod
-    def entries(sizes: Sizes) -> int:
-        """Of the matrix, or of the rows."""
+    def entries(sizes):
         return max(sizes.weights, sizes.passes * sizes.samples) * sizes.weights
 
-    def model(self, problem, theta, data, at, settings, radius, newton) -> Quadratic:
-        """The model as a matrix."""
+    def model(self, problem, theta, data, at, settings, radius, newton):
         formed = gauss_newton_matrix(
             problem, theta, data, at, kaufman=settings.kaufman, forward=True
         )
         return _matrix_model(self, problem, theta, formed, 1 + len(self.diagonal))
 
+    @staticmethod
+    def rows_at(rows_of, theta):
+        def along(slopes, w, step):
+            _, unravel = ravel_pytree(theta)
+            d_rows = jax.jvp(rows_of, (theta,), (unravel(step),))[1]
+            return jnp.sum(slopes * (d_rows @ w))
 
-class Kernel(NamedTuple):
+        return rows_of(theta), along
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Kernel(ModelForm):
     """s = y, as the penalty is a multiple of the identity in θ itself."""
 
-    form = Form.KERNEL
-    factor = staticmethod(exact_factor)
-    trimmed = staticmethod(untrimmed)
-    rows_at = staticmethod(by_reverse)
+    kind = Form.KERNEL
 
     @classmethod
     def start(cls, problem, theta, rows, w, data, *, memory, whiten, kaufman):
-        """There is nothing to remember."""
         return cls()
 
     @staticmethod
-    def operations(sizes: Sizes) -> int:
-        """Of a step."""
+    def operations(sizes):
         rows = sizes.rows
         return sizes.of_passes(2 + sizes.passes) + 2 * sizes.weights * rows**2 + 20 * rows**3
 
     @staticmethod
-    def entries(sizes: Sizes) -> int:
-        """Of the rows."""
+    def entries(sizes):
         return sizes.rows * sizes.weights
 
-    def model(self, problem, theta, data, at, settings, radius, newton) -> Quadratic:
+    def model(self, problem, theta, data, at, settings, radius, newton):
         """The model as the singular values of M, where Mᵀ M + α I is the Gauss–Newton matrix.
 
         What the gradient has outside the span of M's rows makes one more eigenvector, of eigenvalue
@@ -350,7 +372,7 @@ class Kernel(NamedTuple):
         return with_correction(model, problem, theta, formed, product, solve)
 
 
-FORMS = {kind.form: kind for kind in (Krylov, Dense, Kernel, Forward)}
+FORMS = {form.kind: form for form in (Krylov, Dense, Kernel, Forward)}
 
 
 def _of_matrix(sizes):
@@ -393,7 +415,7 @@ def _matrix_model(form, problem, theta, formed, work):
         return jax.scipy.linalg.solve(shifted, error, assume_a="pos")
 
     def following(result, slopes, w, held):
-        later = form._replace(diagonal=diagonal, secant=learnt)
+        later = replace(form, diagonal=diagonal, secant=learnt)
         if learnt is None or formed.transposed is None:
             return elsewhere(later)
         s = scale * result.x
@@ -402,7 +424,7 @@ def _matrix_model(form, problem, theta, formed, work):
         streak = secant.judge(learnt, without, more, result.decrease)
         expected = formed.transposed(slopes, w) + penalty_gradient(problem, unravel(weights + s))
         streak = jnp.where(result.accepted & ~held, streak, 0)
-        return later._replace(secant=Secant(learnt.matrix, formed.gradient, expected, s, streak))
+        return replace(later, secant=Secant(learnt.matrix, formed.gradient, expected, s, streak))
 
     model = Quadratic(
         gradient=formed.gradient,
@@ -421,7 +443,7 @@ def _matrix_model(form, problem, theta, formed, work):
 def elsewhere(form: Any) -> Any:
     """The form at weights that its last step did not lead to."""
     learnt = getattr(form, "secant", None)
-    return form if learnt is None else form._replace(secant=secant.elsewhere(learnt))
+    return form if learnt is None else replace(form, secant=secant.elsewhere(learnt))
 
 
 def usable(problem: Problem, theta: Any, inputs: Any) -> tuple[Form, ...]:

@@ -404,7 +404,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
 
     low = jnp.where(result.first_ratio < LOW_RATIO, state.low + 1, 0)
     idle = jnp.where(result.accepted & (result.decrease <= rounding), state.idle + 1, 0)
-    newton = state.newton | (options.hand_over & (form.form is Form.KRYLOV) & (low >= PATIENCE))
+    newton = state.newton | (options.hand_over & (form.kind is Form.KRYLOV) & (low >= PATIENCE))
     # The radius that the Gauss–Newton model could be trusted in says nothing of the Newton model,
     # and one that rounding has shrunk says nothing at all.
     anew = newton & ~state.newton | (idle == IDLE)
@@ -419,7 +419,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         trials=result.trials,
         w_products=projection.products,
         newton=state.newton,
-        curvature=jnp.int32(form.form),
+        curvature=jnp.int32(form.kind),
     )
     state = State(
         theta=unravel(theta),
