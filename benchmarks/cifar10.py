@@ -38,12 +38,14 @@ from benchmarks.experiment import (
 )
 from benchmarks.levels import ADAM, longer
 
-BUDGETS, QUICK_BUDGETS = (25, 50, 100, 200), (6, 12, 24)  # work units
+BUDGETS, QUICK_BUDGETS = (25, 50, 100, 200), (8, 15, 22)  # work units
 CHANNELS = (3, 32, 64, 10)
 PENALTY = 5e-4  # on θ and on W
-QUICK_IMAGES, QUICK_VALIDATION = 1000, 500
-SAMPLES = ((1024, 1), (2048, 1), (4096, 1), (4096, 3))  # their sizes, and the steps on each
-QUICK_SAMPLES = ((256, 1),)
+QUICK_IMAGES, QUICK_VALIDATION = 1600, 500
+# Of GNvpro and GN: the size of the samples, the steps on each, and the rank of Krylov spaces.
+SAMPLES = ((1024, 1, 5), (4096, 1, 5), (4096, 1, 20), (4096, 4, 20))
+QUICK_SAMPLES = ((800, 1, 5),)
+EVALUATED = 10  # times in a pass over the data methods that see samples are evaluated, at most
 RATES, QUICK_RATES = (3e-4, 1e-3, 3e-3, 1e-2), (1e-3, 3e-3)  # of Adam
 BATCH_SIZE, QUICK_BATCH_SIZE = 128, 32
 SETS = ("train", "validation", "test")
@@ -78,7 +80,8 @@ def run(
         end(run) | evaluate(task.problem, run.solution.theta, run.solution.w, sets, task.metrics)
         for run in finalists
     ]
-    results = {"ends": ends, "at_work": at_limits(groups, "work_units", budgets)}
+    stopped = by_method(map(stopped_early, runs))
+    results = {"ends": ends, "at_work": at_limits(stopped, "work_units", budgets)}
     tables = [
         end_table(ends),
         limit_table(f"{WHAT} after so many work units", results["at_work"], budgets, cell),
@@ -86,7 +89,7 @@ def run(
     if "adam" in methods:
         clock = finished(groups["Adam"])
         times = [equal_seconds(clock, budget) for budget in budgets]
-        results["seconds"], results["at_seconds"] = times, at_limits(groups, "seconds", times)
+        results["seconds"], results["at_seconds"] = times, at_limits(stopped, "seconds", times)
         title = f"{WHAT} after so many seconds, in which the fastest Adam does these work units"
         tables.append(limit_table(title, results["at_seconds"], times, cell))
 
@@ -172,16 +175,18 @@ def on_samples(
         drawing, key = jax.random.split(key)
         count = jnp.zeros((), jnp.int32)
         inner = method.init(theta, sample(key, count, data, size), drawing)
-        work = jnp.zeros_like(inner.objective)  # the first sample is taken up once more
+        work = units(inner, data, size)
         return State(*_outer(inner), work, inner.status, [], inner, jax.random.key_data(key), count)
+
+    def units(inner, data, size):
+        return inner.work_units.astype(inner.objective.dtype) * size / len(data[1])
 
     @partial(jax.jit, static_argnames="batch_size")
     def epoch(state, data, *, batch_size):
         drawn = sample(jax.random.wrap_key_data(state.key), state.count, data, batch_size)
         begun = take_up(state.inner, drawn)
         inner, infos = jax.lax.scan(lambda s, _: method.step(s, drawn), begun, length=steps)
-        spent = inner.work_units.astype(state.work_units.dtype) * batch_size / len(data[1])
-        work = state.work_units + spent
+        work = state.work_units + units(inner, data, batch_size)
         failed = inner.status == vp.Status.NON_FINITE
         status = jnp.where(failed, vp.Status.NON_FINITE, vp.Status.RUNNING).astype(jnp.int32)
         return State(*_outer(inner), work, status, [], inner, state.key, state.count + 1), infos
@@ -201,21 +206,21 @@ def sample(key: jax.Array, count: jax.Array, data: tuple, size: int) -> tuple:
     return jax.tree.map(lambda x: x[chosen], data)
 
 
-def gnvpro(setting: Setting, size: int, steps: int) -> vp.Method:
+def gnvpro(setting: Setting, size: int, steps: int, rank: int) -> vp.Method:
     """GNvpro, which solves for W on every sample anew."""
-    method = vp.gnvpro(setting.in_loops, curvature="krylov")
+    method = vp.gnvpro(setting.in_loops, curvature="krylov", rank=rank)
 
     def take_up(state, sample):
         begun = method.init(state.theta, sample)
         # The radius is one in variables that the earlier Krylov spaces have preconditioned.
-        return begun._replace(radius=state.radius, norm=state.norm)
+        return begun._replace(radius=state.radius, form=state.form)
 
     return on_samples(method, setting.task.problem, size, steps, take_up)
 
 
-def gn(setting: Setting, size: int, steps: int, start: Callable) -> vp.Method:
+def gn(setting: Setting, size: int, steps: int, rank: int, start: Callable) -> vp.Method:
     """GN on θ and W, which keeps both from sample to sample."""
-    method = baselines.gn(setting.in_loops, start=start)
+    method = baselines.gn(setting.in_loops, rank=rank, start=start)
 
     def take_up(state, sample):
         return state._replace(work_units=jnp.zeros_like(state.work_units))
@@ -223,10 +228,10 @@ def gn(setting: Setting, size: int, steps: int, start: Callable) -> vp.Method:
     return on_samples(method, setting.task.problem, size, steps, take_up)
 
 
-def adam(problem: vp.Problem, rate: float, horizon: float, start: Callable) -> vp.Method:
-    """Adam on θ and W, whose rate falls from epoch to epoch along half a cosine, to zero at
-    `horizon` work units; it is constant for an infinite one."""
-    method = minibatch.jointly(problem, ADAM, start)
+def adam(problem: vp.Problem, rate: float, horizon: float, w: jax.Array) -> vp.Method:
+    """Adam on θ and W, which begins at `w`. Its rate falls from epoch to epoch along half a cosine,
+    to zero at `horizon` work units; it is constant for an infinite one."""
+    method = minibatch.jointly(problem, ADAM, lambda *_: w)
 
     def epoch(state, data, *, batch_size):
         done = jnp.minimum(state.work_units / horizon, 1)
@@ -240,51 +245,55 @@ def adam(problem: vp.Problem, rate: float, horizon: float, start: Callable) -> v
 # ------------------------------------------------------------------------------------ competition
 
 
+def entrants(setting: Setting, work: float, quick: bool) -> dict[str, dict[str, tuple]]:
+    """The variants of every method, and the size of the batches or samples that they see."""
+    problem = setting.task.problem
+    starts = {"Kaiming W": lambda *_: setting.w, "W(θ)": baselines.solved_w}
+    starts = dict(list(starts.items())[: 1 if quick else None])
+    rates, batch_size = (QUICK_RATES, QUICK_BATCH_SIZE) if quick else (RATES, BATCH_SIZE)
+    schedules = {"constant": math.inf, "cosine": work}
+    samples = {
+        f"samples of {size}, {steps} step{'s' * (steps > 1)}, rank {rank}": (size, steps, rank)
+        for size, steps, rank in (QUICK_SAMPLES if quick else SAMPLES)
+    }
+    return {
+        "adam": {
+            f"rate {rate:g}, {schedule}": (adam(problem, rate, horizon, setting.w), batch_size)
+            for rate in rates
+            for schedule, horizon in schedules.items()
+        },
+        "gnvpro": {name: (gnvpro(setting, *of), of[0]) for name, of in samples.items()},
+        "gn": {
+            f"{name}, from {start}": (gn(setting, *of, w), of[0])
+            for name, of in samples.items()
+            for start, w in starts.items()
+        },
+        "lbfgsvpro": {"": (vp.lbfgsvpro(setting.in_loops)._replace(problem=problem), None)},
+    }
+
+
 def compete(
     setting: Setting, methods: Sequence[str], budgets: Sequence[float], *, quick: bool
 ) -> list[Run]:
     """Runs the chosen methods for the last of the budgets, in work units.
 
-    Adam, which goes first, is run with every rate, constant and along a cosine. GNvpro and GN are
-    run with every size of the samples, and GN from W as the network has it at the start, and from
+    Adam, which goes first, is run with every rate, constant and along a cosine; GNvpro and GN are
+    run on every kind of samples, and GN from the W that the network has at the start, and from
     W(θ). Runs that are through with their work in less time than the fastest Adam go on to then.
     """
-    task, last = setting.task, budgets[-1]
-    starts = {"Kaiming W": lambda *_: setting.w, "W(θ)": baselines.solved_w}
-    starts = dict(list(starts.items())[: 1 if quick else None])
-    samples = QUICK_SAMPLES if quick else SAMPLES
     runs: list[Run] = []
     seconds = 0.0
-    if "adam" in methods:
-        size = QUICK_BATCH_SIZE if quick else BATCH_SIZE
-        attempts = [
-            train(
-                task,
-                "Adam",
-                f"rate {rate:g}, {'constant' if horizon == math.inf else 'cosine'}",
-                adam(task.problem, rate, horizon, starts["Kaiming W"]),
-                last,
-                batch_size=size,
-            )
-            for rate in (QUICK_RATES if quick else RATES)
-            for horizon in ((last,) if quick else (math.inf, last))
+    for name, variants in entrants(setting, budgets[-1], quick).items():
+        if name not in methods:
+            continue
+        found = [
+            train(setting.task, METHODS[name], variant, *how, budgets[-1], seconds)
+            for variant, how in variants.items()
         ]
-        runs += compiled_once(attempts)
-        seconds = equal_seconds(finished(attempts), last)
-    options = {"work": last, "seconds": seconds}
-    for size, steps in samples:
-        variant = f"samples of {size}, {steps} step{'s' * (steps > 1)}"
-        if "gnvpro" in methods:
-            method = gnvpro(setting, size, steps)
-            runs.append(train(task, "GNvpro", variant, method, batch_size=size, **options))
-        if "gn" in methods:
-            for name, start in starts.items():
-                method = gn(setting, size, steps, start)
-                name = f"{variant}, from {name}"
-                runs.append(train(task, "GN", name, method, batch_size=size, **options))
-    if "lbfgsvpro" in methods:
-        method = vp.lbfgsvpro(setting.in_loops)._replace(problem=task.problem)
-        runs.append(train(task, "LBFGSvpro", "", method, **options))
+        if name == "adam":
+            found = compiled_once(found)
+            seconds = equal_seconds(finished(found), budgets[-1])
+        runs += found
     order = list(METHODS.values())
     return sorted(runs, key=lambda run: order.index(run.method))
 
@@ -294,16 +303,19 @@ def train(
     name: str,
     variant: str,
     method: vp.Method,
+    batch_size: int | None,
     work: float,
-    seconds: float = 0.0,
-    batch_size: int | None = None,
+    seconds: float,
 ) -> Run:
     """One run for `work` units; if these take less than `seconds`, its history goes on to there.
 
     The `objective` in the history of the run is the validation loss, by which tables choose among
-    the variants of a method.
+    the variants of a method; its entries are those that were evaluated.
     """
     print(" ".join(filter(None, (name, variant))), flush=True)
+    every = 1
+    if name in ("GNvpro", "GN"):
+        every = max(1, len(task.train[1]) // (EVALUATED * batch_size))
 
     def fit(method, budget):
         return vp.fit(
@@ -312,6 +324,7 @@ def train(
             task.train,
             validation=task.validation,
             metrics=task.metrics,
+            evaluate_every=every,
             max_work=budget,
             batch_size=batch_size,
             seed=task.seed,
@@ -324,8 +337,19 @@ def train(
         budget = max(work * (1 + 1.1 * (seconds / spent["seconds"] - 1)), spent["work_units"] + 1)
         more = fit(method._replace(init=lambda *_: solution.state), budget)
         found = longer(found, more)
-    validated = np.nan_to_num(found.history["validation_loss"], nan=np.inf)
-    return Run(name, variant, task.seed, solution, dict(found.history) | {"objective": validated})
+    evaluated = np.isfinite(found.history["validation_accuracy"])
+    history = {column: values[evaluated] for column, values in found.history.items()}
+    history["objective"] = np.nan_to_num(history["validation_loss"], nan=np.inf)
+    return Run(name, variant, task.seed, solution, history)
+
+
+def stopped_early(run: Run) -> Run:
+    """The run, as if it had kept the weights with the lowest validation loss so far."""
+    loss = run.history["objective"]
+    lowest = np.where(loss <= np.minimum.accumulate(loss), np.arange(len(loss)), 0)
+    at = np.maximum.accumulate(lowest)
+    kept = {name: run.history[name][at] for name in ("objective", "validation_accuracy")}
+    return run._replace(history=dict(run.history) | kept)
 
 
 def finished(runs: Sequence[Run]) -> list[Run]:
@@ -340,7 +364,7 @@ def last_loss(run: Run) -> float:
 
 # ---------------------------------------------------------------------------- tables and figures
 
-WHAT = "Validation loss [validation accuracy in %]"
+WHAT = "Lowest validation loss [validation accuracy there, in %]"
 
 
 def cell(row: dict) -> str:
@@ -377,8 +401,8 @@ def draw_convergence(path: Path, groups: dict[str, list[Run]], work: float) -> N
     columns = {"objective": "validation loss", "validation_accuracy": "validation accuracy"}
     for j, (axis, limit) in enumerate(zip(plots.AXES, (work, longest), strict=True)):
         for method, runs in groups.items():
-            x, curves = plots._curves(runs, axis, limit, list(columns))
-            for ax, curve in zip(grid[:, j], curves, strict=True):
+            x, values = plots.curves(runs, axis, limit, list(columns))
+            for ax, curve in zip(grid[:, j], values, strict=True):
                 plots._draw(ax, method, x, curve)
         grid[-1, j].set(xlabel=plots.AXES[axis], xscale="log")
         plots._plain_ticks(grid[-1, j].xaxis)

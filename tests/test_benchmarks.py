@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import race
-from benchmarks.__main__ import RACERS, main
+from benchmarks.__main__ import EXPERIMENTS, RACERS, main
 from benchmarks.contest import METHODS
 from benchmarks.experiment import spend, text_table
 
@@ -29,7 +29,7 @@ def benchmarks(*arguments):
 def test_help_lists_the_experiments():
     done = benchmarks("--help")
     assert done.returncode == 0
-    for name in "indian_pines peaks ellipse autoencoder cifar10 cdr dcr race".split():
+    for name in EXPERIMENTS:
         assert f"\n    {name}" in done.stdout
 
 

@@ -1,10 +1,11 @@
-"""Data sets of the papers' experiments, as NumPy arrays, batch first, in jax's default float dtype.
+"""Data sets of the papers' experiments, as NumPy arrays, batch first, in JAX's default float dtype.
 
-Nothing but NumPy and jax is needed until a file has to be fetched or an equation solved; what is
-then missing is named in the error.
+They need nothing but NumPy and JAX until a file has to be downloaded or an equation solved. If a
+package is then missing, the error names it.
 """
 
 from varprox.datasets._cache import Dataset
+from varprox.datasets.cifar10 import Cifar10, cifar10
 from varprox.datasets.convection_diffusion_reaction import (
     ConvectionDiffusionReaction,
     cdr_observables,
@@ -17,7 +18,7 @@ from varprox.datasets.mnist import Mnist, mnist
 from varprox.datasets.peaks import peaks, peaks_function
 
 __all__ = [
-    "ConvectionDiffusionReaction", "Dataset", "DcResistivity", "IndianPines", "Mnist", "Pixels",
-    "cdr_observables", "convection_diffusion_reaction", "dc_resistivity", "dcr_observables",
-    "ellipse", "indian_pines", "mnist", "peaks", "peaks_function",
+    "Cifar10", "ConvectionDiffusionReaction", "Dataset", "DcResistivity", "IndianPines", "Mnist",
+    "Pixels", "cdr_observables", "cifar10", "convection_diffusion_reaction", "dc_resistivity",
+    "dcr_observables", "ellipse", "indian_pines", "mnist", "peaks", "peaks_function",
 ]  # fmt: skip

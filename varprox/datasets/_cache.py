@@ -4,9 +4,11 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
+import tarfile
 import tempfile
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +17,19 @@ import numpy as np
 
 
 class Dataset(NamedTuple):
-    """Pairs (inputs (n, …), targets (n, …)) to train on and to validate on."""
+    """A data set for training and validation.
+
+    Attributes:
+        train: The pair (inputs (n, …), targets (n, …)) to train on.
+        validation: Such a pair to validate on.
+
+    Example:
+        >>> import varprox as vp
+        >>> data = vp.datasets.peaks(100, n_validation=20)
+        >>> inputs, targets = data.validation
+        >>> inputs.shape, targets.shape
+        ((20, 2), (20, 1))
+    """
 
     train: tuple[np.ndarray, np.ndarray]
     validation: tuple[np.ndarray, np.ndarray]
@@ -61,7 +75,55 @@ def find_file(
 
     pooch = _require("pooch", purpose=f"downloading {name}")
     assert cache is not None  # pooch knows it
+    return _download(pooch, name, url, known_hash, cache / name)
+
+
+def find_folder(
+    name: str, members: Sequence[str], url: str, known_hash: str, *, holds: Callable[[Path], bool]
+) -> Path:
+    """Where a folder `name` that `holds` what is asked for lies, after downloading it if need be.
+
+    Looks in the folder that the environment variable VARPROX_DATA names and in the user's cache,
+    and then downloads the tar archive `url`. Its files `name`/<member> are written into the folder
+    `name` of the cache, in the order of `members`. Nothing else is unpacked, and no name in the
+    archive decides where a file is written.
+
+    Raises what `find_file` raises, and ValueError where the archive does not hold a member.
+    """
+    for folder in _places(name):
+        if holds(folder):
+            return folder
+
+    pooch = _require("pooch", purpose=f"downloading {name}")
+    cache = _user_cache()
+    assert cache is not None  # pooch knows it
     target = cache / name
+    cache.mkdir(parents=True, exist_ok=True)
+    # Unpacked apart and moved, so that no run ever finds half a file.
+    with tempfile.TemporaryDirectory(dir=cache) as scratch:
+        archive = _download(pooch, name, url, known_hash, Path(scratch, "archive"))
+        target.mkdir(exist_ok=True)
+        with tarfile.open(archive) as tar:
+            for member in members:
+                unpacked = Path(scratch, "member")
+                with unpacked.open("wb") as file:
+                    shutil.copyfileobj(_file_in(tar, f"{name}/{member}", url), file)
+                unpacked.replace(target / member)
+    return target
+
+
+def _file_in(tar, path, url):
+    """The plain file at `path` in the archive, to read from."""
+    try:
+        member = tar.getmember(path)
+    except KeyError:
+        member = None
+    if member is None or not member.isfile():
+        raise ValueError(f"{url}: expected an archive with a file {path}, got one without")
+    return tar.extractfile(member)
+
+
+def _download(pooch, name, url, known_hash, target) -> Path:
     try:
         return Path(pooch.retrieve(url, known_hash, fname=target.name, path=target.parent))
     except OSError as error:
@@ -137,4 +199,4 @@ def _require(package: str, *, purpose: str):
     try:
         return importlib.import_module(package)
     except ImportError as error:
-        raise ImportError(f"{purpose} needs {package}: pip install 'varprox-jax[bench]'") from error
+        raise ImportError(f"{purpose} needs {package}: pip install 'varprox-jax[data]'") from error
