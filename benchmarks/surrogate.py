@@ -3,6 +3,7 @@
 The training is in `levels`, the settings are in `cdr` and `dcr`.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -103,7 +104,8 @@ def summary(
         for surrogate in surrogates:
             group = by_seed(runs)[surrogate.seed]
             for axis, limit in (("work_units", work), ("seconds", limits[surrogate.seed])):
-                excess[axis].append(best(group, axis, limit)["objective"])
+                row = best(group, axis, limit)  # None where nothing is through its start yet
+                excess[axis].append(math.inf if row is None else row["objective"])
             spent.append(best(group, "work_units", work)["seconds"])
             chosen = most_valid(group)
             found = evaluate(

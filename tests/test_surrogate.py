@@ -139,6 +139,10 @@ def test_the_summary_reads_at_equal_work_and_at_equal_seconds(trained):
         predicted = vp.predict(solution.problem, solution.theta, solution.w, inputs)
         relative = np.linalg.norm(predicted - targets) / np.linalg.norm(targets)
         np.testing.assert_allclose(error, relative, rtol=1e-10)
+    late = dict(history) | {"seconds": history["seconds"] + 1e6}
+    runs_and_late = [*runs, Run("late", "", 0, solution, late)]
+    result = surrogate.summary(by_method(runs_and_late), [small], 3 * WORK, floor)
+    assert result["methods"]["late"]["excess"]["seconds"] == [np.inf]
     assert result["seconds"] == history["seconds"][-1]
     assert result["methods"]["first"]["excess"]["seconds"] == [history["objective"][-1]]
     changes = surrogate.prolonged(runs[0], floor)
