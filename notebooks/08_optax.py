@@ -208,11 +208,11 @@ ax.legend()
 plt.show()
 
 # %% [markdown]
-# At equal rates slimtik is below Adam after ten epochs. Later both come to the level
-# that a constant rate and the noise of small batches allow, and neither leads for good.
-# gnvpro sees all points in every step, so it has no such level, and it is an order of
-# magnitude lower after the same work. But its steps form and factorise matrices, which
-# no work unit counts. With many more weights they would take longer than the passes.
+# At equal rates slimtik is below Adam after ten epochs. Later the noise of small
+# batches slows both down, and neither leads for good. gnvpro sees all points in every
+# step, so it has no such noise, and it is an order of magnitude lower after the same
+# work. But its steps form and factorise matrices, which no work unit counts. With many
+# more weights they would take longer than the passes.
 #
 # ## What to change
 #
@@ -221,8 +221,8 @@ plt.show()
 #   end of both curves, and slimtik comes down sooner.
 # - `batch_size`: with 100 there are five times fewer steps in an epoch, and slimtik is
 #   ahead of Adam up to the end.
-# - `epochs`: with 200 Adam and slimtik stay at their level, and gnvpro falls by two
-#   more orders of magnitude.
+# - `epochs`: with 200 the lowest of Adam and of slimtik fall further by a factor of two
+#   to three, and gnvpro by two orders of magnitude.
 # - Double precision: `jax.config.update("jax_enable_x64", True)` before anything else
 #   and `param_dtype=float` in the layers. With 200 epochs gnvpro then ends several
 #   times lower.
@@ -234,5 +234,5 @@ plt.show()
 #   [03_your_own_network](03_your_own_network.ipynb).
 # - [04_peaks_slimtrain](04_peaks_slimtrain.ipynb) looks at what slimTik chooses in
 #   every step. `slimtik` takes the same `memory` and `selection`.
-# - A last layer that is a convolution: `slimtik(…, layer=vp.conv((3, 3), padding=(1, 1)))`,
-#   where the arguments say what flax's kernel means.
+# - For a last layer that is a convolution, `layer=vp.conv((3, 3), padding=(1, 1))`
+#   tells `slimtik` what the kernel of flax means.

@@ -12,6 +12,11 @@ from repository import ROOT
 
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
 MOST_BYTES = 400_000
+SETTINGS = {
+    "VARPROX_QUICK": "1",
+    "MPLBACKEND": "agg",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # as in conftest.py
+}
 every_notebook = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 
 
@@ -53,7 +58,7 @@ def test_a_notebook_runs(script, tmp_path):
     done = subprocess.run(
         [sys.executable, "-W", "error", str(script)],
         cwd=tmp_path,
-        env=os.environ | {"VARPROX_QUICK": "1", "MPLBACKEND": "agg"},
+        env=os.environ | SETTINGS,
         capture_output=True,
         text=True,
         timeout=300,
