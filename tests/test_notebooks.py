@@ -11,7 +11,7 @@ import pytest
 from repository import ROOT
 
 SCRIPTS = sorted((ROOT / "notebooks").glob("*.py"))
-MOST_BYTES = 400_000
+MOST_BYTES = 800_000
 SETTINGS = {
     "VARPROX_QUICK": "1",
     "MPLBACKEND": "agg",
