@@ -303,6 +303,14 @@ def test_predict_refuses_weights_of_another_shape():
         vp.predict(problem(), THETA, np.ones((7, 2), np.float32), INPUTS)
 
 
+def test_predict_refuses_a_single_sample():
+    w = vp.solve_w(problem(), THETA, DATA)
+    with pytest.raises(
+        ValueError, match=r"inputs: expected a batch.*single sample wants inputs\[N"
+    ):
+        vp.predict(problem(), THETA, w, INPUTS[0])
+
+
 def test_under_trace_nothing_raises():
     """Inside jit the checks are silent: NaN comes out as NaN, not as an exception."""
     value, _ = jax.jit(vp.reduced_objective(problem()))(THETA, (INPUTS, with_nan(TARGETS)))

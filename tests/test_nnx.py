@@ -475,12 +475,18 @@ def test_features_can_be_mapped_over_thetas(x64):
 # Bad input
 
 
+class Unnamed(nnx.Module):
+    def __init__(self, rngs):
+        self.first, self.out = nnx.Linear(2, 4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)
+
+
 @pytest.mark.parametrize(
     "net, head, error, message",
     [
         (3, "head", TypeError, "net: expected a flax nnx.Module, got int"),
         (Nested, 2, TypeError, "head: expected an attribute path, got 2"),
-        (Nested, "head", ValueError, "head: expected .* attribute of Nested, got 'head'"),
+        (Nested, "head", ValueError, "head: expected .* attribute of Nested.*, got 'head'"),
+        (Unnamed, "head", ValueError, "of Unnamed such as 'first' or 'out', got 'head'"),
         (Nested, "decoder.in", ValueError, "head: expected .*, got 'decoder.in'"),
         (sequential, "layers.3", ValueError, "head: expected .* of Sequential, got 'layers.3'"),
         (Nested, "mean", TypeError, "head: expected an nnx.Linear, .* at 'mean', got BatchStat"),

@@ -389,8 +389,10 @@ def _find(net, head):
         parent, name = _parent(net, head)
         layer = _child(parent, name)
     except (AttributeError, IndexError, ValueError):
+        layers = [repr(at) for at, child in vars(net).items() if isinstance(child, _LAYERS)]
+        such = f" such as {' or '.join(layers)}" if layers else ""
         raise ValueError(
-            f"head: expected the path of an attribute of {type(net).__name__}, got {head!r}"
+            f"head: expected the path of an attribute of {type(net).__name__}{such}, got {head!r}"
         ) from None
     # A subclass that computes something else is another layer.
     if not any(type(layer).__call__ is kind.__call__ for kind in _LAYERS):

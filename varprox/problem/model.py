@@ -243,6 +243,11 @@ def predict(problem: Problem, theta, w, inputs) -> jax.Array:
         for leaf in leaves:
             _check_array(name, leaf)
     head, z = problem.model.head, called("features", problem.model.features, theta, inputs)
+    if jnp.ndim(z) < 2:
+        raise ValueError(
+            f"inputs: expected a batch, for which features are (batch, m), got features of shape "
+            f"{jnp.shape(z)}; a single sample wants inputs[None]"
+        )
     columns = jax.eval_shape(head.rows, z).shape[1]
     if jnp.ndim(w) != 2 or len(w) != columns:
         raise ValueError(
