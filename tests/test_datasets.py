@@ -439,7 +439,7 @@ def test_without_optional_packages_a_download_names_the_extra_to_install(monkeyp
     monkeypatch.setattr(_cache, "_user_cache", USER_CACHE)
     monkeypatch.setitem(sys.modules, "pooch", None)
     monkeypatch.setitem(sys.modules, "tensorly", None)
-    message = r"^downloading Indian_.*.mat needs pooch: pip install 'varprox-jax\[bench\]'$"
+    message = r"^downloading Indian_.*.mat needs pooch: pip install 'varprox-jax\[data\]'$"
     with pytest.raises(ImportError, match=message):
         datasets.indian_pines()
 

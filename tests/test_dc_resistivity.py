@@ -397,6 +397,6 @@ def test_parameters_outside_the_cube_are_refused(parameters, message):
 
 def test_without_scikit_fem_the_simulation_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "skfem", None)
-    message = r"^simulating direct current resistivity needs skfem: pip install .*\[bench\]'$"
+    message = r"^simulating direct current resistivity needs skfem: pip install .*\[data\]'$"
     with pytest.raises(ImportError, match=message):
         datasets.dcr_observables(np.zeros((1, 3)))

@@ -651,7 +651,7 @@ def of_batches(size):
         (
             with_state_of_another,
             TypeError,
-            "state: expected one of varprox.slimtrain, got varprox.quasi_newton.State",
+            "state: expected one of varprox.slimtrain, got varprox.methods.quasi_newton.State",
         ),
         (
             with_features_of_all,
