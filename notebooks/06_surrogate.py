@@ -241,7 +241,7 @@ plt.show()
 # ## What to change
 #
 # - `train`: with 100 runs the test error is several times the training error. With 1000
-#   runs the gap closes, and the network and its budget are what limits: raise `WIDTH` or
+#   runs the gap closes, and the network and its budget are the limit: raise `WIDTH` or
 #   `max_work`.
 # - `WIDTH`: a wider network fits the training runs more closely. Look at the validation
 #   error before you believe it.
