@@ -86,8 +86,8 @@ test = sample(50 if QUICK else 300, seed=2)
 # ## The surrogate
 #
 # A dense network with two hidden layers has one linear weight per feature and
-# observation. Variable projection solves for these 40 columns at once. The default of
-# `fit` chooses the method.
+# observation. Variable projection solves for these 40 columns at once. GNvpro with the
+# whole matrix trains the rest.
 
 # %%
 WIDTH = 6 if QUICK else 16
@@ -143,8 +143,8 @@ print(f"the network is {of_simulator / of_network:.0f} times as fast")
 #
 # On the left are three test runs that the network has not seen: the median one, and
 # the two with the largest errors. On the right is how the objective and the error fell.
-# The error on the validation runs levels off above the training error: 300 runs say
-# only so much of the simulator.
+# The error on the validation runs stays above the training error: 300 runs say only so
+# much of the simulator.
 
 # %%
 errors = np.linalg.norm(answers - test[1], axis=1) / np.linalg.norm(test[1], axis=1)
