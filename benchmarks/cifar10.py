@@ -166,8 +166,8 @@ def on_samples(
     """A full-batch method on one sample of the data after the other, with so many steps on each.
 
     It is a stochastic method, in whose history an entry is a sample. The samples are the blocks of
-    a permutation of the data, and then of others. `take_up(state, sample)` is the state, its work
-    counted from zero, with which the method goes on to the next sample. `problem` is the one that
+    a permutation of the data, and then of others. `take_up(state, sample)` is the state with which
+    the method goes on to the next sample. `problem` is the one that
     is evaluated.
     """
 
@@ -186,7 +186,7 @@ def on_samples(
         drawn = sample(jax.random.wrap_key_data(state.key), state.count, data, batch_size)
         begun = take_up(state.inner, drawn)
         inner, infos = jax.lax.scan(lambda s, _: method.step(s, drawn), begun, length=steps)
-        work = state.work_units + units(inner, data, batch_size)
+        work = units(inner, data, batch_size)
         failed = inner.status == vp.Status.NON_FINITE
         status = jnp.where(failed, vp.Status.NON_FINITE, vp.Status.RUNNING).astype(jnp.int32)
         return State(*_outer(inner), work, status, [], inner, state.key, state.count + 1), infos
@@ -207,13 +207,11 @@ def sample(key: jax.Array, count: jax.Array, data: tuple, size: int) -> tuple:
 
 
 def gnvpro(setting: Setting, size: int, steps: int, rank: int) -> vp.Method:
-    """GNvpro, which solves for W on every sample anew."""
+    """GNvpro, which keeps W, the radius and what it knows of the curvature from sample to sample."""
     method = vp.gnvpro(setting.in_loops, curvature="krylov", rank=rank)
 
     def take_up(state, sample):
-        begun = method.init(state.theta, sample)
-        # The radius is one in variables that the earlier Krylov spaces have preconditioned.
-        return begun._replace(radius=state.radius, form=state.form)
+        return method.init(state.theta, sample, before=state)
 
     return on_samples(method, setting.task.problem, size, steps, take_up)
 
@@ -221,11 +219,7 @@ def gnvpro(setting: Setting, size: int, steps: int, rank: int) -> vp.Method:
 def gn(setting: Setting, size: int, steps: int, rank: int, start: Callable) -> vp.Method:
     """GN on θ and W, which keeps both from sample to sample."""
     method = baselines.gn(setting.in_loops, rank=rank, start=start)
-
-    def take_up(state, sample):
-        return state._replace(work_units=jnp.zeros_like(state.work_units))
-
-    return on_samples(method, setting.task.problem, size, steps, take_up)
+    return on_samples(method, setting.task.problem, size, steps, lambda state, sample: state)
 
 
 def adam(problem: vp.Problem, rate: float, horizon: float, w: jax.Array) -> vp.Method:

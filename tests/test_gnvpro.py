@@ -546,6 +546,40 @@ def test_every_product_asks_for_full_precision(name, loss):
         assert found and all(p is not None and set(p) == {jax.lax.Precision.HIGHEST} for p in found)
 
 
+@forms
+def test_a_state_goes_on_with_other_data(name, x64):
+    """W is the minimiser for these data; the rest of what a state knows stays."""
+    loss = "softmax_cross_entropy"
+    theta, data = make(loss)
+    method = METHODS[name](make_problem(loss))
+    state = finish(method, theta, data, 3)[-1]
+    other = make_data(loss, data[1].shape[1], seed=5)
+    begun, fresh = method.init(state.theta, other, before=state), method.init(state.theta, other)
+    assert relative(begun.w, fresh.w) < 1e-6
+    assert begun.objective == pytest.approx(float(fresh.objective), rel=1e-9)
+    assert begun.radius == state.radius and begun.work_units == state.work_units + 1
+    after, info = method.step(begun, other)
+    assert info.radius == state.radius and after.objective < begun.objective
+    fewer = jax.tree.map(lambda x: x[3:], other)
+    types = jax.eval_shape(lambda theta: method.init(theta, fewer, before=state), state.theta)
+    assert len(types.projection.rows) == len(fewer[1])
+
+
+def test_a_state_goes_on_at_the_same_weights_and_data_as_if_nothing_had_been(x64):
+    theta, data = make()
+    method = METHODS["gnvpro-krylov"](make_problem())
+    *_, state, expected = finish(method, theta, data, 4)
+    after, _ = method.step(method.init(state.theta, data, before=state), data)
+    np.testing.assert_allclose(after.objective, expected.objective, rtol=1e-12)
+
+
+def test_a_state_of_another_method_does_not_go_on(x64):
+    theta, data = make()
+    other = METHODS["lbfgsvpro"](make_problem()).init(theta, data)
+    with pytest.raises(TypeError, match=r"state: expected one of varprox.gnvpro, got varprox"):
+        METHODS["gnvpro-krylov"](make_problem()).init(theta, data, before=other)
+
+
 def test_ten_failed_trials_carry_the_radius_on(x64):
     """A wall of NaN so near that the first iteration finds no step, and the second does."""
     theta, data = make()

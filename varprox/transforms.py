@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varprox.methods import forms
 from varprox.methods.gnvpro import gnvpro as full_batch
 from varprox.methods.selection import proportional
 from varprox.methods.slimtik import State as Tikhonov
@@ -291,20 +290,10 @@ def gnvpro(problem: Problem, data: tuple, **options) -> optax.GradientTransforma
         state = jax.lax.cond(
             jnp.stack(jax.tree.leaves(same)).all(),
             lambda: state,
-            lambda: _moved(method.init(params, data), state),
+            lambda: method.init(params, data, before=state),
         )
         after, _ = method.step(state, data)
         updates = jax.tree.map(jnp.subtract, after.theta, params)
         return updates, after._replace(theta=optax.apply_updates(params, updates))
 
     return optax.GradientTransformationExtraArgs(lambda params: method.init(params, data), update)
-
-
-def _moved(fresh, state):
-    """The state at other weights, with what is known of the curvature."""
-    kept = ("radius", "shift", "low", "newton")
-    return fresh._replace(
-        work_units=state.work_units + fresh.work_units,
-        form=forms.elsewhere(state.form),
-        **{name: getattr(state, name) for name in kept},
-    )

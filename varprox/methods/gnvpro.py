@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from varprox.checks import check_flag, check_integer, check_number
-from varprox.methods.forms import FORMS, Form, Settings, choose, usable
+from varprox.methods.forms import FORMS, Form, Settings, choose, elsewhere, usable
 from varprox.methods.method import Method, Status
 from varprox.numerics import trust_region
 from varprox.numerics.krylov import norm
@@ -232,7 +232,10 @@ def gnvpro(
         A full-batch ``Method``, a pair of pure functions. ``state = method.init(theta, data)``
         checks the data and solves for the first W. ``state, info = method.step(state, data)`` takes
         one step. The state is a ``varprox.methods.gnvpro.State``, the info a
-        ``varprox.methods.gnvpro.Info``.
+        ``varprox.methods.gnvpro.Info``. ``method.init(theta, data, before=state)`` goes on from a
+        state with other data, of which there may be more or fewer, or at other weights: it keeps
+        the radius and what is known of the curvature, starts its solve for W from the W before, and
+        counts its work on.
 
     Raises:
         TypeError: If ``problem`` is not a ``Problem``, ``flat`` or ``tolerance`` is not a number,
@@ -288,10 +291,31 @@ def gnvpro(
     return Method(init, step, problem)
 
 
-def _init(problem, theta, data, key=None, *, curvature, rank, kaufman, memory, whiten):
+def _init(
+    problem, theta, data, key=None, before=None, *, curvature, rank, kaufman, memory, whiten
+):
     check_data(problem, theta, data, full_batch=True)
-    form = select_form(problem, theta, data, curvature, rank=rank, kaufman=kaufman)
-    return _start(problem, theta, data, form=form, memory=memory, whiten=whiten, kaufman=kaufman)
+    static = {"memory": memory, "whiten": whiten, "kaufman": kaufman}
+    if before is None:
+        form = select_form(problem, theta, data, curvature, rank=rank, kaufman=kaufman)
+        return _start(problem, theta, data, None, form=form, **static)
+    _check_state(before)
+    fresh = _start(problem, theta, data, before.w, form=before.form.kind, **static)
+    kept = ("radius", "shift", "low", "newton")
+    return fresh._replace(
+        form=elsewhere(before.form),
+        work_units=before.work_units + fresh.work_units,
+        **{name: getattr(before, name) for name in kept},
+    )
+
+
+def _check_state(state):
+    """Refuses a state of another method."""
+    if not isinstance(state, State):
+        kind = type(state)
+        raise TypeError(
+            f"state: expected one of varprox.gnvpro, got {kind.__module__}.{kind.__qualname__}"
+        )
 
 
 def select_form(
@@ -332,10 +356,13 @@ def _why(problem, theta, inputs, curvature, allowed):
 
 @partial(jax.jit, static_argnames=("form", "memory", "whiten", "kaufman"))
 @full_products
-def _start(problem, theta, data, *, form, memory, whiten, kaufman):
+def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
+    """The first state; `w` is one to start the solve for W from, or None."""
     inputs, targets = data
     rows = problem.model.rows(theta, inputs)
-    projection = project(problem, rows, targets, start_projection(problem, rows, targets))
+    start = start_projection(problem, rows, targets)
+    start = start if w is None else start._replace(w=w, rows=rows)
+    projection = project(problem, rows, targets, start)
     kind = FORMS[form]
     factor = kind.factor(problem, rows, projection.w, targets)
     value = projection.value + problem.penalty(theta)
