@@ -36,7 +36,7 @@ from benchmarks.experiment import (
     text_table,
     write,
 )
-from benchmarks.levels import ADAM, longer
+from benchmarks.levels import ADAM
 
 BUDGETS, QUICK_BUDGETS = (25, 50, 100, 200), (8, 15, 22)  # work units
 CHANNELS = (3, 32, 64, 10)
@@ -207,7 +207,7 @@ def sample(key: jax.Array, count: jax.Array, data: tuple, size: int) -> tuple:
 
 
 def gnvpro(setting: Setting, size: int, steps: int, rank: int) -> vp.Method:
-    """GNvpro, which keeps W, the radius and what it knows of the curvature from sample to sample."""
+    """GNvpro, which takes W, its radius and the curvature along from sample to sample."""
     method = vp.gnvpro(setting.in_loops, curvature="krylov", rank=rank)
 
     def take_up(state, sample):
@@ -311,11 +311,12 @@ def train(
     if name in ("GNvpro", "GN"):
         every = max(1, len(task.train[1]) // (EVALUATED * batch_size))
 
-    def fit(method, budget):
+    def fit(budget, start=None):
         return vp.fit(
             method,
             task.theta,
             task.train,
+            start=start,
             validation=task.validation,
             metrics=task.metrics,
             evaluate_every=every,
@@ -325,12 +326,11 @@ def train(
             progress=True,
         )
 
-    solution = found = fit(method, work)
+    solution = found = fit(work)
     spent = {axis: found.history[axis][-1] for axis in plots.AXES}
     if found.status == vp.Status.BUDGET and spent["seconds"] < seconds:
         budget = max(work * (1 + 1.1 * (seconds / spent["seconds"] - 1)), spent["work_units"] + 1)
-        more = fit(method._replace(init=lambda *_: solution.state), budget)
-        found = longer(found, more)
+        found = fit(budget, solution)
     evaluated = np.isfinite(found.history["validation_accuracy"])
     history = {column: values[evaluated] for column, values in found.history.items()}
     history["objective"] = np.nan_to_num(history["validation_loss"], nan=np.inf)

@@ -26,7 +26,7 @@ from benchmarks.scipy_lbfgs import scipy_lbfgs
 from varprox import Method, Problem, Solution, Status
 from varprox.problem.model import predict
 from varprox.problem.penalties import tikhonov_weight
-from varprox.training.fit import _timed, _timed_apart
+from varprox.training.clock import timed
 
 
 class Limit(NamedTuple):
@@ -55,12 +55,12 @@ def of_method(make: Callable[[Problem], Method]) -> Entrant:
 
     def run(task, limit):
         method, data = make(task.problem), task.train
-        state, seconds, compiling = _timed_apart(method.init, task.theta, data, _key(task))
-        compile_seconds = compiling + _timed_apart(method.step, state, data)[2]
+        state, seconds, compiling = timed(method.init, task.theta, data, _key(task))
+        compile_seconds = compiling + timed(method.step, state, data)[2]
         memory = Memory()
         rows = [(float(state.objective), int(state.work_units), seconds)]
         while state.status == Status.RUNNING and not limit.reached(*rows[-1]):
-            (state, _), elapsed, compiling = _timed_apart(method.step, state, data)
+            (state, _), elapsed, compiling = timed(method.step, state, data)
             seconds, compile_seconds = seconds + elapsed, compile_seconds + compiling
             rows.append((float(state.objective), int(state.work_units), seconds))
         return _result(task, (state.theta, state.w), rows, limit, compile_seconds, memory)
@@ -106,7 +106,7 @@ def trust_region_reflective(scale: float | str, start: str) -> Entrant:
     def run(task, limit):
         x, unravel, residuals, jacobian = _residuals(task, start)
         functions = residuals, jacobian
-        compile_seconds = sum(_timed_apart(fn, x)[2] for fn in functions)
+        compile_seconds = sum(timed(fn, x)[2] for fn in functions)
         memory = Memory()
         calls = [0, 0]  # of the residuals and of the Jacobian
 
@@ -154,12 +154,12 @@ def levenberg_marquardt(start: str) -> Entrant:
         shape = jax.eval_shape(residuals, x)
         state = solver.init(fn, x, None, {}, shape, None, tags)
         step = equinox.filter_jit(lambda x, state: solver.step(fn, x, None, {}, state, tags)[:2])
-        *_, compile_seconds = _timed_apart(step, x, state)
+        *_, compile_seconds = timed(step, x, state)
         memory = Memory()
         seconds = 0.0
         rows: list[tuple[float, int, float]] = []
         while not rows or not limit.reached(*rows[-1]):
-            (x, state), elapsed = _timed(step, x, state)
+            (x, state), elapsed, _ = timed(step, x, state)
             seconds += elapsed
             value = float(0.5 * jnp.sum(state.f_info.residual**2))
             rows.append((value, (len(rows) + 1) * (1 + x.size), seconds))

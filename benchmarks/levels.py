@@ -20,7 +20,7 @@ import varprox as vp
 from benchmarks import baselines, minibatch
 from benchmarks.experiment import Run, end, reading
 from varprox import Method, Problem
-from varprox.training.fit import join
+from varprox.training.solution import join
 
 LEVELS, STEPS, FINAL_TIME, PENALTY = 3, 2, 1.0, 1e-10
 STATE_STEPS = STEPS * 2 ** (LEVELS - 1)
@@ -224,11 +224,9 @@ def train(
     )
     start = prolong(before.theta)
 
-    def fit(budget, state=None):
+    def fit(budget, found=None):
         method = level(last, before)
-        if state is not None:
-            method = method._replace(init=lambda *_: state)
-        return vp.fit(method, start, train, max_work=budget, **options)
+        return vp.fit(method, start, train, start=found, max_work=budget, **options)
 
     def whole(found):
         solution = join([before, found])
@@ -244,13 +242,4 @@ def train(
         return solution, solution.history
     step_more = found.history["work_units"][-1] + 1
     budget = max(step_more, work * (1 + 1.1 * (seconds - spent) / in_level))
-    more = fit(budget, found.state)
-    return solution, whole(longer(found, more)).history
-
-
-def longer(found: vp.Solution, more: vp.Solution) -> vp.Solution:
-    """The run `found`, with the history of `more`, which went on from its state."""
-    seconds = found.history["seconds"][-1] + more.history["seconds"]
-    went_on = dict(more.history) | {"seconds": seconds}
-    history = {name: np.concatenate([c, went_on[name][1:]]) for name, c in found.history.items()}
-    return found._replace(history=history)
+    return solution, whole(fit(budget, found)).history

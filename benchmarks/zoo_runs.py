@@ -24,7 +24,7 @@ from varprox.methods.forms import Form
 from varprox.problem.model import objective
 from varprox.problem.penalties import tikhonov_weight
 from varprox.reduced.projection import rounding_of_predictions
-from varprox.training.fit import _timed_apart
+from varprox.training.clock import timed
 
 ULPS = 10  # of the targets, that a value may be off by rounding
 PRECISIONS = {True: "float64", False: "float32"}
@@ -249,7 +249,7 @@ def trust_region_reflective(prepared: Prepared, budget: Budget) -> vp.Solution:
 
     with jax.default_matmul_precision("highest"):
         compile_seconds = sum(
-            _timed_apart(fn, problem, weights, flat, data)[2] for fn in functions.values()
+            timed(fn, problem, weights, flat, data)[2] for fn in functions.values()
         )
         begin = time.perf_counter()
         rows.append((0.5 * float(np.sum(counted("values")(flat) ** 2)), 1, 0.0))

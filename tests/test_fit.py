@@ -3,9 +3,9 @@
 # The tables of refusals read as tables.
 # ruff: noqa: E501
 
+import importlib
 import math
 import random
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,9 @@ from problems import features, initial_theta, loss_value, make_data, plain_rows
 
 import varprox as vp
 from varprox.methods import forms
+from varprox.training import choice
+
+loop = importlib.import_module("varprox.training.fit")
 
 ALPHA, W_PENALTY = 3e-2, 1e-2
 
@@ -152,12 +155,13 @@ def test_a_run_goes_on_from_the_state_of_a_solution(batch_size):
     method = vp.slimtrain(make_problem(), optax.sgd(0.05, momentum=0.9)) if batch_size else GNVPRO
     whole = vp.fit(method, theta, data, epochs=3, batch_size=batch_size)
     begun = vp.fit(method, theta, data, epochs=1, batch_size=batch_size)
-    going_on = method._replace(init=lambda *_: begun.state)
-    ended = vp.fit(going_on, theta, data, epochs=2, batch_size=batch_size)
-    for name in ("theta", "w"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(ended, name), getattr(whole, name))
-    for name in ("objective", "work_units"):
-        np.testing.assert_array_equal(ended.history[name], whole.history[name][1:])
+    ended = vp.fit(method, theta, data, start=begun, epochs=3, batch_size=batch_size)
+    jax.tree.map(np.testing.assert_array_equal, ended.state, whole.state)
+    for name, column in whole.history.items():
+        if name != "seconds":
+            np.testing.assert_array_equal(ended.history[name], column)
+    assert (np.diff(ended.history["seconds"]) > 0).all()
+    assert ended.compile_seconds >= begun.compile_seconds
 
 
 OTHER = {
@@ -185,20 +189,19 @@ def test_a_state_goes_on_with_its_own_data_and_problem_only(name, of_solution, s
     options = {"gnvpro": {"curvature": "krylov", "rank": 6}, "lbfgsvpro": {"memory": 5}}[name]
     for other in OTHER.values():
         problem, others = other(theta, *data)
-        method = build(problem, **options)._replace(init=lambda *_: begun.state)
+        method = build(problem, **options)
         with pytest.raises(ValueError, match="^data: expected .* of the state that is taken up"):
-            vp.fit(method, start, others, epochs=1)
+            vp.fit(method, start, others, start=begun, epochs=2)
     for foreign, options in (
         (next(METHODS[n] for n in METHODS if n != name), {}),
         (vp.broydenvpro(make_problem()), {}),
         (vp.slimtrain(make_problem(), optax.sgd(0.1)), {"batch_size": 10}),
     ):
-        foreign = foreign._replace(init=lambda *_: begun.state)
         with pytest.raises(TypeError, match="^(method|state): expected (the )?one .* another"):
-            vp.fit(foreign, theta, data, epochs=1, **options)
-    method = METHODS[name]._replace(init=lambda *_: begun.state)
+            vp.fit(foreign, theta, data, start=begun, epochs=2, **options)
+    more = start | {"more": np.ones(1, np.float32)}
     with pytest.raises(ValueError, match="^theta: expected arrays like those of the state"):
-        vp.fit(method, start | {"more": np.ones(1, np.float32)}, data, epochs=1)
+        vp.fit(METHODS[name], more, data, start=begun, epochs=2)
 
 
 # What is printed
@@ -335,16 +338,17 @@ def test_compilation_is_timed_apart_from_the_run():
     assert first.history["seconds"][-1] < first.compile_seconds
 
 
-def test_what_is_compiled_runs_once():
+def test_no_step_runs_twice():
+    """Not even the one that is compiled."""
     theta, data = make()
     calls = []
+    method = vp.gnvpro(make_problem(lambda *at: 2 * features(*at)), rank=6)
 
     def step(state, data):
         calls.append("step")
-        return GNVPRO.step(state, data)
+        return method.step(state, data)
 
-    vp.fit(GNVPRO, theta, data, epochs=1)
-    vp.fit(GNVPRO._replace(step=step), theta, data, epochs=3)
+    vp.fit(method._replace(step=step), theta, data, epochs=3)
     assert len(calls) == 3
 
 
@@ -357,7 +361,10 @@ def test_progress_is_shown_on_request_and_on_standard_error(capsys):
     assert shown.out == ""
     last = shown.err.split("\r")[-1]
     assert f"objective {solution.history['objective'][-1]:.4g}" in last
-    assert "validation loss" in last and "of 40 work units" in last
+    assert "validation loss" in last and last.startswith("100%")
+    lines = shown.err.split("\r")
+    assert any("compiling" in line for line in lines)
+    assert max(map(len, lines)) <= 80
 
 
 # What is refused
@@ -400,6 +407,13 @@ REFUSED = {
     "metrics nothing": (fit(metrics={"gap": lambda p, t: None}), TypeError, "metrics", "a number from 'gap'", "None"),
     "metrics text": (fit(metrics={"gap": lambda p, t: "x"}), TypeError, "metrics", "a number from 'gap'", "'x'"),
     "seed text": (fit(seed="a"), ValueError, "seed", "an integer ≥ 0", "'a'"),
+    "patience without validation": (fit(patience=3), ValueError, "patience", "None without validation data", "3"),
+    "patience zero": (fit(patience=0, validation=VALIDATION), ValueError, "patience", "an integer ≥ 1", "0"),
+    "stop_when text": (fit(stop_when="low"), TypeError, "stop_when", "a number or None", "'low'"),
+    "callback none": (fit(callback=3), TypeError, "callback", "a function", "3"),
+    "every negative": (fit(every=-1), ValueError, "every", "a finite number ≥ 0", "-1"),
+    "start weights": (fit(start=np.ones(3)), TypeError, "start", "a varprox.Solution", "array"),
+    "traced": (lambda: jax.jit(lambda theta: fit(theta=theta)().theta)(make()[0]), TypeError, "fit", "arrays", "traced ones"),
     "progress text": (fit(progress="yes"), TypeError, "progress", "True or False", "'yes'"),
     "method none": (fit(None), TypeError, "method", "varprox.gnvpro(problem), or a problem", "None"),
     "validation half": (fit(validation=(INPUTS, TARGETS.astype(np.float16))), TypeError, "validation", "one floating dtype", "float16"),
@@ -434,7 +448,7 @@ def test_without_a_method_the_curvature_is_formed_where_it_can_be(x64, monkeypat
         solution = vp.fit(problem, theta, data, epochs=2)
         expected = vp.fit(build(problem), theta, data, epochs=2)
         np.testing.assert_array_equal(solution.history["objective"], expected.history["objective"])
-        monkeypatch.setattr(sys.modules["varprox.training.fit"], "WHOLE", 10)
+        monkeypatch.setattr(choice, "WHOLE", 10)
 
 
 def stalling(method, after, status=vp.Status.STALLED):
@@ -457,9 +471,7 @@ def test_where_the_first_method_has_stalled_the_next_goes_on(loss, x64, monkeypa
 
     def run(status, **budgets):
         methods = [stalling(first, 20, status), last]
-        monkeypatch.setattr(
-            sys.modules["varprox.training.fit"], "_default_methods", lambda *_: methods
-        )
+        monkeypatch.setattr(loop, "default_methods", lambda *_: methods)
         alone = vp.fit(methods[0], theta, data, **budgets)
         return vp.fit(problem, theta, data, **budgets), alone
 
@@ -489,7 +501,7 @@ def test_nothing_follows_where_the_gradient_vanishes(x64, monkeypatch):
     model = vp.Separable(lambda theta, inputs: jnp.tanh(inputs))
     problem = vp.Problem(model, vp.least_squares(), None, W_PENALTY)
     methods = [stalling(vp.gnvpro(problem, curvature="krylov", rank=2), 0), vp.broydenvpro(problem)]
-    monkeypatch.setattr(sys.modules["varprox.training.fit"], "_default_methods", lambda *_: methods)
+    monkeypatch.setattr(loop, "default_methods", lambda *_: methods)
     solution = vp.fit(problem, theta, data, max_work=60)
     assert solution.status == vp.Status.STALLED and len(solution.history["objective"]) == 2
 

@@ -362,7 +362,8 @@ def test_a_state_is_kept_and_taken_up_again(optimizer, standard_promotion):
     theta, w, state = pickle.loads(kept)  # noqa: S301
     assert all(type(leaf) is type(w) for leaf in jax.tree.leaves(state))
     same_weights(state, theta, w)
-    resumed = vp.fit(method._replace(init=lambda *_: state), theta, data, **options)
+    taken_up = solution._replace(theta=theta, w=w, state=state)
+    resumed = vp.fit(method, theta, data, start=taken_up, batch_size=4, epochs=4)
     direct = vp.fit(method, model_theta(), data, batch_size=4, epochs=4)
     chex.assert_trees_all_close(resumed.theta, direct.theta, rtol=1e-5, atol=1e-6)
     predict = lambda found: vp.predict(found.problem, found.theta, found.w, data[0])  # noqa: E731

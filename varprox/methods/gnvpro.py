@@ -288,12 +288,10 @@ def gnvpro(
     static = {"rank": rank, "kaufman": kaufman}
     init = partial(_init, problem, curvature=curvature, memory=memory, whiten=whiten, **static)
     step = partial(_step, problem, options, w_curvature=w_curvature, **static)
-    return Method(init, step, problem)
+    return Method(init, step, problem, name="gnvpro")
 
 
-def _init(
-    problem, theta, data, key=None, before=None, *, curvature, rank, kaufman, memory, whiten
-):
+def _init(problem, theta, data, key=None, before=None, *, curvature, rank, kaufman, memory, whiten):
     check_data(problem, theta, data, full_batch=True)
     static = {"memory": memory, "whiten": whiten, "kaufman": kaufman}
     if before is None:

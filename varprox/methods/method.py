@@ -21,6 +21,8 @@ class Status(IntEnum):
         BUDGET: The work, the seconds or the epochs allowed are used up.
         FLAT: The gradient is exactly zero at the start, so no step can be found. This happens if no
             feature depends on θ, or if the last layer uses none. Start from other weights.
+        STOPPED: ``stop_when``, ``patience`` or a callback of `fit` has ended the run.
+        INTERRUPTED: Ctrl-C has ended the run.
 
     Example:
         >>> import varprox as vp
@@ -36,6 +38,8 @@ class Status(IntEnum):
     NON_FINITE = 3
     BUDGET = 4
     FLAT = 5
+    STOPPED = 6
+    INTERRUPTED = 7
 
     @property
     def message(self) -> str:
@@ -53,6 +57,8 @@ _MESSAGES = {
     Status.BUDGET: "The work, the seconds or the epochs allowed are used up.",
     Status.FLAT: "The gradient vanishes at the start to the last bit, as where no feature depends "
     "on theta or none is used, so no step can be found; start from other weights.",
+    Status.STOPPED: "What was asked for is there: stop_when, patience or a callback ended the run.",
+    Status.INTERRUPTED: "Ctrl-C ended the run.",
 }
 
 
@@ -77,6 +83,7 @@ class Method(NamedTuple):
             minibatches; the entries of `info` have one number per step. Its state also has the
             field `learned`: whatever the features have learned from batches, such as the statistics
             of batch norm.
+        name: What the method is called, such as ``"gnvpro"``; `Solution` and its files say it.
 
     Example:
         >>> import jax.numpy as jnp
@@ -95,3 +102,4 @@ class Method(NamedTuple):
     step: Callable
     problem: Any
     epoch: Callable | None = None
+    name: str = ""

@@ -241,7 +241,7 @@ def _method(problem, tolerance, *, memory, max_bytes):
     tolerance = TOLERANCE if tolerance is None else check_number("tolerance", tolerance)
     init = partial(_init, problem, memory=memory, max_bytes=max_bytes)
     step = partial(_step, problem, tolerance, Broyden if memory is None else Pairs)
-    return Method(init, step, problem)
+    return Method(init, step, problem, name="broydenvpro" if memory is None else "lbfgsvpro")
 
 
 def _init(problem, theta, data, key=None, projection=None, *, memory, max_bytes):

@@ -34,7 +34,7 @@ class State(NamedTuple):
         samples: The number of samples in a pass of one work unit.
         key: The random key for the next epoch, as ``jax.random.key_data``.
         status: The number of a ``Status``.
-        like: Empty inputs and targets, shaped like those of a batch.
+        like: One sample of zeros, with the shapes and dtypes of those of a batch.
     """
 
     theta: Any
@@ -49,7 +49,7 @@ class State(NamedTuple):
     samples: jax.Array  # that a pass of one work unit goes over
     key: jax.Array  # its data, as in `jax.random.key_data`
     status: jax.Array
-    like: tuple  # no inputs and no targets, shaped as those of a batch are
+    like: tuple  # one sample of zeros, shaped as those of a batch are
 
     @property
     def w(self) -> jax.Array:
@@ -209,6 +209,7 @@ def slimtrain(
         step=partial(_step, static, options),
         problem=problem,
         epoch=partial(_epoch, static, options),
+        name="slimtrain",
     )
 
 
@@ -266,7 +267,7 @@ def _init(static, options, theta, data, key=None):
         samples=jnp.full((), len(targets), w.dtype),
         key=jax.random.key_data(jax.random.key(0) if key is None else key),
         status=jnp.int32(Status.RUNNING),
-        like=jax.tree.map(lambda x: jnp.asarray(x[:0]), (inputs, targets)),
+        like=jax.tree.map(lambda x: jnp.zeros_like(x[:1]), (inputs, targets)),
     )
 
 

@@ -61,7 +61,7 @@ class Projection(NamedTuple):
 
     w: jax.Array  # (columns, outputs)
     slopes: jax.Array  # (batch, outputs), of the loss in the predictions, to more digits than W has
-    rows: jax.Array  # (batch, columns)
+    rows: jax.Array | None  # (batch, columns); None where no one needs them
     factor: Factor
     value: jax.Array  # of Φ without R
     products: jax.Array  # spent in the last solve, each one product with rows and one with rowsᵀ
@@ -98,7 +98,7 @@ def start_projection(problem: Problem, rows, targets) -> Projection:
 
 def without_span(problem: Problem, at: Projection) -> Projection:
     """`at` without what only formed models need; W-solves under least squares need no rows."""
-    return at._replace(rows=at.rows[:0]) if problem.loss.quadratic else at
+    return at._replace(rows=None) if problem.loss.quadratic else at
 
 
 def project(

@@ -1,0 +1,36 @@
+"""Which methods `fit` runs where it is given a problem."""
+
+from typing import Any
+
+import jax
+
+from varprox.methods.forms import Form, usable
+from varprox.methods.gnvpro import gnvpro, select_form
+from varprox.methods.method import Method
+from varprox.methods.quasi_newton import MAX_BYTES, broydenvpro, bytes_of_inverse, lbfgsvpro
+from varprox.problem.model import Problem, check_data, derivatives
+
+# Bytes of an inverse Hessian that is kept unasked where pairs would be whitened. Its products take
+# time: on Indian Pines steps of Broydenvpro were twice as long as those of LBFGSvpro with 4168
+# weights, where it led in the end, and five times as long with 10,128.
+WHOLE = 2**28
+# Weights, up to which each may have its pass in every step where samples are coupled. In the zoo
+# problems with 2 and 3 ended sooner so than by gradients, one with 40 two to three times as high.
+FEW = 20
+
+
+def default_methods(problem: Problem, theta: Any, data: tuple) -> list[Method]:
+    """The methods for a problem, each of which is run where the one before has stalled."""
+    check_data(problem, theta, data, full_batch=True)
+    _, reverse = derivatives(problem, theta, data[0])
+    forms = usable(problem, theta, data[0])
+    # Where samples are coupled pairs are not whitened, and the whole is worth more.
+    most = WHOLE if Form.DENSE in forms else MAX_BYTES
+    by_gradients = broydenvpro if bytes_of_inverse(theta) <= most else lbfgsvpro
+    if reverse and not forms:
+        return [by_gradients(problem)]
+    form = select_form(problem, theta, data)
+    size = sum(leaf.size for leaf in jax.tree.leaves(theta))
+    if reverse and (form is Form.KRYLOV or (form is Form.FORWARD and size > FEW)):
+        return [by_gradients(problem)]
+    return [gnvpro(problem), by_gradients(problem)] if reverse else [gnvpro(problem)]
