@@ -12,8 +12,8 @@ import varprox as vp
 from varprox.methods.quasi_newton import ACCURACY
 from varprox.problem.model import Problem
 from varprox.reduced.curvature import linearise
-from varprox.reduced.objective import hessian_factor
 from varprox.reduced.projection import project, start_projection
+from varprox.reduced.w_hessian import hessian_factor
 
 PRODUCTS = 10
 REPEATS = 11
@@ -26,9 +26,8 @@ def product_ratio(problem: Problem, theta: Any, data: tuple) -> float:
     that of the linearisation, is subtracted. They are measured in turns; the ratio is the median of
     the ratios of single turns.
     """
-    w = vp.solve_w(problem, theta, data)
-    factor = _factor(problem, theta, w, data)
-    ours = partial(_curvature_products, problem, theta, w, factor, data)
+    at = _projection(problem, theta, data)
+    ours = partial(_curvature_products, problem, theta, at, data)
     features = partial(_feature_products, problem, theta, data)
     for products in (ours, features):
         _seconds(products, 0)  # compiles
@@ -126,14 +125,16 @@ _solve = jax.jit(project)
 
 
 @jax.jit
-def _factor(problem, theta, w, data):
+def _projection(problem, theta, data):
     inputs, targets = data
-    return hessian_factor(problem, problem.model.rows(theta, inputs), w, targets)
+    rows = problem.model.rows(theta, inputs)
+    at = project(problem, rows, targets, start_projection(problem, rows, targets))
+    return at._replace(factor=hessian_factor(problem, rows, at.w, targets))
 
 
 @jax.jit
-def _curvature_products(problem, theta, w, factor, data, count):
-    curvature = linearise(problem, theta, data, w, factor)
+def _curvature_products(problem, theta, at, data, count):
+    curvature = linearise(problem, theta, data, at)
     return jax.lax.fori_loop(0, count, lambda _, v: _unit(curvature.matvec(v)), curvature.gradient)
 
 

@@ -28,7 +28,7 @@ def products_saved(task: Task) -> dict:
     for _ in range(STEPS):
         state, _ = method.step(state, task.train)
         target, found = (
-            np.asarray(_decreases(task.problem, state.theta, task.train, state.w, recycled))
+            np.asarray(_decreases(task.problem, state.theta, task.train, recycled))
             for recycled in (plain, state.form.recycled)
         )
         (reached,) = np.nonzero(found >= target[-1])
@@ -38,10 +38,10 @@ def products_saved(task: Task) -> dict:
 
 
 @jax.jit
-def _decreases(problem, theta, data, w, recycled):
+def _decreases(problem, theta, data, recycled):
     """Of the model, after each product."""
     _, unravel = ravel_pytree(theta)
-    curvature = linearise(problem, theta, data, w)
+    curvature = linearise(problem, theta, data)
     root = recycled.root
 
     def matvec(v):

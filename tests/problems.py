@@ -13,7 +13,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import varprox as vp
-from varprox.reduced.projection import factorise, project, start_projection
+from varprox.reduced.projection import project, start_projection
+from varprox.reduced.w_hessian import factorise
 
 SAMPLES, WIDTH, LAYERS, TIME_STEP = 16, 3, 2, 0.5
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from benchmarks import race
 from benchmarks.__main__ import EXPERIMENTS, RACERS, main
@@ -72,6 +73,15 @@ def test_a_bad_command_line_is_refused(arguments, complaint, capsys):
     with pytest.raises(SystemExit, match="2"):
         main(arguments)
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ROOT / "benchmarks" / "results").iterdir()), ids=lambda p: p.name
+)
+def test_every_result_names_a_commit(folder):
+    """The one it was made at; those of before that was written down, the one they came with."""
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    assert re.fullmatch(r"[0-9a-f]{7,}", result.get("commit") or result["entered_with"])
 
 
 def test_a_run_writes_what_it_prints(tmp_path):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import varprox as vp
-from varprox.reduced import projection
+from varprox.reduced import projection, w_hessian
 
 ALPHA = 1e-2
 LOSSES = {
@@ -30,15 +30,15 @@ def make(loss, samples=700, columns=5, seed=0):
 
 def hessian(problem, rows, targets, w):
     """∇²_W Φ as a matrix, output by output, by automatic differentiation of Φ."""
-    flat = projection.to_flat(w)
-    phi = lambda x: problem.w_objective(projection.to_w(x, len(w)), rows, targets)  # noqa: E731
+    flat = w_hessian.to_flat(w)
+    phi = lambda x: problem.w_objective(w_hessian.to_w(x, len(w)), rows, targets)  # noqa: E731
     return np.asarray(jax.hessian(phi)(flat))
 
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_the_factor_is_an_inverse_root_of_the_hessian(loss, x64):
     problem, rows, targets, w = make(loss)
-    factor = projection.factorise(problem, rows, w, targets, whole=True)
+    factor = w_hessian.factorise(problem, rows, w, targets, whole=True)
     root = jax.vmap(factor.root, out_axes=1)(jnp.eye(w.size))
     np.testing.assert_allclose(
         root.T @ hessian(problem, rows, targets, w) @ root, np.eye(w.size), atol=1e-10
@@ -50,7 +50,7 @@ def test_the_factor_is_an_inverse_root_of_the_hessian(loss, x64):
 @pytest.mark.parametrize("loss", LOSSES)
 def test_blocks_are_inverse_roots_of_the_diagonal_blocks(loss, x64):
     problem, rows, targets, w = make(loss)
-    factor = projection.factorise(problem, rows, w, targets)
+    factor = w_hessian.factorise(problem, rows, w, targets)
     assert factor.blocks.shape == (3, 5, 5)
     whole = hessian(problem, rows, targets, w)
     for k, block in enumerate(np.asarray(factor.blocks)):
@@ -64,7 +64,7 @@ def test_w_and_the_factor_follow_a_change_of_basis(loss, x64):
     preconditioned Hessian."""
     problem, rows, targets, w = make(loss)
     problem = vp.Problem(problem.model, problem.loss, w_penalty=1e-12)
-    factor = projection.factorise(problem, rows, w, targets, whole=True)
+    factor = w_hessian.factorise(problem, rows, w, targets, whole=True)
     start = projection.start_projection(problem, rows, targets)
     start = start._replace(w=w, rows=rows, factor=factor)
     change = np.random.default_rng(1).normal(size=(5, 5)) + 3 * np.eye(5)
@@ -103,7 +103,7 @@ def test_a_worn_factor_is_replaced(x64):
     problem, rows, targets, w = make("softmax_cross_entropy")
     start = projection.start_projection(problem, rows, targets)
     start = start._replace(
-        w=w, rows=rows, factor=projection.factorise(problem, rows, 0 * w, targets)
+        w=w, rows=rows, factor=w_hessian.factorise(problem, rows, 0 * w, targets)
     )
     aged = start._replace(spent=jnp.int32(projection.LIFETIME))
     kept = projection.project(problem, rows, targets, aged, jnp.inf)
@@ -111,7 +111,7 @@ def test_a_worn_factor_is_replaced(x64):
     assert kept.products == 0 and kept.spent == projection.LIFETIME + 1
 
     made = projection.project(problem, rows, targets, kept, jnp.inf)
-    expected = projection.factorise(problem, rows, w, targets)
+    expected = w_hessian.factorise(problem, rows, w, targets)
     np.testing.assert_allclose(made.factor.blocks, expected.blocks, rtol=1e-6)
     assert made.products == 0 and made.spent == 1
 

@@ -43,8 +43,10 @@ def provenance(result: dict) -> str:
     """Where and when it was measured, in a sentence."""
     machine = result["machine"]
     date = datetime.fromisoformat(result["date"])
-    commit = result.get("commit")
-    code = f"commit {commit}" if commit else f"version {machine['varprox']}, commit not recorded"
+    if "commit" in result:
+        code = f"commit {result['commit']}"
+    else:  # results of before they named it
+        code = f"version {machine['varprox']} (entered with commit {result['entered_with']})"
     precisions = " and ".join(result["settings"].get("precisions", [machine["dtype"]]))
     device = "" if machine["device"] == "cpu" else f"{machine['device']}, "
     cores = "1 core" if machine["cores"] == 1 else f"{machine['cores']} cores"

@@ -31,8 +31,8 @@ from varprox.reduced.matrix import (
     keeps_rows,
     passes,
 )
-from varprox.reduced.objective import hessian_factor
-from varprox.reduced.projection import Factor, Projection, factorise, without_span
+from varprox.reduced.projection import Projection, without_span
+from varprox.reduced.w_hessian import Factor, factorise, hessian_factor
 from varprox.reduced.whitening import Whitening, whitening
 
 PASS = 50  # operations that a matrix product does in the time of one of a network's pass
@@ -193,14 +193,7 @@ class Krylov(ModelForm):
             return self.recycled.root(whitened(x))
 
         curvature = linearise(
-            problem,
-            theta,
-            data,
-            at.w,
-            at.factor,
-            at.slopes,
-            full=newton,
-            w_curvature=settings.w_curvature,
+            problem, theta, data, at, full=newton, w_curvature=settings.w_curvature
         )
         gradient = ravel_pytree(curvature.gradient)[0]
 
@@ -414,7 +407,7 @@ def _matrix_model(form, problem, theta, formed, work):
         shifted = matrix + shift * jnp.eye(len(matrix), dtype=matrix.dtype)
         return jax.scipy.linalg.solve(shifted, error, assume_a="pos")
 
-    def following(result, slopes, w, held):
+    def following(result, end, held):
         later = replace(form, diagonal=diagonal, secant=learnt)
         if learnt is None or formed.transposed is None:
             return elsewhere(later)
@@ -422,7 +415,9 @@ def _matrix_model(form, problem, theta, formed, work):
         without = -(formed.gradient @ s + 0.5 * s @ product(s))
         more = -0.5 * s @ (learnt.matrix @ s)
         streak = secant.judge(learnt, without, more, result.decrease)
-        expected = formed.transposed(slopes, w) + penalty_gradient(problem, unravel(weights + s))
+        expected = formed.transposed(end.slopes, end.w) + penalty_gradient(
+            problem, unravel(weights + s)
+        )
         streak = jnp.where(result.accepted & ~held, streak, 0)
         return replace(later, secant=Secant(learnt.matrix, formed.gradient, expected, s, streak))
 

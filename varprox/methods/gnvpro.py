@@ -98,6 +98,14 @@ class Info(NamedTuple):
     curvature: jax.Array  # a number of `varprox.methods.forms.Form`
 
 
+class _Trial(NamedTuple):
+    """What is found at a trial point."""
+
+    objective: jax.Array
+    error: jax.Array  # of a prediction, by rounding
+    projection: Projection
+
+
 class Options(NamedTuple):
     """Numbers that may change without recompiling; a `tolerance` of None depends on the dtype."""
 
@@ -415,7 +423,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         model.step,
         partial(_trial, problem, state, data, model, start, rounding),
         jnp.zeros_like(theta),
-        (state.objective, state.error, start),
+        _Trial(state.objective, state.error, start),
         radius,
         state.shift,
         max_trials=MAX_TRIALS,
@@ -423,7 +431,7 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
         first=jnp.isinf(state.radius),
         correct=model.correct and partial(_corrected, model.correct),
     )
-    value, error, projection = result.aux
+    ended = result.aux
     # Variables of a model that is not a number lead nowhere, not even from zero.
     theta = jnp.where(result.accepted, theta + model.root(result.x), theta)
 
@@ -435,27 +443,27 @@ def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
     anew = newton & ~state.newton | (idle == IDLE)
     status, held = _status(options.tolerance, state, model, result, idle, rounding, data[1])
     info = Info(
-        objective=value,
+        objective=ended.objective,
         gradient_norm=norm(model.gradient),
         radius=radius,
         ratio=result.ratio,
         accepted=result.accepted,
         products=model.products,
         trials=result.trials,
-        w_products=projection.products,
+        w_products=ended.projection.products,
         newton=state.newton,
         curvature=jnp.int32(form.kind),
     )
     state = State(
         theta=unravel(theta),
-        w=projection.w,
-        projection=projection,
-        objective=value,
-        error=error,
-        decrease=jnp.where(result.accepted, state.objective - value, state.decrease),
+        w=ended.projection.w,
+        projection=ended.projection,
+        objective=ended.objective,
+        error=ended.error,
+        decrease=jnp.where(result.accepted, state.objective - ended.objective, state.decrease),
         radius=jnp.where(anew, jnp.inf, result.radius),
         shift=result.shift,
-        form=model.following(result, projection.slopes, projection.w, held),
+        form=model.following(result, ended.projection, held),
         low=low,
         idle=idle,
         newton=newton,
@@ -511,12 +519,11 @@ def _trial(problem, state, data, model, start, rounding, y, found):
     # A step that rounding swallows leads nowhere, whatever gradients say.
     moved = jnp.any(theta + step != theta)
     decrease = jnp.where(jnp.isfinite(value) & moved, decrease, jnp.nan)
-    return decrease, (value, _error(problem, rows, solved.w), solved)
+    return decrease, _Trial(value, _error(problem, rows, solved.w), solved)
 
 
-def _corrected(correct, found, aux):
-    *_, solved = aux
-    return correct(found, solved.slopes, solved.w)
+def _corrected(correct, found, trial):
+    return correct(found, trial.projection)
 
 
 def _status(tolerance, state, model, result, idle, rounding, targets):

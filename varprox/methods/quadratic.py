@@ -9,6 +9,7 @@ from jax.flatten_util import ravel_pytree
 from varprox.numerics import trust_region
 from varprox.problem.model import Problem
 from varprox.reduced.matrix import Formed
+from varprox.reduced.projection import Projection
 
 
 class Quadratic(NamedTuple):
@@ -22,12 +23,12 @@ class Quadratic(NamedTuple):
     reach: jax.Array  # the length of θ in the variables y
     products: jax.Array
     work: jax.Array  # units spent
-    # The form that the next model is found in, given what the search did, G and W where it ended,
-    # and whether the test of convergence held: then the next model holds no estimate.
-    following: Callable[[trust_region.Iteration, jax.Array, jax.Array, jax.Array], Any]
+    # The form that the next model is found in, given what the search did, the projection where it
+    # ended, and whether the test of convergence held: then the next model holds no estimate.
+    following: Callable[[trust_region.Iteration, Projection, jax.Array], Any]
     estimated: jax.Array  # is a part of the curvature only estimated?
-    # What to add to a step, given G and W at its end; None where K is not kept.
-    correct: Callable[[trust_region.Step, jax.Array, jax.Array], jax.Array] | None = None
+    # What to add to a step, given the projection at its end; None where K is not kept.
+    correct: Callable[[trust_region.Step, Projection], jax.Array] | None = None
 
 
 def with_correction(
@@ -56,10 +57,10 @@ def with_correction(
     if transposed is None:
         return model
 
-    def correct(found, slopes, w):
+    def correct(found, end):
         flat, unravel = ravel_pytree(theta)
         s = model.root(found.step)
-        there = transposed(slopes, w) + penalty_gradient(problem, unravel(flat + s))
+        there = transposed(end.slopes, end.w) + penalty_gradient(problem, unravel(flat + s))
         return -solve(model.root(there - model.gradient - product(s)), found.shift)
 
     return model._replace(correct=correct)

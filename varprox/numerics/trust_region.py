@@ -264,56 +264,35 @@ def search(
     """
 
     def attempt(carry):
-        carry, corrected, found = carry
+        at, corrected, found = carry
         if correct is None:
-            found = solve(carry.radius, carry.shift)
+            found = solve(at.radius, at.shift)
         else:
-            found = jax.lax.cond(corrected, lambda: found, lambda: solve(carry.radius, carry.shift))
-        step = found.step
-        decrease, trial_aux = evaluate(x + step, found)
+            found = jax.lax.cond(corrected, lambda: found, lambda: solve(at.radius, at.shift))
+        trial = at.x + found.step
+        decrease, trial_aux = evaluate(trial, found)
         ratio = decrease / found.decrease
         accepted = jnp.isfinite(ratio) & (ratio > jnp.where(first, POOR, ACCEPT))
-        length = norm(step)
-        unset = jnp.isinf(carry.radius)
-        beyond = jnp.maximum(reach - length, 0) * (reach + length)
-        promise = found.decrease + 0.5 * found.excess * beyond
+        choose = lambda new, old: jnp.where(accepted, new, old)  # noqa: E731
+        after = Iteration(
+            x=choose(trial, at.x),
+            aux=jax.tree.map(choose, trial_aux, at.aux),
+            radius=_next_radius(at.radius, found, ratio, accepted, corrected),
+            shift=found.shift,
+            accepted=accepted,
+            first_ratio=jnp.where(at.trials == 0, ratio, at.first_ratio),
+            ratio=ratio,
+            decrease=decrease,
+            promise=jnp.where(at.trials == 0, _promise(found, reach), at.promise),
+            trials=at.trials + 1,
+        )
         again = jnp.array(False)
         if correct is not None:
             again = ~accepted & ~corrected
             more = jax.lax.cond(again, lambda: correct(found, trial_aux), lambda: jnp.zeros_like(x))
-            again &= norm(more) < SHORT * length
-            found = found._replace(step=jnp.where(again, step + more, step))
-        radius = jnp.select(
-            [
-                corrected & ~accepted,  # the step that it corrects has shrunk the radius
-                ~accepted,
-                ratio < POOR,
-                (ratio > GROW) & (found.on_boundary | unset),
-                unset | corrected,
-            ],
-            [
-                carry.radius,
-                0.25 * jnp.where(length > 0, jnp.minimum(length, carry.radius), carry.radius),
-                0.5 * length,
-                2 * length,
-                length,
-            ],
-            carry.radius,
-        )
-        choose = lambda new, old: jnp.where(accepted, new, old)  # noqa: E731
-        carry = Iteration(
-            x=choose(x + step, carry.x),
-            aux=jax.tree.map(choose, trial_aux, carry.aux),
-            radius=radius,
-            shift=found.shift,
-            accepted=accepted,
-            first_ratio=jnp.where(carry.trials == 0, ratio, carry.first_ratio),
-            ratio=ratio,
-            decrease=decrease,
-            promise=jnp.where(carry.trials == 0, promise, carry.promise),
-            trials=carry.trials + 1,
-        )
-        return carry, again, found
+            again &= norm(more) < SHORT * norm(found.step)
+            found = found._replace(step=found.step + jnp.where(again, more, 0))
+        return after, again, found
 
     zero, none = jnp.zeros_like(shift), jnp.zeros((), jnp.int32)
     false = jnp.array(False)
@@ -322,6 +301,30 @@ def search(
     no_step = Step(jnp.zeros_like(x), zero, false, zero, zero)
     goes_on = lambda c: ~c[0].accepted & (c[0].trials < max_trials)  # noqa: E731
     return jax.lax.while_loop(goes_on, attempt, (start, false, no_step))[0]
+
+
+def _next_radius(radius, found, ratio, accepted, corrected):
+    """After a trial with this gain ratio; `corrected` is one that a correction was added to."""
+    length = norm(found.step)
+    unset = jnp.isinf(radius)
+    failed = 0.25 * jnp.where(length > 0, jnp.minimum(length, radius), radius)
+    good = (ratio > GROW) & (found.on_boundary | unset)
+    cases = [
+        (corrected & ~accepted, radius),  # the step that it corrects has shrunk the radius
+        (~accepted, failed),
+        (ratio < POOR, 0.5 * length),
+        (good, 2 * length),
+        (unset | corrected, length),
+    ]
+    conditions, radii = zip(*cases, strict=True)
+    return jnp.select(list(conditions), list(radii), radius)
+
+
+def _promise(found, reach):
+    """The most that the model falls within `reach`, by duality."""
+    length = norm(found.step)
+    beyond = jnp.maximum(reach - length, 0) * (reach + length)
+    return found.decrease + 0.5 * found.excess * beyond
 
 
 def krylov_space(

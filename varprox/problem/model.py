@@ -174,6 +174,10 @@ class Problem:
         """The part of Φ that sees W: loss(rows W, targets) + ½ w_penalty ‖W‖²."""
         return self.loss.value(rows @ w, targets) + self.penalty_on_w(w)
 
+    def w_gradient(self, w, rows, targets) -> jax.Array:
+        """The derivative of `w_objective` in W, (columns, outputs)."""
+        return rows.T @ self.loss.gradient(rows @ w, targets) + self.w_penalty_like(w) * w
+
 
 def _register(cls, children, static):
     """Makes a frozen dataclass a pytree; rebuilding skips the checks of its constructor."""

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 
 from varprox.precision import full_products
 from varprox.problem.model import Problem, check_data
-from varprox.reduced.objective import hessian_factor, hessian_solver, w_of_rows
-from varprox.reduced.projection import Factor
+from varprox.reduced.objective import w_of_rows
+from varprox.reduced.projection import Projection
+from varprox.reduced.w_hessian import Factor, hessian_factor, hessian_solver
 
 
 class Curvature(NamedTuple):
@@ -174,37 +175,33 @@ def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
 
 
 def linearise(
-    problem,
-    theta,
-    data,
-    w=None,
-    factor=None,
-    slopes=None,
+    problem: Problem,
+    theta: Any,
+    data: tuple,
+    at: Projection | None = None,
     *,
     full: jax.Array | bool = False,
     w_curvature: bool = True,
 ) -> Curvature:
-    """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked, for callers that know
-    W(θ).
+    """The `gauss_newton` or, if `full`, the `newton` curvature, unchecked.
 
-    `w`, `factor` (that of ∇²_W Φ at w) and `slopes` (the derivative of the loss in the predictions)
-    are computed where they are not given. Without
-    `w_curvature` the Gauss–Newton matrix lacks α₂ J_WᵀJ_W, as in the authors' implementation under
-    cross entropy. `full` may be traced: both products are one program.
+    `at` is W(θ), with the factor of ∇²_W Φ there, for callers that know it; without it W is a
+    differentiable function of θ. Without `w_curvature` the Gauss–Newton matrix lacks α₂ J_WᵀJ_W, as
+    in the authors' implementation under cross entropy. `full` may be traced: both products are one
+    program.
     """
     inputs, targets = data
     rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
     rows, forward = jax.linearize(rows_at, theta)
     transposed = jax.linear_transpose(forward, theta)
     pullback = lambda cotangent: transposed(cotangent)[0]  # noqa: E731
-    if w is None:
-        w = w_of_rows(problem, rows, targets)
-    predictions = rows @ w
-    loss = problem.loss
-    residual = loss.gradient(predictions, targets) if slopes is None else slopes
-    curved = loss.curvature(predictions, targets)
-    if factor is None:
+    w = w_of_rows(problem, rows, targets) if at is None else at.w
+    curved = problem.loss.curvature(rows @ w, targets)
+    if at is None:
+        residual = problem.loss.gradient(rows @ w, targets)
         factor = hessian_factor(problem, rows, w, targets)
+    else:
+        residual, factor = at.slopes, at.factor
     solve = hessian_solver(problem, rows, w, targets, factor)
     penalty_gradient, penalty_product = jax.linearize(jax.grad(problem.penalty), theta)
     pulled = lambda theta: jax.vjp(rows_at, theta)[1](residual @ w.T)[0]  # noqa: E731

@@ -27,7 +27,8 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from varprox.problem.model import Problem
-from varprox.reduced.projection import Factor, Projection, to_flat
+from varprox.reduced.projection import Projection
+from varprox.reduced.w_hessian import Factor, to_flat
 
 BLOCK_BYTES = 2**22  # of rows of dZ or K that are held at a time, where the matrix takes less
 KEPT_BYTES = 2**27  # of rows of dZ that are kept for `Transposed` products

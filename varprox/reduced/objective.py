@@ -8,34 +8,8 @@ import jax.numpy as jnp
 
 from varprox.precision import full_products
 from varprox.problem.model import Problem, check_data, check_problem
-from varprox.reduced.projection import Factor, factorise, hessian_map, project, start_projection
-
-DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
-
-
-def hessian_factor(problem: Problem, rows, w, targets) -> Factor:
-    """What `hessian_solver` needs: the factor of the whole Hessian, or of its blocks if W is
-    large."""
-    return factorise(problem, rows, w, targets, whole=w.size <= DENSE_LIMIT)
-
-
-def hessian_solver(
-    problem: Problem, rows, w, targets, factor: Factor
-) -> Callable[[jax.Array], jax.Array]:
-    """y ↦ (∇²_W Φ)⁻¹ y at `w`, for y shaped like W, given the factor there; W-space work only."""
-    if problem.loss.quadratic or w.size <= DENSE_LIMIT:
-        return factor.solve
-    return lambda y: _conjugate_gradients(problem, rows, w, targets, factor, y)
-
-
-def _conjugate_gradients(problem, rows, w, targets, factor, y):
-    return jax.scipy.sparse.linalg.cg(
-        hessian_map(problem, rows, w, targets),
-        y,
-        tol=float(jnp.finfo(y.dtype).eps) ** 0.8,
-        maxiter=200,
-        M=factor.solve,
-    )[0]
+from varprox.reduced.projection import project, start_projection
+from varprox.reduced.w_hessian import hessian_factor, hessian_map, hessian_solver
 
 
 @jax.custom_jvp
@@ -58,8 +32,7 @@ def _w_of_rows_jvp(primals, tangents):
     factor = hessian_factor(*jax.lax.stop_gradient((problem, rows, w, targets)))
 
     def stationarity(problem, rows, targets):
-        gradient = problem.loss.gradient(rows @ w, targets)
-        return rows.T @ gradient + problem.w_penalty_like(w) * w
+        return problem.w_gradient(w, rows, targets)
 
     _, change = jax.jvp(stationarity, primals, tangents)
     dw = jax.lax.custom_linear_solve(
