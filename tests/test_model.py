@@ -3,11 +3,13 @@
 # The tables of refusals read as tables.
 # ruff: noqa: E501
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas
 import pytest
+from flax import linen, nnx
 from problems import (
     LOSSES,
     Case,
@@ -148,6 +150,16 @@ def halved(dtype=np.float16):
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), THETA)
 
 
+class Tensor:
+    """What other libraries have for an array."""
+
+    def numpy(self):
+        return TARGETS
+
+
+NET = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+BODY = eqx.nn.MLP(2, 3, 4, 1, key=jax.random.key(0))
+SOLUTION = vp.Solution(THETA, None, {}, vp.Status.BUDGET, 0.0, problem())
 W = np.ones((4, 2), np.float32)
 DOUBLE = {name: leaf.astype(np.float64) for name, leaf in THETA.items()}
 SHORT = TARGETS[:-1]
@@ -155,10 +167,17 @@ SHORT = TARGETS[:-1]
 REFUSED = {
     # what is built
     "features": (lambda: vp.Separable(3), TypeError, "features", "function", "3"),
+    "features a flax module": (lambda: vp.Separable(NET), TypeError, "features", "(theta, inputs)", "Linear; theta, model = varprox.nnx.split(net)"),
+    "features an equinox module": (lambda: vp.Separable(BODY), TypeError, "features", "(theta, inputs)", "MLP; leave its last layer out; theta, static = eqx.partition("),
+    "features a linen module": (lambda: vp.Separable(linen.Dense(3)), TypeError, "features", "(theta, inputs)", "Dense; leave its last layer out; net.init(key, inputs) is theta"),
+    "features a class": (lambda: vp.Separable(nnx.Linear), TypeError, "features", "(theta, inputs)", "the class Linear; theta, model = varprox.nnx.split(net)"),
+    "features a pair": (lambda: vp.Separable((THETA, vp.Separable(features))), TypeError, "features", "(theta, inputs)", "theta, model = varprox.nnx.split(net) unpacks the pair"),
     "head": (lambda: vp.Separable(features, "dense"), TypeError, "head", "dense()", "'dense'"),
     "head not called": (lambda: vp.Separable(features, vp.dense), TypeError, "head", "dense()", "function dense"),
     "bias": (lambda: vp.dense(bias=1), TypeError, "bias", "True or False", "1"),
     "model": (lambda: vp.Problem(features, vp.logistic(), w_penalty=1.0), TypeError, "model", "Separable", "function features"),
+    "model a module": (lambda: vp.Problem(NET, vp.least_squares()), TypeError, "model", "Separable", "Linear; theta, model = varprox.nnx.split(net)"),
+    "model not made": (lambda: vp.Problem(features, vp.least_squares()), TypeError, "model", "Separable", "varprox.Separable(features) makes one"),
     "loss name": (lambda: problem(loss="mse"), TypeError, "loss", "least_squares()", "'mse'"),
     "loss not called": (lambda: problem(loss=vp.logistic), TypeError, "loss", "least_squares()", "function logistic"),
     "fn": (lambda: vp.convex_loss("huber"), TypeError, "fn", "function", "'huber'"),
@@ -175,10 +194,19 @@ REFUSED = {
     "theta_penalty negative": (lambda: problem(theta_penalty=-1.0), ValueError, "theta_penalty", "≥ 0", "-1.0"),
     "theta_penalty text": (lambda: problem(theta_penalty="l2"), TypeError, "theta_penalty", "number", "'l2'"),
     "theta_penalty in a tuple": (lambda: problem(theta_penalty=(0.1, "l2")), TypeError, "theta_penalty", "number", "'l2'"),
+    "theta_penalty a dict": (lambda: problem(theta_penalty={"layers": 0.1}), TypeError, "theta_penalty", "a function of theta such as varprox.tikhonov(alpha, where)", "{'layers': 0.1}"),
     # data
     "data one array": (solve(data=INPUTS), TypeError, "data", "pair (inputs, targets)", "ndarray"),
     "data three": (solve(data=(INPUTS, TARGETS, TARGETS)), TypeError, "data", "pair (inputs, targets)", "3"),
-    "lengths": (solve(data=(INPUTS, SHORT)), ValueError, "inputs", "15 samples", "(16, 2)"),
+    "lengths": (solve(data=(INPUTS, SHORT)), ValueError, "inputs", "15 samples along the first axis, as targets of shape (15, 2)", "(16, 2)"),
+    "inputs a list of samples": (solve(data=(list(INPUTS), TARGETS)), ValueError, "inputs", "16 samples", "(2,); jnp.stack(inputs)"),
+    "data an array of JAX": (solve(data=jnp.asarray(INPUTS)), TypeError, "data", "pair (inputs, targets)", "Array of shape (16, 2)"),
+    "targets text": (solve(data=(INPUTS, "targets.csv")), TypeError, "targets", "arrays of NumPy or JAX", "'targets.csv'"),
+    "targets a tensor": (solve(data=(INPUTS, Tensor())), TypeError, "targets", "arrays of NumPy or JAX", "Tensor; .numpy() makes"),
+    "labels text": (solve(data=(INPUTS, np.array(["a"] * 16)), loss=vp.softmax_cross_entropy()), TypeError, "targets", "arrays that JAX takes", "<U1; numpy.unique(labels, return_inverse=True)"),
+    "labels in a column": (solve(data=(INPUTS, np.arange(16)[:, None]), loss=vp.softmax_cross_entropy()), TypeError, "targets", "floating", "jax.nn.one_hot"),
+    "labels one-hot": (solve(data=(INPUTS, ENTROPY[1].astype(int)), loss=vp.softmax_cross_entropy()), TypeError, "targets", "floating", "int64; targets.astype('float32')"),
+    "labels of yes and no": (solve(data=(INPUTS, ENTROPY[1] > 0), loss=vp.logistic()), TypeError, "targets", "floating", "bool; targets.astype('float32')"),
     "inputs a number": (solve(data=(np.float32(1), TARGETS)), ValueError, "inputs", "16 samples", "()"),
     "targets 1-D": (solve(data=(INPUTS, TARGETS[:, 0])), ValueError, "targets", "(batch, outputs)", "(16,)"),
     "targets 3-D": (solve(data=(INPUTS, TARGETS[:, None])), ValueError, "targets", "(batch, outputs)", "(16, 1, 2)"),
@@ -189,7 +217,7 @@ REFUSED = {
     "targets complex": (solve(data=(INPUTS, TARGETS.astype(np.complex64))), TypeError, "targets", "floating", "complex64"),
     "targets a list": (solve(data=(INPUTS, TARGETS.tolist())), TypeError, "targets", "array", "list"),
     "targets nan": (solve(data=(INPUTS, with_nan(TARGETS))), ValueError, "targets", "finite", "1 NaN or Inf"),
-    "inputs nan": (solve(data=(with_nan(INPUTS), TARGETS)), ValueError, "inputs", "finite", "1 NaN or Inf"),
+    "inputs nan": (solve(data=(with_nan(INPUTS), TARGETS)), ValueError, "inputs", "finite", "1 NaN or Inf in float32, the first at [1, 1]"),
     "inputs inf": (solve(data=(with_inf(INPUTS), TARGETS)), ValueError, "inputs", "finite", "1 NaN or Inf"),
     "class labels": (solve(data=(INPUTS, np.arange(16) % 2), loss=vp.softmax_cross_entropy()), TypeError, "targets", "floating", "int"),
     "softmax sums": (solve(data=(INPUTS, 2 * ENTROPY[1]), loss=vp.softmax_cross_entropy()), ValueError, "targets", "one-hot", "2"),
@@ -198,12 +226,12 @@ REFUSED = {
     "targets half": (solve(theta=halved(), data=(INPUTS, TARGETS.astype(np.float16))), TypeError, "theta, targets", "float32 or float64", "float16; cast them to float32"),
     "targets bfloat16": (solve(theta=halved(jnp.bfloat16), data=(INPUTS, jnp.asarray(TARGETS, jnp.bfloat16))), TypeError, "theta, targets", "float32 or float64", "bfloat16; cast them to float32"),
     "targets too large": (solve(data=(INPUTS, 1e39 * TARGETS.astype(np.float64))), ValueError, "targets", "finite", "NaN or Inf in float32"),
-    "targets a table": (solve(data=(INPUTS, pandas.DataFrame(TARGETS))), TypeError, "targets", "arrays of NumPy or JAX", "DataFrame; numpy.asarray makes"),
-    "targets a column": (solve(data=(INPUTS, pandas.Series(TARGETS[:, 0]))), TypeError, "targets", "arrays of NumPy or JAX", "Series; numpy.asarray makes"),
+    "targets a table": (solve(data=(INPUTS, pandas.DataFrame(TARGETS))), TypeError, "targets", "arrays of NumPy or JAX", "DataFrame; .to_numpy() makes"),
+    "targets a column": (solve(data=(INPUTS, pandas.Series(TARGETS[:, 0]))), TypeError, "targets", "arrays of NumPy or JAX", "Series; .to_numpy() makes"),
     "targets none": (solve(data=(INPUTS, None)), TypeError, "targets", "arrays of NumPy or JAX", "NoneType"),
     "targets masked": (solve(data=(INPUTS, np.ma.masked_array(TARGETS, TARGETS > 1))), TypeError, "targets", "arrays that JAX takes", "MaskedArray"),
-    "inputs a table": (solve(data=(pandas.DataFrame(INPUTS), TARGETS)), TypeError, "inputs", "arrays of NumPy or JAX", "DataFrame; numpy.asarray makes"),
-    "inputs a list": (solve(data=(INPUTS.tolist(), TARGETS)), TypeError, "inputs", "arrays of NumPy or JAX", "float; numpy.asarray makes"),
+    "inputs a table": (solve(data=(pandas.DataFrame(INPUTS), TARGETS)), TypeError, "inputs", "arrays of NumPy or JAX", "DataFrame; .to_numpy() makes"),
+    "inputs a list": (solve(data=(INPUTS.tolist(), TARGETS)), TypeError, "inputs", "arrays of NumPy or JAX", "float; jnp.asarray makes"),
     "inputs text": (solve(data=(np.array(["a"] * 16), TARGETS)), TypeError, "inputs", "arrays that JAX takes", "<U1"),
     "inputs objects": (solve(data=(INPUTS.astype(object), TARGETS)), TypeError, "inputs", "arrays that JAX takes", "object"),
     "inputs big-endian": (solve(data=(INPUTS.astype(">f4"), TARGETS)), TypeError, "inputs", "arrays that JAX takes", ">f4"),
@@ -217,6 +245,17 @@ REFUSED = {
     "theta none": (solve(theta=None), ValueError, "theta", "at least one array", "empty"),
     "theta a number": (solve(theta={"opening": 1.0}), TypeError, "theta", "array", "float"),
     "theta integer": (solve(theta=THETA | {"n": np.arange(3)}), TypeError, "theta", "floating", "int64"),
+    "theta a list": (solve(theta=[[1.0, 2.0]]), TypeError, "theta", "arrays of NumPy or JAX", "float; jnp.asarray"),
+    "theta a table": (solve(theta={"a": pandas.DataFrame(INPUTS)}), TypeError, "theta", "arrays of NumPy or JAX", "DataFrame; .to_numpy()"),
+    "theta text": (solve(theta="weights"), TypeError, "theta", "arrays of NumPy or JAX", "'weights'"),
+    "theta a key": (solve(theta={"key": jax.random.key(0)}), TypeError, "theta", "floating", "key<fry>; what is not trained"),
+    "theta a flax module": (solve(theta=NET), TypeError, "theta", "arrays of NumPy or JAX", "Linear; theta, model = varprox.nnx.split(net)"),
+    "theta has a flax module": (solve(theta={"net": NET}), TypeError, "theta", "arrays of NumPy or JAX", "Linear; theta, model = varprox.nnx.split(net)"),
+    "theta an equinox module": (solve(theta=BODY), TypeError, "theta", "arrays of NumPy or JAX", "MLP; leave its last layer out; theta, static = eqx.partition("),
+    "theta a linen module": (solve(theta=linen.Dense(3)), TypeError, "theta", "arrays of NumPy or JAX", "Dense; leave its last layer out; net.init(key, inputs)"),
+    "theta a state": (lambda: solve(vp.gnvpro(problem()).init(THETA, DATA))(), TypeError, "theta", "arrays of NumPy or JAX", "State; its field theta"),
+    "theta a solution": (lambda: solve(SOLUTION)(), TypeError, "theta", "arrays of NumPy or JAX", "Solution; its field theta"),
+    "theta a model": (solve(theta=(THETA, vp.Separable(features))), TypeError, "theta", "arrays of NumPy or JAX", "Separable"),
     "theta nan": (solve(theta=THETA | {"layers": with_nan(THETA["layers"])}), ValueError, "theta", "finite", "1 NaN or Inf"),
     # features
     "features 1-D": (solve(fn=lambda t, y: features(t, y)[:, 0]), ValueError, "features", "(16, m)", "(16,)"),
@@ -226,9 +265,10 @@ REFUSED = {
     "features integer": (solve(fn=lambda t, y: features(t, y).astype(jnp.int32)), TypeError, "features", "float32", "int32"),
     "features half": (solve(fn=lambda t, y: features(t, y).astype(jnp.float16)), TypeError, "features", "float32", "float16"),
     "no features": (solve(fn=lambda t, y: features(t, y)[:, :0]), ValueError, "features", "m ≥ 1", "(16, 0)"),
-    "features raise": (solve(fn=lambda t, y: t["nowhere"]), TypeError, "features", "a function that JAX can trace", "KeyError: 'nowhere'"),
-    "features of other shapes": (solve(fn=lambda t, y: y @ jnp.ones((5, 3))), TypeError, "features", "a function that JAX can trace", "TypeError: dot_general"),
-    "features with if": (solve(fn=lambda t, y: y if t["opening"][0, 0] > 0 else -y), TypeError, "features", "a function that JAX can trace", "TracerBoolConversionError"),
+    "features raise": (solve(fn=lambda t, y: t["nowhere"]), TypeError, "features", "a function of (theta, inputs) that JAX can trace", "KeyError: 'nowhere'"),
+    "features of other shapes": (solve(fn=lambda t, y: y @ jnp.ones((5, 3))), TypeError, "features", "a function of (theta, inputs) that JAX can trace", "TypeError: dot_general"),
+    "features of NumPy": (solve(fn=lambda t, y: np.tanh(y @ t["opening"])), TypeError, "features", "a function of (theta, inputs) that JAX can trace", "TracerArrayConversionError"),
+    "features with if": (solve(fn=lambda t, y: y if t["opening"][0, 0] > 0 else -y), TypeError, "features", "a function of (theta, inputs) that JAX can trace", "jnp.where"),
     "features none": (solve(fn=lambda t, y: None), ValueError, "features", "(16, m)", "NoneType"),
     # numbers that single precision does not hold
     "w_penalty too large": (solve(w_penalty=1e39), ValueError, "w_penalty", "that float32 holds", "1e+39"),
@@ -241,9 +281,10 @@ REFUSED = {
     "penalty a tuple": (solve(theta_penalty=lambda t: (1.0, 2.0)), TypeError, "theta_penalty", "scalar", "tuple"),
     "penalty none": (solve(theta_penalty=lambda t: None), TypeError, "theta_penalty", "scalar", "NoneType"),
     "penalty an integer": (solve(theta_penalty=lambda t: 3), TypeError, "theta_penalty", "floating", "int32"),
-    "penalty raises": (solve(theta_penalty=lambda t: t["nowhere"]), TypeError, "theta_penalty", "a function that JAX can trace", "KeyError: 'nowhere'"),
+    "penalty raises": (solve(theta_penalty=lambda t: t["nowhere"]), TypeError, "theta_penalty", "a function of (theta) that JAX can trace", "KeyError: 'nowhere'"),
     "convex loss not convex": (solve(loss=vp.convex_loss(lambda p, t: jnp.sum(jnp.cos(p - t)))), ValueError, "fn", "convex", "second derivatives from -"),
     # what comes in the place of a problem
+    "problem a solution": (lambda: vp.predict(SOLUTION, THETA, W, INPUTS), TypeError, "problem", "varprox.Problem", "its field problem is one"),
     "solve_w none": (lambda: vp.solve_w(None, THETA, DATA), TypeError, "problem", "varprox.Problem", "None"),
     "reduced_objective none": (lambda: vp.reduced_objective(None), TypeError, "problem", "varprox.Problem", "None"),
     "gauss_newton none": (lambda: vp.gauss_newton(None, THETA, DATA), TypeError, "problem", "varprox.Problem", "None"),
@@ -254,7 +295,8 @@ REFUSED = {
     "predict w a list": (lambda: vp.predict(problem(), THETA, W.tolist(), INPUTS), TypeError, "w", "arrays of NumPy or JAX", "list"),
     "predict w integer": (lambda: vp.predict(problem(), THETA, W.astype(int), INPUTS), TypeError, "w", "float32", "int64"),
     "predict inputs a table": (lambda: vp.predict(problem(), THETA, W, pandas.DataFrame(INPUTS)), TypeError, "inputs", "arrays of NumPy or JAX", "DataFrame"),
-    "predict theta none": (lambda: vp.predict(problem(), None, W, INPUTS), TypeError, "features", "a function that JAX can trace", "TypeError"),
+    "predict theta a module": (lambda: vp.predict(problem(), NET, W, INPUTS), TypeError, "theta", "arrays of NumPy or JAX", "Linear; theta, model = varprox.nnx.split(net)"),
+    "predict theta none": (lambda: vp.predict(problem(), None, W, INPUTS), TypeError, "features", "a function of (theta, inputs) that JAX can trace", "TypeError"),
     "convex loss not scalar": (solve(loss=vp.convex_loss(lambda p, t: (p - t) ** 2)), TypeError, "fn", "scalar", "(2,)"),
 }  # fmt: skip
 
@@ -273,12 +315,58 @@ def test_bad_input_is_refused_by_name(name):
 
 
 def test_mixed_precision_is_refused(x64):
-    for theta, data in ((DOUBLE, DATA), (THETA, (INPUTS, TARGETS.astype(np.float64)))):
+    """With the dtypes of all, and what makes them one."""
+    double = tuple(np.float64(array) for array in DATA)
+    mixed = THETA | {"opening": DOUBLE["opening"]}
+    param_dtype = "make the weights as nnx.Linear(…, param_dtype=jnp.float64) does"
+    for theta, data, came, remedy in (
+        (DOUBLE, DATA, "theta of float64, inputs of float32, targets of float32", "to float64"),
+        (THETA, double, "theta of float32, inputs of float64, targets of float64", "to float32"),
+        (THETA, double, "targets of float64", param_dtype),
+        (mixed, double, "theta of float32 and float64, inputs of float64", param_dtype),
+    ):
         with pytest.raises(
             TypeError, match="theta, targets: expected one floating dtype"
         ) as caught:
             solve(theta, data)()
-        assert "float32" in str(caught.value) and "float64" in str(caught.value)
+        assert came in str(caught.value) and remedy in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype, remedy", [(np.float64, "cast the inputs"), (np.float32, "return")])
+def test_features_of_another_precision_are_refused(dtype, remedy, x64):
+    """Where inputs make them so, and where the features themselves do."""
+    fn = lambda t, y: features(t, y.astype(np.float32)).astype(np.float64)  # noqa: E731
+    with pytest.raises(TypeError, match="^features: expected dtype float32.*got float64") as caught:
+        solve(fn=fn, data=(INPUTS.astype(dtype), TARGETS))()
+    assert remedy in str(caught.value) and "to float32" in str(caught.value)
+
+
+def test_what_features_raise_is_told_with_what_they_were_given():
+    def wrong(theta, inputs):
+        raise RuntimeError("no such layer\nand more")
+
+    theta = THETA | {f"more{i}": np.ones(i + 1, np.float32) for i in range(6)}
+    with pytest.raises(TypeError) as caught:
+        solve(theta, fn=wrong)()
+    assert str(caught.value) == (
+        "features: expected a function of (theta, inputs) that JAX can trace for "
+        "theta['layers'] float32[2, 3, 3], theta['more0'] float32[1], theta['more1'] float32[2], "
+        "theta['more2'] float32[3], theta['more3'] float32[4], theta['more4'] float32[5], "
+        "2 more in theta, inputs float32[16, 2], got RuntimeError: no such layer"
+    )
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_weights_that_equinox_takes_out_are_weights():
+    """They are a module, too; so is what is allowed to take θ and inputs."""
+    theta, static = eqx.partition(BODY, eqx.is_inexact_array)
+
+    class Body(eqx.Module):
+        def __call__(self, theta, inputs):
+            return jax.vmap(eqx.combine(theta, static))(inputs)
+
+    assert solve({"body": theta}, fn=lambda t, y: Body()(t["body"], y))().shape == (4, 2)
+    assert solve(theta, fn=Body())().shape == (4, 2)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ class ConvexLoss(Loss):
     def check(self, targets):
         dtype = jnp.result_type(targets)
         one = jax.ShapeDtypeStruct(targets.shape[1:], dtype)
-        value = called("fn", jax.eval_shape, self.fn, one, one)
+        value = called("fn", partial(jax.eval_shape, self.fn), prediction=one, target=one)
         came = getattr(value, "shape", type(value).__name__)
         if came != ():
             raise TypeError(f"fn: expected a scalar for one prediction and target, got {came}")

@@ -5,6 +5,7 @@ features. A compiled function takes a problem as an argument and serves for all 
 numbers.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial, register_pytree_node
 
-from varprox.checks import called, check_number
+from varprox.checks import (
+    ARRAYS,
+    apart,
+    called,
+    check_array,
+    check_number,
+    is_result,
+    kind,
+    library,
+    shown,
+)
 from varprox.precision import full_products
 from varprox.problem.heads import ConvHead, Head, dense
 from varprox.problem.losses import Loss
@@ -66,14 +77,17 @@ class Separable:
     training: Callable | None
 
     def __init__(self, features, head: Head | None = None, training=None):
-        if not callable(features):
-            raise TypeError(f"features: expected a function of (theta, inputs), got {features!r}")
+        if not callable(features) or _takes_inputs_alone(features):
+            raise TypeError(
+                f"features: expected a function of (theta, inputs), got {shown(features)}"
+                f"{_unpacked(features) or apart(features)}"
+            )
         head = dense() if head is None else head
         if not isinstance(head, Head):
-            raise TypeError(f"head: expected a varprox.Head, such as dense(), got {head!r}")
+            raise TypeError(f"head: expected a varprox.Head, such as dense(), got {shown(head)}")
         if training is not None and not callable(training):
             raise TypeError(
-                f"training: expected a function of (features, theta, inputs), got {training!r}"
+                f"training: expected a function of (features, theta, inputs), got {shown(training)}"
             )
         object.__setattr__(self, "features", _partial(features))
         object.__setattr__(self, "head", head)
@@ -134,11 +148,15 @@ class Problem:
 
     def __init__(self, model, loss, theta_penalty=None, w_penalty=0.0):
         if not isinstance(model, Separable):
-            raise TypeError(f"model: expected a varprox.Separable, got {model!r}")
+            hint = "; varprox.Separable(features) makes one" if callable(model) else ""
+            raise TypeError(
+                f"model: expected a varprox.Separable, got {shown(model)}"
+                f"{_unpacked(model) or apart(model) or hint}"
+            )
         if not isinstance(loss, Loss):
             raise TypeError(
                 "loss: expected a loss such as varprox.least_squares() or "
-                f"varprox.convex_loss(fn), got {loss!r}"
+                f"varprox.convex_loss(fn), got {shown(loss)}"
             )
         w_penalty = check_number("w_penalty", w_penalty)
         concrete = not isinstance(w_penalty, jax.core.Tracer)
@@ -202,6 +220,22 @@ def _partial(fn):
     return fn if isinstance(fn, Partial) else Partial(fn)
 
 
+def _takes_inputs_alone(features):
+    """Is this a network, or a class, rather than a function of θ and inputs?"""
+    if isinstance(features, type):
+        return True
+    if library(features) is None:
+        return False
+    asked = inspect.signature(features).parameters.values()
+    return sum(x.default is x.empty and x.kind is x.POSITIONAL_OR_KEYWORD for x in asked) < 2
+
+
+def _unpacked(value):
+    """How to come by a model from the pair that has one, as the end of a message."""
+    paired = isinstance(value, tuple) and any(isinstance(item, Separable) for item in value)
+    return "; theta, model = varprox.nnx.split(net) unpacks the pair" if paired else ""
+
+
 def objective(problem: Problem, theta, w, data) -> jax.Array:
     """Φ(W, θ), a scalar; `data` is (inputs, targets)."""
     inputs, targets = data
@@ -239,14 +273,11 @@ def predict(problem: Problem, theta, w, inputs) -> jax.Array:
         (5, 1)
     """
     check_problem(problem)
-    for name, leaves in (
-        ("theta", jax.tree.leaves(theta)),
-        ("w", [w]),
-        ("inputs", jax.tree.leaves(inputs)),
-    ):
+    for name, leaves in ("theta", weights(theta)), ("w", [w]), ("inputs", jax.tree.leaves(inputs)):
         for leaf in leaves:
-            _check_array(name, leaf)
-    head, z = problem.model.head, called("features", problem.model.features, theta, inputs)
+            check_array(name, leaf)
+    head = problem.model.head
+    z = called("features", problem.model.features, theta=theta, inputs=inputs)
     if jnp.ndim(z) < 2:
         raise ValueError(
             f"inputs: expected a batch, for which features are (batch, m), got features of shape "
@@ -401,7 +432,9 @@ def _succeeds(fn):
 def check_problem(problem: Any) -> None:
     """Refuses what is not a problem with a TypeError."""
     if not isinstance(problem, Problem):
-        raise TypeError(f"problem: expected a varprox.Problem, got {problem!r:.80}")
+        has_one = isinstance(getattr(problem, "problem", None), Problem)
+        hint = "; its field problem is one" if has_one else ""
+        raise TypeError(f"problem: expected a varprox.Problem, got {shown(problem)}{hint}")
 
 
 def check_data(
@@ -422,16 +455,10 @@ def check_data(
             "problem: expected a model with a dense head; one with a convolutional head is trained "
             "by varprox.slimtrain"
         )
-    if not (isinstance(data, tuple | list) and len(data) == 2):
-        count = f" of {len(data)}" if isinstance(data, tuple | list) else ""
-        hint = "; weights of samples are not supported" if count == " of 3" else ""
-        raise TypeError(
-            f"data: expected a pair (inputs, targets), got {type(data).__name__}{count}{hint}"
-        )
-    inputs, targets = data
+    inputs, targets = check_pair(data)
     dtype = _check_arrays(problem, theta, inputs, targets)
     _check_targets(problem, targets, of_images)
-    _check_inputs(inputs, len(targets))
+    check_inputs(inputs, targets)
     leaves = jax.tree.leaves((problem.model, theta, data))
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
         _check_values(problem.model, theta, data, full_batch)
@@ -441,31 +468,85 @@ def check_data(
         problem.loss.check(np.asarray(targets))
 
 
+def check_pair(data: Any) -> tuple:
+    """Inputs and targets, where these are arrays; else TypeError. Looks at no number."""
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        came = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else ""
+        hint = "; weights of samples are not supported" if came.endswith(" of 3") else ""
+        raise TypeError(f"data: expected a pair (inputs, targets), got {came or kind(data)}{hint}")
+    inputs, targets = data
+    for leaf in jax.tree.leaves(inputs):
+        check_array("inputs", leaf)
+    check_array("targets", targets)
+    return inputs, targets
+
+
+def weights(theta: Any) -> list:
+    """The leaves of θ. A whole network, model or result is a leaf, too, which is no array."""
+
+    def is_leaf(node):
+        if library(node) == "equinox":  # what `eqx.partition` takes out is a module, too
+            return not all(map(_floating, jax.tree.leaves(node)))
+        return library(node) is not None or is_result(node) or isinstance(node, Separable | Problem)
+
+    return jax.tree.leaves(theta, is_leaf=is_leaf)
+
+
+def _floating(leaf):
+    return isinstance(leaf, ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
 def _check_arrays(problem, theta, inputs, targets):
-    """Refuses what is no array of numbers. The dtype of theta and the targets."""
-    weights = jax.tree.leaves(theta)
-    if not weights:
+    """Refuses what are no numbers. The dtype of theta and the targets."""
+    leaves = weights(theta)
+    if not leaves:
         raise ValueError("theta: expected a pytree with at least one array, got an empty one")
-    for leaf in weights:
-        _check_floating("theta", leaf)
+    for leaf in leaves:
+        check_array("theta", leaf)
+        if not _floating(leaf):
+            raise TypeError(
+                f"theta: expected floating numbers, got dtype {leaf.dtype}; what is not trained is "
+                "for the features to hold, as jax.tree_util.Partial binds it"
+            )
+        _check_finite("theta", leaf)
         if jnp.size(leaf) == 0:
             raise ValueError(f"theta: expected arrays with entries, got shape {jnp.shape(leaf)}")
     for leaf in jax.tree.leaves(inputs):
-        _check_array("inputs", leaf)
         _check_finite("inputs", leaf)
-    _check_floating("targets", targets, problem.loss.hint)
-    dtypes = sorted({str(jnp.result_type(leaf)) for leaf in [*weights, targets]})
-    if len(dtypes) > 1:
-        raise TypeError(
-            f"theta, targets: expected one floating dtype throughout, got {dtypes}; "
-            "cast the data to the dtype of theta"
+    if not _floating(targets):
+        labels = targets.shape[1:] in ((), (1,))
+        remedy = problem.loss.hint if labels else ""
+        remedy = remedy or f"targets.astype({_dtypes(theta)[0]!r}) casts them"
+        raise TypeError(f"targets: expected floating numbers, got dtype {targets.dtype}; {remedy}")
+    _check_finite("targets", targets)
+    return _one_dtype(theta, inputs, targets)
+
+
+def _one_dtype(theta, inputs, targets):
+    """That of theta and targets, where they have one in which there are factorisations."""
+    ours, theirs = _dtypes(theta), _dtypes(targets)
+    if ours != theirs:
+        came = {"theta": ours, "inputs": _dtypes(inputs), "targets": theirs}
+        of = ", ".join(
+            f"{name} of {' and '.join(dtypes)}" for name, dtypes in came.items() if dtypes
         )
-    if dtypes[0] not in ("float32", "float64"):
+        remedy = f"cast the data to {ours[0]}" if len(ours) == 1 else "cast theta to one of these"
+        if theirs == ["float64"]:
+            remedy += ", or make the weights as nnx.Linear(…, param_dtype=jnp.float64) does"
         raise TypeError(
-            f"theta, targets: expected float32 or float64, got {dtypes[0]}; cast them to float32, "
+            f"theta, targets: expected one floating dtype throughout, got {of}; {remedy}"
+        )
+    if ours[0] not in ("float32", "float64"):
+        raise TypeError(
+            f"theta, targets: expected float32 or float64, got {ours[0]}; cast them to float32, "
             "as there are no factorisations in other precisions"
         )
-    return jnp.dtype(dtypes[0])
+    return jnp.dtype(ours[0])
+
+
+def _dtypes(tree):
+    """The names of the dtypes in a tree, as JAX takes its arrays."""
+    return sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)})
 
 
 def _check_targets(problem, targets, of_images):
@@ -484,26 +565,35 @@ def _check_targets(problem, targets, of_images):
         raise ValueError(f"targets: expected at least one output, got shape {targets.shape}")
 
 
-def _check_inputs(inputs, batch):
+def check_inputs(inputs: Any, targets: Any) -> None:
+    """Refuses inputs of another number of samples than the targets with a ValueError."""
+    batch = len(targets)
     for leaf in jax.tree.leaves(inputs):
         if jnp.ndim(leaf) == 0 or len(leaf) != batch:
+            listed = isinstance(inputs, list) and len(inputs) == batch
+            hint = "; jnp.stack(inputs) makes one array of a list of samples" if listed else ""
             raise ValueError(
-                f"inputs: expected {batch} samples along the first axis, as targets have, "
-                f"got shape {jnp.shape(leaf)}"
+                f"inputs: expected {batch} samples along the first axis, as targets of shape "
+                f"{targets.shape} have, got shape {jnp.shape(leaf)}{hint}"
             )
 
 
 def _check_features(problem, theta, inputs, targets, dtype, of_images):
     batch = len(targets)
-    z = called("features", jax.eval_shape, problem.model.features, theta, inputs)
+    traced = partial(jax.eval_shape, problem.model.features)
+    z = called("features", traced, theta=theta, inputs=inputs)
     shape: tuple = getattr(z, "shape", ())
     came = getattr(z, "shape", type(z).__name__)
     if len(shape) != (4 if of_images else 2) or shape[0] != batch or shape[-1] == 0:
         expected = "height, width, channels), channels ≥ 1" if of_images else "m), m ≥ 1"
         raise ValueError(f"features: expected an array of shape ({batch}, {expected}, got {came}")
     if z.dtype != dtype:
+        theirs = _dtypes(inputs)
+        given = f" from inputs of {' and '.join(theirs)}" if theirs else ""
+        what = "the inputs" if str(z.dtype) in theirs else "what the features return"
         raise TypeError(
-            f"features: expected dtype {dtype}, that of theta and targets, got {z.dtype}"
+            f"features: expected dtype {dtype}, that of theta and targets, got {z.dtype}{given}; "
+            f"cast {what} to {dtype}"
         )
     predicted = jax.eval_shape(_predictions_like, problem, z, targets)
     if predicted.shape != targets.shape:
@@ -526,7 +616,7 @@ def _check_penalties(problem, theta, dtype):
             f"w_penalty: expected a positive number that {dtype} holds, got {w_penalty!r}"
         )
     for penalty in problem.theta_penalty:
-        value = called("theta_penalty", jax.eval_shape, penalty, theta)
+        value = called("theta_penalty", partial(jax.eval_shape, penalty), theta=theta)
         came = getattr(value, "shape", type(value).__name__)
         if came != ():
             raise TypeError(f"theta_penalty: expected a scalar function, got {came}")
@@ -566,29 +656,6 @@ def zero_w(problem: Problem, z: jax.Array, targets: jax.Array) -> jax.Array:
     return jnp.zeros((rows.shape[1], targets.shape[-1]), rows.dtype)
 
 
-def _check_array(name, leaf):
-    """Refuses what is no array that JAX takes."""
-    if not isinstance(leaf, np.ndarray | np.generic | jax.Array):
-        raise TypeError(
-            f"{name}: expected arrays of NumPy or JAX, got {type(leaf).__name__}; numpy.asarray "
-            "makes them of lists and tables"
-        )
-    try:
-        jax.typeof(leaf)
-    except (TypeError, ValueError):
-        raise TypeError(
-            f"{name}: expected arrays that JAX takes, got {type(leaf).__name__} of {leaf.dtype}"
-        ) from None
-
-
-def _check_floating(name, leaf, hint=""):
-    _check_array(name, leaf)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        hint = hint or "cast them to float32"
-        raise TypeError(f"{name}: expected floating numbers, got dtype {leaf.dtype}; {hint}")
-    _check_finite(name, leaf)
-
-
 def _check_finite(name, leaf):
     dtype = jax.typeof(leaf).dtype
     if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
@@ -596,5 +663,8 @@ def _check_finite(name, leaf):
     with np.errstate(over="ignore"):  # where JAX makes single precision of double
         finite = np.isfinite(np.asarray(leaf).astype(dtype))
     if not finite.all():
-        count = finite.size - np.count_nonzero(finite)
-        raise ValueError(f"{name}: expected finite numbers, got {count} NaN or Inf in {dtype}")
+        places = np.argwhere(~finite)
+        raise ValueError(
+            f"{name}: expected finite numbers, got {len(places)} NaN or Inf in {dtype}, the first "
+            f"at {places[0].tolist()}"
+        )

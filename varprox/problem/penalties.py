@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from varprox.checks import check_number
+from varprox.checks import check_number, shown
 
 
 def _everything(theta):
@@ -103,7 +103,14 @@ def as_penalty(name: str, penalty: Any) -> tuple[Penalty, ...]:
         return (penalty,)
     if callable(penalty):
         return (Partial(penalty),)
-    return (Partial(_tikhonov, Partial(_everything), check_number(name, penalty)),)
+    try:
+        alpha = check_number(name, penalty)
+    except TypeError:
+        raise TypeError(
+            f"{name}: expected a finite number ≥ 0, a function of theta such as "
+            f"varprox.tikhonov(alpha, where), or a tuple of these, got {shown(penalty)}"
+        ) from None
+    return (Partial(_tikhonov, Partial(_everything), alpha),)
 
 
 def tikhonov_weight(penalties: tuple[Partial, ...]) -> Any:
