@@ -285,6 +285,7 @@ REFUSED = {
     "convex loss not convex": (solve(loss=vp.convex_loss(lambda p, t: jnp.sum(jnp.cos(p - t)))), ValueError, "fn", "convex", "second derivatives from -"),
     # what comes in the place of a problem
     "problem a solution": (lambda: vp.predict(SOLUTION, THETA, W, INPUTS), TypeError, "problem", "varprox.Problem", "its field problem is one"),
+    "problem a model": (lambda: vp.gnvpro(vp.Separable(features)), TypeError, "problem", "varprox.Problem", "Separable(features=features, head=DenseHead(bias=True))"),
     "solve_w none": (lambda: vp.solve_w(None, THETA, DATA), TypeError, "problem", "varprox.Problem", "None"),
     "reduced_objective none": (lambda: vp.reduced_objective(None), TypeError, "problem", "varprox.Problem", "None"),
     "gauss_newton none": (lambda: vp.gauss_newton(None, THETA, DATA), TypeError, "problem", "varprox.Problem", "None"),
@@ -367,6 +368,28 @@ def test_weights_that_equinox_takes_out_are_weights():
 
     assert solve({"body": theta}, fn=lambda t, y: Body()(t["body"], y))().shape == (4, 2)
     assert solve(theta, fn=Body())().shape == (4, 2)
+
+
+def test_models_and_problems_are_told_in_a_line():
+    def bound(matrix, theta, inputs):
+        return features(theta, inputs @ matrix)
+
+    plain = vp.Problem(vp.Separable(features, vp.dense(False)), vp.least_squares())
+    assert repr(plain) == (
+        "Problem(Separable(features=features, head=DenseHead(bias=False)), LeastSquares, "
+        "theta_penalty=None, w_penalty=0.0)"
+    )
+    fn = jax.tree_util.Partial(bound, np.eye(2))
+    penalties = (0.1, vp.smoothness_in_time(0.2, 0.5), quartic)
+    full = vp.Problem(vp.Separable(fn, training=bound), vp.logistic(), penalties, 0.3)
+    assert repr(full) == (
+        "Problem(Separable(features=bound(float64[2, 2]), head=DenseHead(bias=True), "
+        "training=bound), Logistic, theta_penalty=tikhonov(0.1) + "
+        "smoothness_in_time(0.2, 0.5) + quartic, w_penalty=0.3)"
+    )
+    _, model = vp.nnx.split(vp.networks.Dense((2, 8, 1), rngs=nnx.Rngs(0)))
+    assert repr(model) == "Separable(features=nnx network, head=DenseHead(bias=True))"
+    jax.jit(lambda problem: len(repr(problem)))(full)  # where its numbers are traced
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 SOME = 6  # arrays of a tree that a message lists
 ARRAYS = np.ndarray | np.generic | jax.Array
@@ -104,6 +105,18 @@ def shown(value: Any) -> str:
     if library(value):
         return kind(value)
     return repr(value).split("\n")[0][:80]
+
+
+def named(fn: Callable) -> str:
+    """The name of a function, with the arrays and numbers that are bound to it."""
+    if not isinstance(fn, Partial):
+        return getattr(fn, "__qualname__", shown(fn)).split("<locals>.")[-1]
+    leaves = jax.tree.leaves(fn)
+    bound = [
+        f"{leaf.dtype}{[*leaf.shape]}" if isinstance(leaf, ARRAYS) else repr(leaf)
+        for leaf in leaves[:SOME]
+    ] + ["…"] * (len(leaves) > SOME)
+    return named(fn.func).lstrip("_") + (f"({', '.join(bound)})" if bound else "")
 
 
 def listed(**trees: Any) -> str:

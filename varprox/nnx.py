@@ -266,6 +266,9 @@ def _numbers(shape, dtype):
 class _Features:
     """A network without its head."""
 
+    def __repr__(self):
+        return "nnx network"
+
     def __call__(self, graphdef, state, theta, inputs):
         return nnx.merge(graphdef, theta, state)(inputs)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from varprox.checks import check_flag, check_integer, check_number
+from varprox.checks import check_flag, check_integer, check_number, named
 from varprox.methods.forms import FORMS, Form, Settings, choose, elsewhere, usable
 from varprox.methods.method import Method, Status
 from varprox.numerics import trust_region
@@ -282,9 +282,10 @@ def gnvpro(
     if curvature not in forms:
         raise ValueError(f"curvature: expected one of {forms}, got {curvature!r}")
     if curvature == "kernel" and tikhonov_weight(problem.theta_penalty) is None:
+        penalties = " + ".join(map(named, problem.theta_penalty))
         raise ValueError(
             "curvature: expected 'kernel' only where the penalty on all of theta is Tikhonov's, or "
-            f"none, got {curvature!r} with theta_penalty={problem.theta_penalty!r}"
+            f"none, got {curvature!r} with theta_penalty={penalties}"
         )
     rank = check_integer("rank", rank, least=1)
     memory = check_integer("memory", memory, least=0)

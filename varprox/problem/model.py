@@ -25,6 +25,7 @@ from varprox.checks import (
     is_result,
     kind,
     library,
+    named,
     shown,
 )
 from varprox.precision import full_products
@@ -92,6 +93,10 @@ class Separable:
         object.__setattr__(self, "features", _partial(features))
         object.__setattr__(self, "head", head)
         object.__setattr__(self, "training", training)
+
+    def __repr__(self) -> str:
+        training = f", training={named(self.training)}" if self.training else ""
+        return f"Separable(features={named(self.features)}, head={self.head!r}{training})"
 
     def rows(self, theta, inputs) -> jax.Array:
         """Design rows at θ, (batch, columns); a convolutional head has one row per output pixel."""
@@ -169,6 +174,13 @@ class Problem:
         object.__setattr__(self, "loss", loss)
         object.__setattr__(self, "theta_penalty", as_penalty("theta_penalty", theta_penalty))
         object.__setattr__(self, "w_penalty", w_penalty)
+
+    def __repr__(self) -> str:
+        penalties = " + ".join(map(named, self.theta_penalty)) or None
+        return (
+            f"Problem({self.model!r}, {type(self.loss).__name__}, theta_penalty={penalties}, "
+            f"w_penalty={self.w_penalty!r})"
+        )
 
     def with_model(self, model: Separable) -> "Problem":
         """The same problem for another model."""

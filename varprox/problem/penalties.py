@@ -90,7 +90,7 @@ def smoothness_in_time(
     step = check_number("step", step)
     if not isinstance(step, jax.core.Tracer) and step == 0:
         raise ValueError(f"step: expected a positive number, got {step!r}")
-    return Partial(_smoothness, _where(where), check_number("alpha", alpha), step)
+    return Partial(_smoothness_in_time, _where(where), check_number("alpha", alpha), step)
 
 
 def as_penalty(name: str, penalty: Any) -> tuple[Penalty, ...]:
@@ -131,7 +131,7 @@ def _tikhonov(where, alpha, theta):
     return 0.5 * sum(_like(alpha, leaf) * jnp.sum(leaf**2) for leaf in leaves)
 
 
-def _smoothness(where, alpha, step, theta):
+def _smoothness_in_time(where, alpha, step, theta):
     slopes = [jnp.diff(leaf, axis=0) / _like(step, leaf) for leaf in jax.tree.leaves(where(theta))]
     return 0.5 * sum(_like(alpha, slope) * jnp.sum(slope**2) for slope in slopes)
 
