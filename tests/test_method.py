@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pandas
 import pytest
 from problems import features, initial_theta, make_data, plain_rows, plain_w, relative, w_value
 
@@ -240,6 +241,39 @@ def test_single_precision_is_kept(name, loss, enabled):
     exact = [float(s.objective) for s in run(name, loss).states]
     assert abs(float(start.objective) - exact[0]) < 1e-5
     assert float(start.objective) - float(state.objective) > 0.9 * (exact[0] - exact[6])
+
+
+# What a step refuses
+
+
+@methods
+def test_a_step_refuses_what_is_not_its_own(name, x64):
+    """A state that the method has not made, and data that `init` was not given."""
+    theta, data = make()
+    inputs, targets = data
+    method = METHODS[name](make_problem())
+    state = method.init(theta, data)
+    others = (METHODS[other] for other in METHODS if other[:3] != name[:3])
+    foreign = next(others)(make_problem()).init(theta, data)
+    own = name.split("-")[0]
+    for given, came in (
+        (None, "NoneType"),
+        ({"theta": theta}, "dict"),
+        (foreign, "that of another method"),
+        ((state, None), "tuple; method.step returns a pair, state and info"),
+    ):
+        with pytest.raises(TypeError) as caught:
+            method.step(given, data)
+        assert str(caught.value) == f"state: expected one of {own}, got {came}"
+    for given, error, message in (
+        (inputs, TypeError, r"data: expected a pair \(inputs, targets\), got ndarray of shape"),
+        ((pandas.DataFrame(inputs), targets), TypeError, r"inputs: .*DataFrame; \.to_numpy\(\)"),
+        ((inputs, targets[:, 0]), ValueError, r"targets: expected shape \(16, 2\).*got \(16,\)"),
+        ((inputs[1:], targets[1:]), ValueError, r"targets: expected shape \(16, 2\), that of"),
+        ((inputs[1:], targets), ValueError, r"inputs: expected 16 samples.*got shape \(15, 2\)"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            method.step(state, given)
 
 
 # Where the features are not defined

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas
 import pytest
 from flax import nnx
 from jax.tree_util import Partial
@@ -583,6 +584,11 @@ def with_batch(inputs=ONES, targets=ONES):
     jax.jit(method.step)(state, (inputs, targets))
 
 
+def with_table():
+    _, method, theta, data = make()
+    method.step(method.init(theta, data), (pandas.DataFrame(ONES), ONES))
+
+
 def with_state_of_another():
     problem, method, theta, data = make()
     method.step(vp.lbfgsvpro(problem).init(theta, data), data)
@@ -652,12 +658,17 @@ def of_batches(size):
         (
             with_state_of_another,
             TypeError,
-            "state: expected one of varprox.slimtrain, got varprox.methods.quasi_newton.State",
+            "state: expected one of slimtrain, got that of another method",
         ),
         (
             with_features_of_all,
             ValueError,
             "features: expected those of 1 samples for a batch of as many, with predictions of",
+        ),
+        (
+            with_table,
+            TypeError,
+            "inputs: expected arrays of NumPy or JAX, got DataFrame; .to_numpy() makes one of it",
         ),
         (lambda: make(memory=-1), ValueError, "memory: expected an integer ≥ 0, got -1"),
         (lambda: make(selection=3), TypeError, "selection: expected one such as"),

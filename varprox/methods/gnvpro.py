@@ -9,7 +9,7 @@ from jax.flatten_util import ravel_pytree
 
 from varprox.checks import check_flag, check_integer, check_number, named
 from varprox.methods.forms import FORMS, Form, Settings, choose, elsewhere, usable
-from varprox.methods.method import Method, Status
+from varprox.methods.method import Method, Status, check_all, check_state
 from varprox.numerics import trust_region
 from varprox.numerics.krylov import norm
 from varprox.precision import full_products
@@ -247,11 +247,12 @@ def gnvpro(
 
     Raises:
         TypeError: If ``problem`` is not a ``Problem``, ``flat`` or ``tolerance`` is not a number,
-            or a flag is not a bool. ``init`` raises it for data, θ or features of the wrong type.
+            or a flag is not a bool. ``init`` raises it for data, θ or features of the wrong type,
+            ``step`` for the state of another method and for data that are not a pair of arrays.
         ValueError: If an option is out of its range, or if ``curvature`` is ``"kernel"`` and the
             penalty on θ is not Tikhonov's. ``init`` raises it for data that do not fit the problem,
             and for a form that the features do not allow; the message names the forms that they
-            allow.
+            allow. ``step`` raises it for data of another shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -306,7 +307,7 @@ def _init(problem, theta, data, key=None, before=None, *, curvature, rank, kaufm
     if before is None:
         form = select_form(problem, theta, data, curvature, rank=rank, kaufman=kaufman)
         return _start(problem, theta, data, None, form=form, **static)
-    _check_state(before)
+    check_state("gnvpro", isinstance(before, State), before)
     fresh = _start(problem, theta, data, before.w, form=before.form.kind, **static)
     kept = ("radius", "shift", "low", "newton")
     return fresh._replace(
@@ -314,15 +315,6 @@ def _init(problem, theta, data, key=None, before=None, *, curvature, rank, kaufm
         work_units=before.work_units + fresh.work_units,
         **{name: getattr(before, name) for name in kept},
     )
-
-
-def _check_state(state):
-    """Refuses a state of another method."""
-    if not isinstance(state, State):
-        kind = type(state)
-        raise TypeError(
-            f"state: expected one of varprox.gnvpro, got {kind.__module__}.{kind.__qualname__}"
-        )
 
 
 def select_form(
@@ -405,9 +397,15 @@ def _kaufman(w, kaufman):
     return outputs < columns if kaufman is None else kaufman
 
 
+def _step(problem, options, state, data, **static):
+    check_state("gnvpro", isinstance(state, State), state)
+    check_all(state, data)
+    return _advance(problem, options, state, data, **static)
+
+
 @partial(jax.jit, static_argnames=("rank", "kaufman", "w_curvature"))
 @full_products
-def _step(problem, options, state, data, *, rank, kaufman, w_curvature):
+def _advance(problem, options, state, data, *, rank, kaufman, w_curvature):
     # The model at θ, with the exact W(θ) ...
     form, at = state.form, state.projection
     if not problem.loss.quadratic:

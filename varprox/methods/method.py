@@ -4,6 +4,9 @@ from collections.abc import Callable
 from enum import IntEnum
 from typing import Any, NamedTuple
 
+from varprox.checks import is_result, kind
+from varprox.problem.model import check_inputs, check_pair
+
 
 class Status(IntEnum):
     """How a run stands, or why it has ended.
@@ -103,3 +106,25 @@ class Method(NamedTuple):
     problem: Any
     epoch: Callable | None = None
     name: str = ""
+
+
+def check_state(name: str, own: bool, state: Any) -> None:
+    """Refuses a state that is not the method's own with a TypeError."""
+    if not own:
+        came = "that of another method" if hasattr(state, "work_units") else kind(state)
+        pair = isinstance(state, tuple) and state and is_result(state[0])
+        hint = "; method.step returns a pair, state and info" if pair else ""
+        raise TypeError(f"state: expected one of {name}, got {came}{hint}")
+
+
+def check_all(state: Any, data: Any) -> None:
+    """Refuses data that are not shaped like those that `init` of a full-batch method was given with
+    a TypeError or ValueError. Looks at no number."""
+    inputs, targets = check_pair(data)
+    expected = state.projection.slopes.shape
+    if targets.shape != expected:
+        raise ValueError(
+            f"targets: expected shape {expected}, that of the data that init was given, as every "
+            f"step takes all of them, got {targets.shape}"
+        )
+    check_inputs(inputs, targets)

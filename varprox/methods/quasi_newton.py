@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from varprox.checks import check_integer, check_number
-from varprox.methods.method import Method, Status
+from varprox.checks import check_integer, check_number, told
+from varprox.methods.method import Method, Status, check_all, check_state
 from varprox.numerics.inverse_hessian import Broyden, Pairs, no_pairs, start_broyden
 from varprox.numerics.line_search import ENOUGH, FIRST_ENOUGH, search
 from varprox.precision import full_products
@@ -151,9 +151,10 @@ def lbfgsvpro(problem: Problem, *, memory: int = 20, tolerance: float | None = N
     Raises:
         TypeError: If ``problem`` is not a ``Problem`` or ``tolerance`` is not a number. ``init``
             raises it for data, θ or features of the wrong type, and for features without a
-            derivative in reverse mode; ``step`` raises it for the state of another method.
+            derivative in reverse mode; ``step`` raises it for the state of another method and for
+            data that are not a pair of arrays.
         ValueError: If ``memory`` or ``tolerance`` is out of its range. ``init`` raises it for data
-            that do not fit the problem.
+            that do not fit the problem, ``step`` for data of another shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -205,10 +206,11 @@ def broydenvpro(
     Raises:
         TypeError: If ``problem`` is not a ``Problem`` or ``tolerance`` is not a number. ``init``
             raises it for data, θ or features of the wrong type, and for features without a
-            derivative in reverse mode; ``step`` raises it for the state of another method.
+            derivative in reverse mode; ``step`` raises it for the state of another method and for
+            data that are not a pair of arrays.
         ValueError: If ``tolerance`` or ``max_bytes`` is out of its range. ``init`` raises it for
             data that do not fit the problem, and for so many weights that the inverse Hessian takes
-            more than ``max_bytes``.
+            more than ``max_bytes``; ``step`` for data of another shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -266,7 +268,7 @@ def _check_reverse(problem, theta, inputs):
         raise TypeError(
             "features: expected a function that JAX can differentiate in reverse, as quasi-Newton "
             'methods need; vp.gnvpro(problem, curvature="forward") works with a forward rule; got '
-            f"{type(error).__name__}: {str(error).splitlines()[0]:.200}"
+            f"{told(error)}"
         ) from error
 
 
@@ -336,9 +338,9 @@ def _size(at):
 
 
 def _step(problem, tolerance, kind, state, data):
-    if not (isinstance(state, State) and isinstance(state.inverse, kind)):
-        name = {Pairs: "lbfgsvpro", Broyden: "broydenvpro"}[kind]
-        raise TypeError(f"state: expected one of {name}, got that of another method")
+    own = isinstance(state, State) and isinstance(state.inverse, kind)
+    check_state({Pairs: "lbfgsvpro", Broyden: "broydenvpro"}[kind], own, state)
+    check_all(state, data)
     new, info = _advance(problem, tolerance, state, data)
     return new._replace(inverse=new.inverse.after(state.inverse)), info
 

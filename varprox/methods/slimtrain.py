@@ -8,14 +8,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from varprox.methods.method import Method, Status
+from varprox.methods.method import Method, Status, check_state
 from varprox.methods.minibatches import epoch
 from varprox.methods.selection import proportional
 from varprox.methods.slimtik import State as Tikhonov
 from varprox.methods.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 from varprox.precision import full_products
 from varprox.problem.heads import has_bias
-from varprox.problem.model import Problem, Separable, check_data, check_problem, predict, zero_w
+from varprox.problem.model import (
+    Problem,
+    Separable,
+    check_data,
+    check_pair,
+    check_problem,
+    predict,
+    zero_w,
+)
 
 
 class State(NamedTuple):
@@ -274,8 +282,10 @@ def _init(static, options, theta, data, key=None):
 def _epoch(static, options, state, data, *, batch_size):
     """`varprox.methods.minibatches.epoch`; where not all of it was finite, or what it ends with is
     not for one more batch, the last θ that a batch has verified comes back."""
+    check_state("slimtrain", isinstance(state, State), state)
+    check_pair(data)
     _check_like(state, data)
-    state, infos = epoch(_step, static, options, state, data, batch_size=batch_size)
+    state, infos = epoch(_advance, static, options, state, data, batch_size=batch_size)
     inputs = jax.tree.map(lambda leaf: leaf[:batch_size], data[0])
     return _verified(options, state, inputs, infos.finite.all()), infos
 
@@ -292,9 +302,15 @@ def _verified(options, state, inputs, finite):
     return state._replace(theta=theta, status=status.astype(jnp.int32))
 
 
+def _step(static, options, state, batch):
+    check_state("slimtrain", isinstance(state, State), state)
+    check_pair(batch)
+    return _advance(static, options, state, batch)
+
+
 @partial(jax.jit, static_argnums=0)
 @full_products
-def _step(static, options, state, batch):
+def _advance(static, options, state, batch):
     _check_like(state, batch)
     inputs, targets = batch
     problem, tikhonov_options = options
@@ -365,15 +381,7 @@ def _check_features(head, z, w, targets):
 
 
 def _check_like(state, batch):
-    """Refuses a state of another method, and a batch whose samples are not like those that `init`
-    has seen."""
-    if not isinstance(state, State):
-        kind = type(state)
-        raise TypeError(
-            f"state: expected one of varprox.slimtrain, got {kind.__module__}.{kind.__qualname__}"
-        )
-    if not (isinstance(batch, tuple | list) and len(batch) == 2):
-        raise TypeError(f"batch: expected a pair (inputs, targets), got {type(batch).__name__}")
+    """Refuses a batch whose samples are not like those that `init` has seen."""
     samples = jnp.shape(batch[1])[:1] or (0,)
     if samples == (0,):
         raise ValueError(f"targets: expected at least one sample, got shape {jnp.shape(batch[1])}")
