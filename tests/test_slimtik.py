@@ -339,12 +339,24 @@ def test_numbers_in_double_leave_single_precision_single(x64, standard_promotion
     chex.assert_trees_all_equal_dtypes(traced, expected)
 
 
+ONE = np.ones((1, 1), np.float32)
+
+
+def updated(rows, targets):
+    return vp.slimtik().update(vp.slimtik().init(ONE), rows, targets)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
         (lambda: vp.slimtik(-1), ValueError, "memory: expected an integer ≥ 0, got -1"),
         (lambda: vp.slimtik(2.5), ValueError, "memory: expected an integer ≥ 0, got 2.5"),
         (lambda: vp.slimtik(selection="sgcv"), TypeError, "selection: expected one such as"),
+        (lambda: vp.slimtik(selection=vp.sgcv), TypeError, "selection: expected one such as"),
+        (lambda: vp.slimtik().init([[0.0]]), TypeError, "w: expected arrays of NumPy or JAX, got"),
+        (lambda: vp.slimtik().update(None, 1, 1), TypeError, "state: expected one of slimtik, got"),
+        (lambda: updated([[1.0]], ONE), TypeError, "rows: expected arrays of NumPy or JAX, got"),
+        (lambda: updated(ONE, [[1.0]]), TypeError, "targets: expected arrays of NumPy or JAX, got"),
         (lambda: vp.slimtik(initial=-1.0), ValueError, "initial: expected"),
         (lambda: vp.slimtik(lower_bound=-1e-7), ValueError, "lower_bound: expected"),
         (lambda: vp.supre(-1.0), ValueError, "noise_variance: expected"),

@@ -572,9 +572,10 @@ def no_least_squares():
 ONES = np.ones((4, 2))
 
 
-def with_data(inputs=ONES, targets=ONES, head=None):
+def with_data(inputs=ONES, targets=ONES, head=None, optimizer=None, key=None):
     problem = vp.Problem(vp.Separable(features, head), vp.least_squares())
-    vp.slimtrain(problem, optax.sgd(0.1)).init(initial_theta(), (inputs, targets))
+    method = vp.slimtrain(problem, optimizer or optax.sgd(0.1))
+    method.init(initial_theta(), (inputs, targets), key)
 
 
 def with_batch(inputs=ONES, targets=ONES):
@@ -666,12 +667,24 @@ def of_batches(size):
             "features: expected those of 1 samples for a batch of as many, with predictions of",
         ),
         (
+            lambda: with_data(optimizer=optax.lbfgs()),
+            TypeError,
+            "optimizer: expected one whose update takes a gradient, its state and theta alone, "
+            "such as optax.adam(1e-3), got TypeError: scale_by_zoom_linesearch",
+        ),
+        (
+            lambda: with_data(key=0),
+            TypeError,
+            "key: expected a random key, such as jax.random.key(0), got 0",
+        ),
+        (
             with_table,
             TypeError,
             "inputs: expected arrays of NumPy or JAX, got DataFrame; .to_numpy() makes one of it",
         ),
         (lambda: make(memory=-1), ValueError, "memory: expected an integer ≥ 0, got -1"),
         (lambda: make(selection=3), TypeError, "selection: expected one such as"),
+        (lambda: make(selection=vp.sgcv), TypeError, "selection: expected one such as"),
         (lambda: of_batches(17), ValueError, "batch_size: expected at most 16, the number of"),
         (lambda: of_batches(0), ValueError, "batch_size: expected an integer ≥ 1, got 0"),
         (

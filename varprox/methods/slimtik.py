@@ -4,6 +4,7 @@ It follows the solution of a ridge regression whose rows arrive in batches, and 
 regularisation parameter on the way.
 """
 
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax.scipy.linalg import cho_factor, cho_solve
 from jax.tree_util import Partial
 
-from varprox.checks import check_integer, check_number
+from varprox.checks import check_array, check_integer, check_number, shown
+from varprox.methods.method import check_state
 from varprox.methods.selection import Fit, Trials, sgcv, tries
 from varprox.precision import full_products
 from varprox.problem.heads import Moments, dense
@@ -156,14 +158,29 @@ def checked(memory, selection, initial, lower_bound) -> Options:
     initial = check_number("initial", initial)
     lower_bound = check_number("lower_bound", lower_bound)
     selection = sgcv() if selection is None else selection
-    if not callable(selection):
-        raise TypeError(f"selection: expected one such as varprox.sgcv(), got {selection!r}")
+    if not callable(selection) or not _takes_trials(selection):
+        raise TypeError(
+            f"selection: expected one such as varprox.sgcv(), a function of four arguments, got "
+            f"{shown(selection)}"
+        )
     selection = selection if isinstance(selection, Partial) else Partial(selection)
     return Options(memory, selection, initial, lower_bound)
 
 
+def _takes_trials(selection):
+    """Does its signature take the arguments that `slimtik` gives?"""
+    try:
+        inspect.signature(selection).bind(*4 * [None])
+    except TypeError:
+        return False
+    except ValueError:  # it has none
+        pass
+    return True
+
+
 def start_tikhonov(options: Options, w: jax.Array) -> State:
     """The state at W (columns, outputs), with nothing remembered."""
+    check_array("w", w)
     if jnp.ndim(w) != 2:
         raise ValueError(f"w: expected shape (columns, outputs), got {jnp.shape(w)}")
     w, columns = jnp.asarray(w), len(w)
@@ -181,6 +198,9 @@ def start_tikhonov(options: Options, w: jax.Array) -> State:
 
 
 def _update(options, state, rows, targets):
+    check_state("slimtik", isinstance(state, State), state)
+    check_array("rows", rows)
+    check_array("targets", targets)
     columns, outputs = state.w.shape
     if jnp.ndim(rows) != 2 or rows.shape[1] != columns:
         raise ValueError(

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from varprox.checks import shown, told
 from varprox.methods.method import Method, Status, check_state
 from varprox.methods.minibatches import epoch
 from varprox.methods.selection import proportional
@@ -169,7 +170,8 @@ def slimtrain(
         TypeError: If ``problem`` is not a ``Problem`` or has another loss, if ``optimizer`` has no
             ``init`` and ``update``, if ``selection`` is not a function, or if ``initial`` or
             ``lower_bound`` is not a number. ``init`` raises it for data, θ or features of the wrong
-            type, ``step`` and ``epoch`` for the state of another method and for a batch of another
+            type and for an optimizer that asks for more than gradients, such as ``optax.lbfgs``,
+            ``step`` and ``epoch`` for the state of another method and for a batch of another
             structure.
         ValueError: If an option is out of its range. ``init`` raises it for data that do not fit
             the problem, ``step`` and ``epoch`` for samples of another shape or dtype than ``init``
@@ -197,10 +199,7 @@ def slimtrain(
         raise TypeError(
             f"problem: expected the loss varprox.least_squares(), got {type(problem.loss).__name__}"
         )
-    if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
-        raise TypeError(
-            f"optimizer: expected one of optax, such as optax.adam(1e-3), got {optimizer!r}"
-        )
+    check_optimizer(optimizer)
     try:
         with jax.default_matmul_precision(feature_precision):
             pass
@@ -219,6 +218,14 @@ def slimtrain(
         epoch=partial(_epoch, static, options),
         name="slimtrain",
     )
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Refuses what is no gradient transformation of optax with a TypeError."""
+    if not (hasattr(optimizer, "init") and callable(getattr(optimizer, "update", None))):
+        raise TypeError(
+            f"optimizer: expected one of optax, such as optax.adam(1e-3), got {shown(optimizer)}"
+        )
 
 
 def with_learned(problem: Problem, learned: list) -> Problem:
@@ -268,15 +275,38 @@ def _init(static, options, theta, data, key=None):
         tikhonov=start_tikhonov(tikhonov_options, w),
         centre=centre,
         unit=unit,
-        optimizer=static.optimizer.init(theta),
+        optimizer=_start_optimizer(static.optimizer, theta),
         learned=learned_by(problem.model),
         objective=jnp.full((), jnp.nan, w.dtype),
         work_units=jnp.zeros((), w.dtype),
         samples=jnp.full((), len(targets), w.dtype),
-        key=jax.random.key_data(jax.random.key(0) if key is None else key),
+        key=_key_data(jax.random.key(0) if key is None else key),
         status=jnp.int32(Status.RUNNING),
         like=jax.tree.map(lambda x: jnp.zeros_like(x[:1]), (inputs, targets)),
     )
+
+
+def _start_optimizer(optimizer, theta):
+    """Its state, where its update asks for no more than a step has."""
+    try:
+        state = optimizer.init(theta)
+        with jax.numpy_dtype_promotion("standard"):  # the strict one is for a step to meet
+            jax.eval_shape(optimizer.update, theta, state, theta)
+    except Exception as error:  # which optimizers may raise as they like
+        raise TypeError(
+            "optimizer: expected one whose update takes a gradient, its state and theta alone, "
+            f"such as optax.adam(1e-3), got {told(error)}"
+        ) from error
+    return state
+
+
+def _key_data(key):
+    try:
+        return jax.random.key_data(key)
+    except TypeError:
+        raise TypeError(
+            f"key: expected a random key, such as jax.random.key(0), got {shown(key)}"
+        ) from None
 
 
 def _epoch(static, options, state, data, *, batch_size):
