@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 import varprox as vp
 from varprox import networks
@@ -480,22 +480,32 @@ class Unnamed(nnx.Module):
         self.first, self.out = nnx.Linear(2, 4, rngs=rngs), nnx.Linear(4, 1, rngs=rngs)
 
 
+NET = vp.networks.Dense((2, 4, 3), rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize(
     "net, head, error, message",
     [
         (3, "head", TypeError, "net: expected a flax nnx.Module, got int"),
-        (Nested, 2, TypeError, "head: expected an attribute path, got 2"),
+        (Nested, 2, TypeError, "head: expected an attribute path, .*, got 2"),
         (Nested, "head", ValueError, "head: expected .* attribute of Nested.*, got 'head'"),
         (Unnamed, "head", ValueError, "of Unnamed such as 'first' or 'out', got 'head'"),
         (Nested, "decoder.in", ValueError, "head: expected .*, got 'decoder.in'"),
-        (sequential, "layers.3", ValueError, "head: expected .* of Sequential, got 'layers.3'"),
+        (sequential, "layers.3", ValueError, "such as 'layers.0' or 'layers.2', got 'layers.3'"),
+        (sequential, "layers.1", TypeError, "; leave out of the network what comes after its last"),
         (Nested, "mean", TypeError, "head: expected an nnx.Linear, .* at 'mean', got BatchStat"),
+        (NET, NET.head, TypeError, "head: expected an attribute path, .*, got Linear$"),
+        (NET.head, "head", ValueError, "head: expected the path of an attribute of Linear, got"),
+        (Nested, "out", ValueError, "such as 'decoder.hidden' or 'decoder.out', got 'out'"),
+        (lambda rngs: Unnamed, "out", TypeError, "nnx.Module, got the class Unnamed$"),
+        (lambda rngs: linen.Dense(3), "out", TypeError, "Dense; leave its last layer out; net.in"),
+        (lambda rngs: (1, 2), "out", TypeError, "net: expected a flax nnx.Module, got tuple"),
         (Tied, "head", ValueError, "head: expected a layer with weights of its own"),
         (LowRank, "head", TypeError, "head: expected an nnx.Linear, .* at 'head', got LoRALinear"),
     ],
 )
 def test_split_refuses(net, head, error, message):
-    if callable(net):
+    if callable(net) and not isinstance(net, nnx.Module):
         net = net(nnx.Rngs(0))
     with pytest.raises(error, match=message):
         split(net, head)
@@ -515,3 +525,20 @@ def test_merge_refuses_weights_that_do_not_fit():
         merge(net, theta, w)
     with pytest.raises(ValueError, match=r"nothing as the shape of theta\['head'\]\['kernel'\]"):
         merge(net, split(net)[0] | {"head": {"kernel": w}}, w)
+
+
+def test_merge_refuses_what_are_no_weights():
+    theta, model = split(NET)
+    w = initial_w(NET)
+    solution = vp.Solution(theta, w, {}, vp.Status.BUDGET, 0.0, None)
+    for given, message in (
+        ((solution, w), "theta: expected arrays .*got Solution; its field theta has the weights"),
+        ((theta, w.tolist()), "w: expected arrays of NumPy or JAX, got list"),
+        ((theta, None), "w: expected arrays of NumPy or JAX, got NoneType"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            merge(NET, *given)
+    problem = vp.Problem(model, vp.least_squares())
+    for other in (problem, vp.Separable(lambda theta, inputs: inputs)):
+        with pytest.raises(TypeError, match="model: expected solution.problem.model, that of a"):
+            merge(NET, theta, w, model=other)

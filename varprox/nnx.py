@@ -15,8 +15,9 @@ import numpy as np
 from flax import nnx
 from jax.tree_util import Partial
 
+from varprox.checks import apart, check_array, kind, library, listed, shown, told
 from varprox.problem.heads import ConvHead, Head, conv, conv_transpose, dense
-from varprox.problem.model import Separable
+from varprox.problem.model import Separable, weights
 
 SOME = 64  # samples that show what a network does
 
@@ -106,7 +107,8 @@ def merge(
         A new ``nnx.Module`` like ``net``.
 
     Raises:
-        TypeError: As ``split`` does.
+        TypeError: If ``theta`` or ``w`` hold what are no arrays, if ``model`` is not one of
+            ``split``, and as ``split`` does.
         ValueError: If ``theta``, ``w`` or the statistics of ``model`` have another structure or
             shape, and as ``split`` does.
 
@@ -122,17 +124,26 @@ def merge(
         ((5, 1), [0.5])
     """
     expected, fresh = split(net, head)
+    for leaf in weights(theta):
+        check_array("theta", leaf)
     _check_like("theta", theta, expected)
     whole = _clone(net)
     *_, layer = _find(whole, head)
     last = _head_of(layer, head)
     like = jax.eval_shape(last.pack, *_weights(layer))
+    check_array("w", w)
     if jnp.shape(w) != like.shape:
         raise ValueError(f"w: expected shape {like.shape}, got {jnp.shape(w)}")
     kernel, bias = last.unpack(jnp.asarray(w))
     nnx.update(whole, jax.tree.map(jnp.asarray, theta))
     nnx.update(layer, {"kernel": kernel} if bias is None else {"kernel": kernel, "bias": bias})
     if model is not None:
+        features = getattr(model, "features", None)
+        if not isinstance(getattr(features, "func", None), _Features):
+            raise TypeError(
+                "model: expected solution.problem.model, that of a network that was split, got "
+                f"{shown(model)}"
+            )
         state = _state(model)
         _check_like("model", state, _state(fresh))
         nnx.update(whole, state)
@@ -336,7 +347,7 @@ def _answered(graphdef, state, theta, inputs, *, dtype, training):
             raise ValueError(_AFTER.format(path=path, came="")) from error
         raise ValueError(
             f"inputs: expected what the network takes up to its layer {path!r}, got "
-            f"{jax.tree.map(jnp.shape, inputs)} as shapes: {type(error).__name__}: {error}"
+            f"{listed(inputs=inputs)}: {told(error)}"
         ) from error
     if seen.shape is None:
         return head.calls[...], False
@@ -378,30 +389,36 @@ def _training(features, theta, inputs):
 
 def _clone(net):
     if not isinstance(net, nnx.Module):
-        raise TypeError(f"net: expected a flax nnx.Module, got {type(net).__name__}")
+        hint = "" if library(net) == "flax.nnx" else apart(net)  # that of a class is of no use
+        raise TypeError(f"net: expected a flax nnx.Module, got {kind(net)}{hint}")
     return nnx.clone(net)
 
 
 def _find(net, head):
     """The module or list that holds the last layer, its name or index there, and the layer."""
     if not isinstance(head, str):
-        raise TypeError(f"head: expected an attribute path, got {head!r}")
+        raise TypeError(
+            f"head: expected an attribute path, such as 'decoder.out', got {shown(head)}"
+        )
     if isinstance(net, nnx.Sequential) and head == "head" and not hasattr(net, head):
         head = f"layers.{len(net.layers) - 1}"
     try:
         parent, name = _parent(net, head)
         layer = _child(parent, name)
     except (AttributeError, IndexError, ValueError):
-        layers = [repr(at) for at, child in vars(net).items() if isinstance(child, _LAYERS)]
-        such = f" such as {' or '.join(layers)}" if layers else ""
+        nodes = [(at, node) for at, node in nnx.iter_graph(net) if at]  # but not the net itself
+        layers = [repr(".".join(map(str, at))) for at, node in nodes if isinstance(node, _LAYERS)]
+        such = f" such as {' or '.join(layers[-6:])}" if layers else ""
         raise ValueError(
             f"head: expected the path of an attribute of {type(net).__name__}{such}, got {head!r}"
         ) from None
     # A subclass that computes something else is another layer.
     if not any(type(layer).__call__ is kind.__call__ for kind in _LAYERS):
+        after = callable(layer) and not isinstance(layer, nnx.Module)
+        hint = "; leave out of the network what comes after its last layer" if after else ""
         raise TypeError(
             f"head: expected an nnx.Linear, nnx.Conv or nnx.ConvTranspose at {head!r}, "
-            f"got {type(layer).__name__}"
+            f"got {type(layer).__name__}{hint}"
         )
     return parent, name, layer
 
