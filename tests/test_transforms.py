@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pandas
 import pytest
 from problems import features, initial_theta, make_data
 
@@ -286,6 +287,45 @@ def test_batches_that_do_not_fit_the_head_are_refused(features, targets, message
     assert str(caught.value).startswith(message)
 
 
+ONES, TWO = np.ones((4, 3)), np.ones((4, 2))
+
+
+@pytest.mark.parametrize(
+    ("batch", "error", "message"),
+    [
+        ({"features": ONES.tolist()}, TypeError, "features: expected arrays of NumPy or JAX, got"),
+        ({"features": ONES[0]}, ValueError, "features: expected those of a batch, (batch, …), got"),
+        ({"targets": pandas.DataFrame(TWO)}, TypeError, "targets: expected arrays of NumPy or JAX"),
+        ({"state": None}, TypeError, "state: expected one of transforms.slimtik, got NoneType"),
+        ({"gradients": None}, ValueError, "gradients: expected arrays like gradients['body']['la"),
+    ],
+)
+def test_what_is_no_batch_and_no_state_is_refused(batch, error, message, x64):
+    tx, params = slimtik(), params_with_head()
+    given = {"gradients": params, "state": tx.init(params), "features": ONES, "targets": TWO}
+    with pytest.raises(error) as caught:
+        tx.update(params=params, **given | batch)
+    assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"optimizer": 1e-3},
+            "optimizer: expected one of optax, such as optax.adam(1e-3), got 0.0",
+        ),
+        ({"optimizer": optax.adam}, "optimizer: expected one of optax, such as optax.adam(1e-3)"),
+        ({"head": 2}, "head: expected a path, such as 'decoder.out', got 2"),
+        ({"layer": "dense"}, "layer: expected varprox.dense() or varprox.conv(…), got 'dense'"),
+    ],
+)
+def test_bad_options_are_refused(options, message):
+    with pytest.raises(TypeError) as caught:
+        vp.transforms.slimtik(**{"optimizer": optax.sgd(0.1)} | options)
+    assert str(caught.value).startswith(message)
+
+
 @pytest.mark.parametrize("name", ["features", "targets"])
 def test_batches_of_another_dtype_are_refused(name, x64):
     params = params_with_head(np.float32)
@@ -393,6 +433,15 @@ def test_a_move_by_another_teaches_no_curvature(x64):
     _, after = gnvpro_step(tx, params, state, data())
     _, moved = gnvpro_step(tx, initial_theta(seed=5), state, data())
     assert np.any(after.form.secant.matrix != 0) and np.all(moved.form.secant.matrix == 0)
+
+
+def test_states_and_parameters_of_another_are_refused(x64):
+    tx, theta = gnvpro(), initial_theta()
+    for state in (None, optax.sgd(RATE, 0.9).init(theta)):
+        with pytest.raises(TypeError, match="^state: expected one of gnvpro, got"):
+            tx.update(None, state, theta)
+    with pytest.raises(ValueError, match=r"^params: expected arrays like params\['layers'\]"):
+        tx.update(None, tx.init(theta), {"layers": theta["layers"]})
 
 
 @pytest.mark.parametrize("name", CASES)

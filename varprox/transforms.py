@@ -12,7 +12,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from varprox.checks import check_array, listed, shown
+from varprox.methods.gnvpro import State
 from varprox.methods.gnvpro import gnvpro as full_batch
+from varprox.methods.method import check_state
 from varprox.methods.selection import proportional
 from varprox.methods.slimtik import State as Tikhonov
 from varprox.methods.slimtik import (
@@ -23,6 +26,7 @@ from varprox.methods.slimtik import (
     start_tikhonov,
     tikhonov_step,
 )
+from varprox.methods.slimtrain import check_optimizer
 from varprox.precision import full_products
 from varprox.problem.heads import ConvHead, DenseHead, dense, has_bias
 from varprox.problem.model import Problem
@@ -123,6 +127,11 @@ def slimtik(
     Source:
         Newman, Chung, Chung, Ruthotto, arXiv:2109.14002.
     """
+    check_optimizer(optimizer)
+    if not isinstance(head, str):
+        raise TypeError(f"head: expected a path, such as 'decoder.out', got {shown(head)}")
+    if layer is not None and not isinstance(layer, DenseHead | ConvHead):
+        raise TypeError(f"layer: expected varprox.dense() or varprox.conv(…), got {shown(layer)}")
     selection = proportional() if selection is None else selection
     options = checked(memory, selection, initial, lower_bound)
 
@@ -140,6 +149,8 @@ def slimtik(
     def update(gradients, state, params=None, *, features, targets, **extra):
         if params is None:
             raise ValueError("params: expected those that the gradients belong to, got None")
+        check_state("transforms.slimtik", isinstance(state, SlimTikState), state)
+        _check_tree("gradients", gradients, params)
         last = _Last(params, head, layer)
         _check_fit(last, features, targets)
         first, seen = state.batches == 0, state.batches.astype(last.w.dtype)
@@ -216,6 +227,12 @@ class _Last:
 
 def _check_fit(last, features, targets):
     """Refuses features and targets that do not fit the last layer."""
+    check_array("features", features)
+    check_array("targets", targets)
+    if jnp.ndim(features) < 2:
+        raise ValueError(
+            f"features: expected those of a batch, (batch, …), got shape {jnp.shape(features)}"
+        )
     columns, outputs = last.w.shape
     came = jax.eval_shape(last.layer.rows, features).shape[1]
     if came != columns:
@@ -228,6 +245,16 @@ def _check_fit(last, features, targets):
     if jnp.shape(targets) != shape or shape[0] == 0:
         raise ValueError(
             f"targets: expected shape {shape}, that of the predictions, got {jnp.shape(targets)}"
+        )
+
+
+def _check_tree(name, tree, expected):
+    """Refuses a tree of another structure with a ValueError."""
+    structures: list[Any] = [jax.tree.structure(x) for x in (tree, expected)]
+    if structures[0] != structures[1]:
+        raise ValueError(
+            f"{name}: expected arrays like {listed(**{name: expected})}, got "
+            f"{listed(**{name: tree})}"
         )
 
 
@@ -286,6 +313,8 @@ def gnvpro(problem: Problem, data: tuple, **options) -> optax.GradientTransforma
     def update(gradients, state, params=None, *, data=data, **extra):
         if params is None:
             raise ValueError("params: expected theta, got None")
+        check_state("gnvpro", isinstance(state, State), state)
+        _check_tree("params", params, state.theta)
         same = jax.tree.map(lambda new, old: jnp.all(new == old), params, state.theta)
         state = jax.lax.cond(
             jnp.stack(jax.tree.leaves(same)).all(),
