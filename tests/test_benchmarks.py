@@ -4,7 +4,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from repository import ROOT
@@ -13,8 +12,6 @@ from benchmarks import race
 from benchmarks.__main__ import EXPERIMENTS, RACERS, main
 from benchmarks.contest import METHODS
 from benchmarks.experiment import spend, text_table
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def benchmarks(*arguments):
