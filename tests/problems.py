@@ -266,7 +266,7 @@ def dense_reference(case: Case, theta, data) -> Dense:
     inputs, targets = data
     flat, unravel = ravel_pytree(theta)
     derivative = np.asarray(feature_derivative(theta, inputs))
-    n, m, p = derivative.shape
+    n, _m, p = derivative.shape
     if case.bias:
         derivative = np.concatenate([derivative, np.zeros((n, 1, p))], axis=1)
     rows = plain_rows(theta, inputs, case.bias)

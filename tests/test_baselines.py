@@ -228,7 +228,7 @@ def test_float32_stays_float32(x64):
 
 
 @pytest.mark.parametrize(
-    ("make", "message"),
+    "make, message",
     [
         (lambda p: baselines.adam(p, 0.0), "learning_rate: expected a positive number, got 0.0"),
         (lambda p: baselines.sgd(p, "fast"), "learning_rate: expected a positive number, got 'f"),
@@ -244,5 +244,5 @@ def test_bad_options_are_refused(make, message, problem):
 
 
 def test_a_batch_larger_than_the_data_is_refused(problem, start):
-    with pytest.raises(ValueError, match="batch_size: expected at most .* 30, got 31"):
+    with pytest.raises(ValueError, match=r"batch_size: expected at most .* 30, got 31"):
         vp.fit(baselines.adam(problem, 1e-3, batch_size=31), *start, epochs=1)

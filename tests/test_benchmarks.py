@@ -46,7 +46,7 @@ def test_the_race_takes_the_names_of_its_entrants():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "complaint"),
+    "arguments, complaint",
     [
         ([], "required: EXPERIMENT"),
         (["mnist"], "invalid choice: 'mnist'"),

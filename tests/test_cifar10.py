@@ -142,7 +142,7 @@ def test_as_many_batches_as_there_are_make_the_set(places):
     fill(places[0], [module.TRAIN[1], module.TRAIN[3], module.TEST])
     data = datasets.cifar10()
     assert [len(targets) for _, targets in data[:3]] == [16, 3, 8]
-    with pytest.raises(ValueError, match="^n: expected an integer of at most 16, got 17$"):
+    with pytest.raises(ValueError, match=r"^n: expected an integer of at most 16, got 17$"):
         datasets.cifar10(17)
 
 
@@ -195,7 +195,7 @@ REFUSED_GZIPPED = {
 
 
 @pytest.mark.parametrize(
-    ("end", "content", "message"),
+    "end, content, message",
     [("", *case) for case in REFUSED.values()] + [(".gz", *c) for c in REFUSED_GZIPPED.values()],
     ids=[*REFUSED, *(f"gzipped, {name}" for name in REFUSED_GZIPPED)],
 )
@@ -209,7 +209,7 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(end, content, message, 
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    "arguments, error, message",
     [
         ({"n": 0}, ValueError, "n: expected an integer of at least 1, got 0"),
         ({"n": 12.0}, TypeError, "n: expected an integer, got 12.0"),
@@ -226,7 +226,7 @@ def test_bad_arguments_are_refused(arguments, error, message, files):
 
 def test_a_varprox_data_that_is_no_folder_is_refused(monkeypatch):
     monkeypatch.setenv("VARPROX_DATA", "no such folder")
-    with pytest.raises(NotADirectoryError, match="^VARPROX_DATA: expected a folder"):
+    with pytest.raises(NotADirectoryError, match=r"^VARPROX_DATA: expected a folder"):
         datasets.cifar10()
 
 
@@ -420,7 +420,7 @@ def test_weights_are_of_the_default_float():
 
 
 @pytest.mark.parametrize(
-    ("channels", "taps", "message"),
+    "channels, taps, message",
     [
         ((3, 10), 5, r"channels: expected those of images, .* got \(3, 10\)"),
         ((3, 0, 10), 5, r"channels\[1\]: expected a positive integer, got 0"),

@@ -245,7 +245,7 @@ def test_bad_arguments_are_refused(name):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    "parameters, message",
     [
         (np.zeros(55), r"expected shape \(n, 55\), got \(55,\)"),
         (np.zeros((2, 54)), r"expected shape \(n, 55\), got \(2, 54\)"),
@@ -327,7 +327,7 @@ def test_the_published_file_is_downloaded_once(published, cache, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("arrays", "found"),
+    "arrays, found",
     [
         ({"Y": np.ones((800, 55)), "C": np.ones((72, 800))}, r"shapes \{'Y': \(800, 55\)"),
         ({"Y": np.ones((55, 800)), "C": np.full((72, 800), np.inf)}, "NaN or Inf"),

@@ -101,7 +101,7 @@ def test_sizes_that_are_no_positive_integers_are_refused(generate, name):
             generate(**{name: size})
 
 
-@pytest.mark.parametrize(("generate", "outputs"), [(datasets.peaks, 1), (datasets.ellipse, 2)])
+@pytest.mark.parametrize("generate, outputs", [(datasets.peaks, 1), (datasets.ellipse, 2)])
 def test_the_sizes_are_those_asked_for_and_the_sets_differ(generate, outputs):
     train, validation = generate(np.int32(7), 5)
     assert [a.shape for a in train] == [(7, 2), (7, outputs)]

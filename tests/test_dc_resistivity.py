@@ -338,7 +338,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    "change, found",
     [
         (lambda a: {"Y": a["Y"]}, r"a file that cannot be read: KeyError\('C'\)"),
         (lambda a: a | {"Y": a["Y"].T}, r"shapes \(50, 3\) and \(882, 50\)"),
@@ -357,7 +357,7 @@ def test_a_file_that_does_not_hold_the_samples_is_refused(change, found, publish
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    "arguments, error, message",
     [
         ({"n": 9}, ValueError, "n: expected an integer of at least 10, got 9"),
         ({"n": 100.0}, TypeError, "n: expected an integer, got 100.0"),
@@ -381,7 +381,7 @@ def test_bad_arguments_are_refused(arguments, error, message):
 
 
 @pytest.mark.parametrize(
-    ("parameters", "message"),
+    "parameters, message",
     [
         (np.zeros(3), "expected shape (n, 3), got (3,)"),
         (np.zeros((2, 4)), "expected shape (n, 3), got (2, 4)"),

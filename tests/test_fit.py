@@ -89,7 +89,7 @@ def test_work_and_seconds_grow_and_the_objective_falls(solution):
 
 def test_last_row_belongs_to_the_weights_returned(solution):
     """Losses and metrics, evaluated again from the formulas on the data and on the validation set."""
-    theta, data = make()
+    _theta, data = make()
     squares = sum(np.sum(np.asarray(leaf) ** 2) for leaf in solution.theta.values())
     w = np.asarray(solution.w)
     losses = {}
@@ -190,17 +190,17 @@ def test_a_state_goes_on_with_its_own_data_and_problem_only(name, of_solution, s
     for other in OTHER.values():
         problem, others = other(theta, *data)
         method = build(problem, **options)
-        with pytest.raises(ValueError, match="^data: expected .* of the state that is taken up"):
+        with pytest.raises(ValueError, match=r"^data: expected .* of the state that is taken up"):
             vp.fit(method, start, others, start=begun, epochs=2)
     for foreign, options in (
         (next(METHODS[n] for n in METHODS if n != name), {}),
         (vp.broydenvpro(make_problem()), {}),
         (vp.slimtrain(make_problem(), optax.sgd(0.1)), {"batch_size": 10}),
     ):
-        with pytest.raises(TypeError, match="^(method|state): expected (the )?one .* another"):
+        with pytest.raises(TypeError, match=r"^(method|state): expected (the )?one .* another"):
             vp.fit(foreign, theta, data, start=begun, epochs=2, **options)
     more = start | {"more": np.ones(1, np.float32)}
-    with pytest.raises(ValueError, match="^theta: expected arrays like those of the state"):
+    with pytest.raises(ValueError, match=r"^theta: expected arrays like those of the state"):
         vp.fit(METHODS[name], more, data, start=begun, epochs=2)
 
 

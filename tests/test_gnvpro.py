@@ -41,7 +41,7 @@ def test_work_units_add_up(loss):
 def test_work_units_of_formed_models_add_up(name, loss):
     """1 for the start; then 1 a step, 1 a trial point and, with Kaufman's approximation, 1 an
     output."""
-    _, data, states, infos, *_ = run(name, loss)
+    _, _data, states, infos, *_ = run(name, loss)
     assert states[0].work_units == 1
     for before, after, info in zip(states, states[1:], infos, strict=False):
         columns, outputs = before.w.shape
@@ -393,7 +393,7 @@ def test_many_outputs_cost_no_more_passes_than_there_are_columns(kaufman, passes
 
 def test_a_kernel_needs_a_multiple_of_the_identity():
     for penalty in (vp.smoothness_in_time(1e-3, 1.0), [1e-3, lambda theta: 0.0]):
-        with pytest.raises(ValueError, match="^curvature: expected 'kernel' only where") as caught:
+        with pytest.raises(ValueError, match=r"^curvature: expected 'kernel' only where") as caught:
             vp.gnvpro(make_problem(penalty=penalty), curvature="kernel")
         assert "'kernel' with theta_penalty=" in str(caught.value).split("got", 1)[1]
     vp.gnvpro(make_problem(penalty=[1e-3, vp.tikhonov(1e-2)]), curvature="kernel")
@@ -483,10 +483,10 @@ def test_features_get_a_form_that_is_right_for_them(fn, x64):
     assert Form(int(solution.history["curvature"][-1])) in ALLOWED[fn]
     for form in set(Form) - ALLOWED[fn]:
         name = form.name.lower()
-        with pytest.raises(ValueError, match="^curvature: expected curvature=") as caught:
+        with pytest.raises(ValueError, match=r"^curvature: expected curvature=") as caught:
             vp.gnvpro(problem, curvature=name).init(start, data)
         assert all(repr(other.name.lower()) in str(caught.value) for other in ALLOWED[fn])
-        with pytest.raises(ValueError, match="^curvature: expected curvature="):
+        with pytest.raises(ValueError, match=r"^curvature: expected curvature="):
             jax.jit(vp.gnvpro(problem, curvature=name).init)(start, data)
 
 
@@ -576,7 +576,7 @@ def test_a_state_goes_on_at_the_same_weights_and_data_as_if_nothing_had_been(x64
 def test_a_state_of_another_method_does_not_go_on(x64):
     theta, data = make()
     other = METHODS["lbfgsvpro"](make_problem()).init(theta, data)
-    with pytest.raises(TypeError, match="^state: expected one of gnvpro, got that of another"):
+    with pytest.raises(TypeError, match=r"^state: expected one of gnvpro, got that of another"):
         METHODS["gnvpro-krylov"](make_problem()).init(theta, data, before=other)
 
 

@@ -31,7 +31,7 @@ def reference(transposed, z, kernel, stride, padding):
 @pytest.mark.parametrize("make", [vp.conv, vp.conv_transpose])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
-    ("size", "stride", "padding"), list(itertools.product(KERNELS, STRIDES, PADDINGS))
+    "size, stride, padding", list(itertools.product(KERNELS, STRIDES, PADDINGS))
 )
 def test_rows_times_weights_are_the_convolution(make, bias, size, stride, padding, x64):
     """And `gram` is the product of the rows, also where some pixels see no tap at all."""
@@ -107,7 +107,7 @@ def test_slimtik_takes_the_rows_of_a_convolution(x64):
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    "options, error, message",
     [
         ({"kernel_size": 4}, TypeError, "kernel_size: expected a pair of integers, got 4"),
         ({"kernel_size": (4, 0)}, ValueError, "kernel_size: expected an integer ≥ 1, got 0"),

@@ -194,6 +194,6 @@ def test_targets_may_be_constants_under_a_trace():
     ],
 )
 def test_functions_that_are_no_losses_are_refused(fn, came):
-    with pytest.raises(TypeError, match="^fn: expected") as caught:
+    with pytest.raises(TypeError, match=r"^fn: expected") as caught:
         vp.convex_loss(fn).check(np.ones((4, 2), np.float32))
     assert came in str(caught.value).split("got", 1)[1]

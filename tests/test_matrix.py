@@ -230,7 +230,7 @@ def test_the_matrix_is_semidefinite_where_it_would_cancel(dtype, x64):
 def test_forward_passes_give_the_same_matrix(kaufman, x64):
     for case in (Case("least_squares"), Case("softmax_cross_entropy")):
         forward = functools.partial(gauss_newton_matrix, forward=True)
-        reference, gradient, matrix, transposed = form(forward, case, kaufman=kaufman)
+        _reference, gradient, matrix, transposed = form(forward, case, kaufman=kaufman)
         _, *backward = form(gauss_newton_matrix, case, kaufman=kaufman)
         for found, expected in zip((gradient, matrix, transposed), backward, strict=True):
             assert relative(found, expected) < 1e-9

@@ -100,7 +100,7 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error", "message"),
+    "arguments, error, message",
     [
         ({"n": 0}, ValueError, "n: expected an integer of at least 1, got 0"),
         ({"n": 128.0}, TypeError, "n: expected an integer, got 128.0"),

@@ -337,7 +337,9 @@ def test_mixed_precision_is_refused(x64):
 def test_features_of_another_precision_are_refused(dtype, remedy, x64):
     """Where inputs make them so, and where the features themselves do."""
     fn = lambda t, y: features(t, y.astype(np.float32)).astype(np.float64)  # noqa: E731
-    with pytest.raises(TypeError, match="^features: expected dtype float32.*got float64") as caught:
+    with pytest.raises(
+        TypeError, match=r"^features: expected dtype float32.*got float64"
+    ) as caught:
         solve(fn=fn, data=(INPUTS.astype(dtype), TARGETS))()
     assert remedy in str(caught.value) and "to float32" in str(caught.value)
 

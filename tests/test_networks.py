@@ -250,7 +250,7 @@ def test_hamiltonian_flow_preserves_volume_and_can_be_undone(x64):
 
 @pytest.mark.parametrize("sizes", [(), (3,), (2, 0, 3), (2, 4.0, 3)])
 def test_dense_refuses_sizes(sizes):
-    with pytest.raises(ValueError, match="^sizes.*: expected .*, got "):
+    with pytest.raises(ValueError, match=r"^sizes.*: expected .*, got "):
         networks.Dense(sizes, rngs=nnx.Rngs(0))
 
 
@@ -433,5 +433,5 @@ def test_prolongation_up_to_the_states_steps_changes_nothing(steps, min_steps, x
 
 @pytest.mark.parametrize("theta", [{"layers": {}}, jnp.ones(3), {"opening": 1, "bias": 2}])
 def test_what_has_no_time_is_not_prolonged(theta):
-    with pytest.raises(ValueError, match="^theta: expected the weights of a ResNet"):
+    with pytest.raises(ValueError, match=r"^theta: expected the weights of a ResNet"):
         vp.networks.prolong(theta)

@@ -333,7 +333,7 @@ def test_networks_that_end_in_their_heads_pass(name):
 def test_a_head_within_a_sequential_is_refused():
     net = sequential(nnx.Rngs(0))
     checked(net)
-    with pytest.raises(ValueError, match="last operation is its layer 'layers.0'"):
+    with pytest.raises(ValueError, match=r"last operation is its layer 'layers.0'"):
         checked(net, "layers.0")
 
 
@@ -540,5 +540,5 @@ def test_merge_refuses_what_are_no_weights():
             merge(NET, *given)
     problem = vp.Problem(model, vp.least_squares())
     for other in (problem, vp.Separable(lambda theta, inputs: inputs)):
-        with pytest.raises(TypeError, match="model: expected solution.problem.model, that of a"):
+        with pytest.raises(TypeError, match=r"model: expected solution.problem.model, that of a"):
             merge(NET, theta, w, model=other)

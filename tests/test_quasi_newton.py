@@ -103,10 +103,10 @@ def test_what_is_not_a_problem_is_refused(name):
 def test_more_weights_than_memory_allows_are_refused(x64):
     """Two weights in double precision make an inverse Hessian of 32 bytes."""
     start = np.array([-1.0, 0.5])
-    with pytest.raises(ValueError, match="^theta: expected .*max_bytes=31 bytes, got one of 32"):
+    with pytest.raises(ValueError, match=r"^theta: expected .*max_bytes=31 bytes, got one of 32"):
         vp.broydenvpro(of_curve(), max_bytes=31).init(start, curve())
     vp.broydenvpro(of_curve(), max_bytes=32).init(start, curve())
-    with pytest.raises(ValueError, match="^max_bytes: expected an integer"):
+    with pytest.raises(ValueError, match=r"^max_bytes: expected an integer"):
         vp.broydenvpro(of_curve(), max_bytes=0)
 
 

@@ -187,7 +187,7 @@ def test_states_are_arrays_that_others_can_keep(name, halves, tmp_path):
     state = halves[name][0].state
     leaves, structure = jax.tree.flatten(state)
     assert all(isinstance(leaf, jax.Array) and leaf.size for leaf in leaves)
-    same(pickle.loads(pickle.dumps(state)), state)  # noqa: S301
+    same(pickle.loads(pickle.dumps(state)), state)
     with orbax.checkpoint.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", state)
         checkpointer.wait_until_finished()
@@ -248,7 +248,7 @@ def test_weights_may_be_in_containers_of_ones_own(theta, fn, tmp_path):
     problem = vp.Problem(vp.Separable(fn), vp.least_squares(), 1e-2)
     method = vp.lbfgsvpro(problem)
     found = vp.fit(method, theta, DATA, epochs=2, checkpoint=tmp_path / "run")
-    with pytest.raises(TypeError, match="^theta: expected weights of the structure of those"):
+    with pytest.raises(TypeError, match=r"^theta: expected weights of the structure of those"):
         vp.load(tmp_path / "run", problem)
     kept = vp.load(tmp_path / "run", problem, theta)
     same(kept.theta, found.theta)
@@ -268,12 +268,12 @@ def test_another_problem_is_refused_and_nothing_is_overwritten(tmp_path):
         vp.Problem(model, vp.least_squares(), None, 1e-2),
         vp.Problem(model, vp.softmax_cross_entropy(), 3e-2, 1e-2),
     ):
-        with pytest.raises(ValueError, match="^problem: expected the one whose solution is in "):
+        with pytest.raises(ValueError, match=r"^problem: expected the one whose solution is in "):
             vp.load(folder, other)
-        with pytest.raises(ValueError, match="^problem: expected the one whose solution is in "):
+        with pytest.raises(ValueError, match=r"^problem: expected the one whose solution is in "):
             found._replace(problem=other).save(folder)
         if other.loss.quadratic:
-            with pytest.raises(ValueError, match="^problem: expected the one whose solution"):
+            with pytest.raises(ValueError, match=r"^problem: expected the one whose solution"):
                 vp.fit(vp.gnvpro(other), THETA, DATA, epochs=1, checkpoint=folder)
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -293,10 +293,10 @@ def test_a_damaged_folder_is_told_and_left_alone(damage, tmp_path):
         arrays.write_bytes(arrays.read_bytes()[:-100])
     else:
         arrays.unlink()
-    with pytest.raises(ValueError, match="^folder: expected a whole file .* cannot be read"):
+    with pytest.raises(ValueError, match=r"^folder: expected a whole file .* cannot be read"):
         vp.load(folder, PROBLEM)
     if damage.startswith("json"):
-        with pytest.raises(ValueError, match="^folder: expected a whole file"):
+        with pytest.raises(ValueError, match=r"^folder: expected a whole file"):
             found.save(folder)
 
 
@@ -307,10 +307,10 @@ def test_a_folder_of_somebody_else_is_told_and_left_alone(tmp_path):
         lambda: fit(epochs=1, checkpoint=tmp_path),
         lambda: fit(epochs=1, checkpoint=tmp_path / "thesis.tex"),
     ):
-        with pytest.raises(FileExistsError, match="^folder: expected a new one"):
+        with pytest.raises(FileExistsError, match=r"^folder: expected a new one"):
             call()
     assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
-    with pytest.raises(FileNotFoundError, match="^folder: expected one that a solution was saved"):
+    with pytest.raises(FileNotFoundError, match=r"^folder: expected one that a solution was saved"):
         vp.load(tmp_path, PROBLEM)
 
 
@@ -326,7 +326,7 @@ def test_a_class_of_another_package_is_not_looked_up(tmp_path):
     fit(epochs=1).save(tmp_path / "run")
     file = tmp_path / "run" / storage.NAME
     file.write_text(file.read_text().replace("varprox.methods.gnvpro:State", "os:system"))
-    with pytest.raises(ValueError, match="^folder: expected classes that are installed here"):
+    with pytest.raises(ValueError, match=r"^folder: expected classes that are installed here"):
         vp.load(tmp_path / "run", PROBLEM)
 
 

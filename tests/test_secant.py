@@ -45,7 +45,7 @@ def test_units_make_no_difference_in_single_precision(unit):
 def test_it_changes_as_little_as_it_can(x64):
     """Of all symmetric matrices that map s rightly it is the nearest, in variables in which y and s
     are the same."""
-    before, gradient, wanted, y = made(bend=0.1)
+    before, gradient, _wanted, y = made(bend=0.1)
     s = np.asarray(before.step)
     after = np.asarray(secant.learn(before, gradient).matrix)
     rng = np.random.default_rng(1)

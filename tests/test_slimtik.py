@@ -347,7 +347,7 @@ def updated(rows, targets):
 
 
 @pytest.mark.parametrize(
-    ("make", "error", "message"),
+    "make, error, message",
     [
         (lambda: vp.slimtik(-1), ValueError, "memory: expected an integer ≥ 0, got -1"),
         (lambda: vp.slimtik(2.5), ValueError, "memory: expected an integer ≥ 0, got 2.5"),
@@ -371,7 +371,7 @@ def test_bad_options_are_refused(make, error, message):
 
 
 @pytest.mark.parametrize(
-    ("rows", "targets", "message"),
+    "rows, targets, message",
     [
         (np.ones((4, 3)), np.ones((4, 2)), "rows: expected shape (batch, 5), as W asks for, got"),
         (np.ones((4, 5)), np.ones((3, 2)), "targets: expected shape (4, 2), got (3, 2)"),
@@ -390,7 +390,9 @@ def test_bad_batches_are_refused(rows, targets, message):
 
 @pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, np.int32])
 def test_weights_without_a_factorisation_are_refused(dtype):
-    with pytest.raises(TypeError, match="w: expected float32 or float64, got .*; cast it to float"):
+    with pytest.raises(
+        TypeError, match=r"w: expected float32 or float64, got .*; cast it to float"
+    ):
         vp.slimtik().init(jnp.zeros((5, 2), dtype))
 
 

@@ -268,7 +268,7 @@ HEADS = {
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize(
-    ("dtype", "scale", "shift"),
+    "dtype, scale, shift",
     [
         (np.float64, 1e-6, 0),
         (np.float64, 1e6, 1e10),
@@ -360,7 +360,7 @@ def test_a_state_is_kept_and_taken_up_again(optimizer, standard_promotion):
     options = {"batch_size": 4, "epochs": 2}
     solution = vp.fit(method, theta, data, **options)
     kept = pickle.dumps((solution.theta, solution.w, solution.state))
-    theta, w, state = pickle.loads(kept)  # noqa: S301
+    theta, w, state = pickle.loads(kept)
     assert all(type(leaf) is type(w) for leaf in jax.tree.leaves(state))
     same_weights(state, theta, w)
     taken_up = solution._replace(theta=theta, w=w, state=state)
@@ -607,7 +607,7 @@ def of_batches(size):
 
 
 @pytest.mark.parametrize(
-    ("call", "error", "message"),
+    "call, error, message",
     [
         (no_least_squares, TypeError, "problem: expected the loss varprox.least_squares(), got"),
         (lambda: vp.slimtrain(3, optax.sgd(0.1)), TypeError, "problem: expected a varprox.Problem"),

@@ -82,7 +82,7 @@ def trained(small, floor, run):
 
 
 def test_training_goes_through_the_levels_and_on_to_equal_time(trained):
-    small, floor, (solution, history), (again, longer) = trained
+    _small, _floor, (solution, history), (again, longer) = trained
     assert solution.history is history
     level, work = history["level"], history["work_units"]
     assert set(level) == {0, 1, 2} and len(solution.theta["bias"]) == 17
@@ -192,7 +192,7 @@ def test_slimtrain_begins_at_the_w_it_is_given(small):
         np.testing.assert_allclose(state.w, expected, rtol=1e-13)
 
 
-@pytest.mark.parametrize(("name", "variant"), [("slimTrain", ""), ("Adam", ", batch 16")])
+@pytest.mark.parametrize("name, variant", [("slimTrain", ""), ("Adam", ", batch 16")])
 def test_rates_that_share_a_compilation_are_those_of_adam(small, standard_promotion, name, variant):
     """Three steps are those of an Adam that is made with this rate."""
     problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)

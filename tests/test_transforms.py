@@ -123,7 +123,7 @@ def test_it_survives_a_checkpoint(name, x64):
     expected, _ = step(tx, params, state, data())
     leaves, structure = jax.tree.flatten((params, state))
     stored = pickle.dumps([np.asarray(leaf) for leaf in leaves])
-    params, state = structure.unflatten(map(jnp.asarray, pickle.loads(stored)))  # noqa: S301
+    params, state = structure.unflatten(map(jnp.asarray, pickle.loads(stored)))
     chex.assert_trees_all_close(step(tx, params, state, data())[0], expected, rtol=1e-12)
 
 
@@ -239,7 +239,7 @@ def test_it_composes_with_multi_transform_schedules_and_injected_rates(x64):
 UNITS = [(np.float64, 1e-6, 0), (np.float64, 1e10, 1e14), (np.float32, 2.0**-33, 0)]
 
 
-@pytest.mark.parametrize(("dtype", "scale", "offset"), [*UNITS, (np.float32, 2.0**33, 0)])
+@pytest.mark.parametrize("dtype, scale, offset", [*UNITS, (np.float32, 2.0**33, 0)])
 def test_the_units_of_targets_make_no_difference_to_theta(dtype, scale, offset, standard_promotion):
     """With Adam from a W drawn at random, which fits targets in none of these units."""
     with jax.enable_x64(dtype is np.float64):
@@ -272,7 +272,7 @@ def test_targets_that_are_constant_are_predicted(value, x64):
 
 
 @pytest.mark.parametrize(
-    ("features", "targets", "message"),
+    "features, targets, message",
     [
         (np.ones((4, 3)), np.ones(4), "targets: expected shape (4, 2), that of the predictions, "),
         (np.ones((4, 3)), np.ones((4, 1)), "targets: expected shape (4, 2), that of the"),
@@ -291,7 +291,7 @@ ONES, TWO = np.ones((4, 3)), np.ones((4, 2))
 
 
 @pytest.mark.parametrize(
-    ("batch", "error", "message"),
+    "batch, error, message",
     [
         ({"features": ONES.tolist()}, TypeError, "features: expected arrays of NumPy or JAX, got"),
         ({"features": ONES[0]}, ValueError, "features: expected those of a batch, (batch, …), got"),
@@ -309,7 +309,7 @@ def test_what_is_no_batch_and_no_state_is_refused(batch, error, message, x64):
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    "options, message",
     [
         (
             {"optimizer": 1e-3},
@@ -417,7 +417,7 @@ def test_updates_are_the_steps_of_the_method(x64):
 def test_parameters_moved_by_another_are_taken_as_they_are(x64):
     """The objective is that at the new place, not that of the method's own last step."""
     tx = gnvpro()
-    params, state = gnvpro_step(tx, initial_theta(), tx.init(initial_theta()), data())
+    _params, state = gnvpro_step(tx, initial_theta(), tx.init(initial_theta()), data())
     away = initial_theta(seed=5)
     _, state = gnvpro_step(tx, away, state, data())
     fresh, _ = vp.reduced_objective(PROBLEM)(away, data())
@@ -438,7 +438,7 @@ def test_a_move_by_another_teaches_no_curvature(x64):
 def test_states_and_parameters_of_another_are_refused(x64):
     tx, theta = gnvpro(), initial_theta()
     for state in (None, optax.sgd(RATE, 0.9).init(theta)):
-        with pytest.raises(TypeError, match="^state: expected one of gnvpro, got"):
+        with pytest.raises(TypeError, match=r"^state: expected one of gnvpro, got"):
             tx.update(None, state, theta)
     with pytest.raises(ValueError, match=r"^params: expected arrays like params\['layers'\]"):
         tx.update(None, tx.init(theta), {"layers": theta["layers"]})

@@ -1,6 +1,7 @@
 """The trust-region subproblem against a dense bisection, and what one iteration promises."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -128,7 +129,7 @@ def test_decrease_grows_with_the_radius(x64):
     decreases = [
         float(solve(diagonal, off, np.int32(SIZE), 2.0, r).decrease) for r in np.logspace(-3, 3, 13)
     ]
-    assert all(a < b for a, b in zip(decreases, decreases[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(decreases))
 
 
 @pytest.mark.parametrize("radius", [0.1, 1e3])
@@ -472,5 +473,5 @@ def test_iterating_minimises_the_rosenbrock_function(x64):
     for _ in range(40):
         x, radius = step(x, radius)
         values.append(float(rosenbrock(x)))
-    assert all(b <= a for a, b in zip(values, values[1:], strict=False))
+    assert all(b <= a for a, b in itertools.pairwise(values))
     np.testing.assert_allclose(x, 1, atol=1e-7)

@@ -82,7 +82,7 @@ def test_patterns_choose_and_bad_ones_are_refused():
     assert zoo._chosen("problem", None, everything) == [1, 2, 3]
     assert zoo._chosen("problem", ["dense", "exp*"], everything) == [1, 2, 3]
     assert zoo._chosen("problem", ["*3"], everything) == [2]
-    with pytest.raises(SystemExit, match="--problem: expected a pattern of exp2, .* got 'exp4'"):
+    with pytest.raises(SystemExit, match=r"--problem: expected a pattern of exp2, .* got 'exp4'"):
         zoo._chosen("problem", ["exp4"], everything)
 
 

@@ -233,7 +233,7 @@ def _check_fit(last, features, targets):
         raise ValueError(
             f"features: expected those of a batch, (batch, …), got shape {jnp.shape(features)}"
         )
-    columns, outputs = last.w.shape
+    columns, _outputs = last.w.shape
     came = jax.eval_shape(last.layer.rows, features).shape[1]
     if came != columns:
         raise ValueError(

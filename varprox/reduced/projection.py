@@ -241,7 +241,7 @@ def _iteration(task, factor, at):
         enough=task.allowed(here.value) / 2,
     )
     result = trust_region.search(
-        lambda radius, shift: trust_region.krylov_step(space, radius),
+        lambda radius, _: trust_region.krylov_step(space, radius),
         evaluate,
         jnp.zeros_like(here.x),
         here,
