@@ -294,41 +294,35 @@ np.testing.assert_allclose(trained(validation[0]), predictions, atol=1e-5)
 # %% [markdown]
 # ## Saving and loading
 #
-# Weights are pytrees of arrays. To save them, write their leaves into an `.npz` file.
-# To load them, read the leaves into a tree of the same structure, such as the one that
-# the training started from.
-
+# A solution goes into a folder, with its history and the state to go on from. Functions
+# are not stored, so what loads it makes the problem again.
 
 # %%
-def save(path, tree):
-    np.savez(path, *jax.tree.leaves(tree))
-
-
-def load(path, like):
-    with np.load(path) as file:
-        return jax.tree.unflatten(
-            jax.tree.structure(like), map(jnp.asarray, file.values())
-        )
-
-
 with tempfile.TemporaryDirectory() as folder:
-    path = Path(folder) / "weights.npz"
-    save(path, (full_batch.theta, full_batch.w))
-    loaded_theta, loaded_w = load(path, (theta, vp.nnx.initial_w(net)))
+    full_batch.save(folder)
+    loaded = vp.load(folder, problem)
 
-again = vp.predict(problem, loaded_theta, loaded_w, validation[0])
+again = vp.predict(problem, loaded.theta, loaded.w, validation[0])
 np.testing.assert_array_equal(again, predictions)
+print(loaded)
 
 # %% [markdown]
-# The state of a flax network is a tree of arrays, too. What loads it needs flax and the
+# The run goes on from there with a larger budget, `vp.fit(method, theta, data,
+# start=loaded, max_work=…)`. With `checkpoint=folder`, `vp.fit` writes such a folder
+# while it runs.
+#
+# The state of a flax network is a tree of arrays. What loads it needs flax and the
 # class of the network, but not varprox.
 
 # %%
 with tempfile.TemporaryDirectory() as folder:
     path = Path(folder) / "network.npz"
-    save(path, nnx.state(trained))
+    leaves, structure = jax.tree.flatten(nnx.state(trained))
+    np.savez(path, *leaves)
     fresh = Network(16, nnx.Rngs(1))
-    nnx.update(fresh, load(path, nnx.state(fresh)))
+    with np.load(path) as file:
+        kept = map(jnp.asarray, file.values())
+        nnx.update(fresh, jax.tree.unflatten(structure, kept))
 
 np.testing.assert_array_equal(fresh(validation[0]), trained(validation[0]))
 

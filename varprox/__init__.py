@@ -53,12 +53,13 @@ from varprox.reduced.curvature import Curvature, gauss_newton, newton
 from varprox.reduced.objective import reduced_objective, solve_w
 from varprox.training.fit import fit
 from varprox.training.levels import fit_levels
+from varprox.training.many import fit_many
 from varprox.training.solution import Solution, load
 
 __version__ = "0.1.0"
 __all__ = [
     "Curvature", "Head", "Method", "Problem", "Separable", "Solution", "Status", "broydenvpro",
-    "constant", "conv", "conv_transpose", "convex_loss", "dense", "fit", "fit_levels",
+    "constant", "conv", "conv_transpose", "convex_loss", "dense", "fit", "fit_levels", "fit_many",
     "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "load", "logistic", "newton", "predict",
     "proportional", "reduced_objective", "sdp", "sgcv", "slimtik", "slimtrain",
     "smoothness_in_time", "softmax_cross_entropy", "solve_w", "supre", "tikhonov",

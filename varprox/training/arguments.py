@@ -61,8 +61,16 @@ def epoch_or_step(method: Method, batch_size: int | None) -> Callable:
     return partial(method.epoch, batch_size=batch_size)
 
 
-def check_limit(name: str, value: Any) -> float:
-    """A budget, ∞ for None; ValueError for what is not a positive number."""
+def check_limits(caller: str, **budgets: Any) -> dict[str, float]:
+    """The budgets, ∞ for None; ValueError where one is not a positive number or none is given."""
+    limits = {name: _limit(name, value) for name, value in budgets.items()}
+    if all(limit == math.inf for limit in limits.values()):
+        *names, last = budgets
+        raise ValueError(f"{caller}: expected a budget, {', '.join(names)} or {last}; got none")
+    return limits
+
+
+def _limit(name, value):
     if value is None:
         return math.inf
     number = not isinstance(value, bool) and hasattr(value, "__float__") and np.ndim(value) == 0

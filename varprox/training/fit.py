@@ -21,7 +21,7 @@ from varprox.training import storage
 from varprox.training.arguments import (
     check_concrete,
     check_function,
-    check_limit,
+    check_limits,
     check_metrics,
     check_start,
     check_state,
@@ -165,10 +165,7 @@ def fit(
             f"method: expected one such as varprox.gnvpro(problem), or a problem, "
             f"got {method!r:.80}"
         )
-    budgets = {"max_work": max_work, "max_seconds": max_seconds, "epochs": epochs}
-    limits = {name: check_limit(name, value) for name, value in budgets.items()}
-    if all(limit == math.inf for limit in limits.values()):
-        raise ValueError("fit: expected a budget, max_work, max_seconds or epochs; got none")
+    limits = check_limits("fit", max_work=max_work, max_seconds=max_seconds, epochs=epochs)
     stochastic = methods[0].epoch is not None
     check_data(methods[0].problem, theta, data, images=stochastic)
     sets = {"train": data}
