@@ -95,7 +95,14 @@ def run(
 
     winner = min(finalists, key=lambda run: (run.method not in PROJECTED, last_loss(run)))
     output.mkdir(parents=True, exist_ok=True)
-    draw_convergence(output / "convergence.png", groups, budgets[-1])
+    plots.convergence(
+        output / "convergence.png",
+        groups,
+        budgets[-1],
+        "validation_accuracy",
+        ylabel="validation loss",
+        yscale="linear",
+    )
     draw_predictions(output / "predictions.png", data, task.problem, winner)
     settings = {
         "quick": quick,
@@ -385,30 +392,6 @@ def end_table(ends: Sequence[dict]) -> str:
     return f"{table}\n{variants}".rstrip()
 
 
-def draw_convergence(path: Path, groups: dict[str, list[Run]], work: float) -> None:
-    """Validation loss and accuracy of each method against work units and seconds, by the best of
-    its variants at every point."""
-    figure, grid = plt.subplots(
-        2, 2, figsize=(10, 7.8), sharex="col", sharey="row", layout="constrained"
-    )
-    longest = max(run.solution.history["seconds"][-1] for runs in groups.values() for run in runs)
-    columns = {"objective": "validation loss", "validation_accuracy": "validation accuracy"}
-    for j, (axis, limit) in enumerate(zip(plots.AXES, (work, longest), strict=True)):
-        for method, runs in groups.items():
-            x, values = plots.curves(runs, axis, limit, list(columns))
-            for ax, curve in zip(grid[:, j], values, strict=True):
-                plots._draw(ax, method, x, curve)
-        grid[-1, j].set(xlabel=plots.AXES[axis], xscale="log")
-        plots._plain_ticks(grid[-1, j].xaxis)
-    for ax, label in zip(grid[:, 0], columns.values(), strict=True):
-        ax.set(ylabel=label)
-    for ax in grid.flat:
-        ax.grid(alpha=0.3, linewidth=0.6)
-    handles, labels = grid[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    plots._save(figure, path)
-
-
 def draw_predictions(path: Path, data: vp.datasets.Cifar10, problem: vp.Problem, run: Run) -> None:
     """The first photographs for testing, under the classes that the run's solution predicts; where
     these are wrong, also the right ones."""
@@ -426,4 +409,4 @@ def draw_predictions(path: Path, data: vp.datasets.Cifar10, problem: vp.Problem,
         ax.set_title(title, fontsize=9, color="black" if right else plots.COLOURS["LBFGSvpro"])
         ax.set(xticks=[], yticks=[])
     figure.suptitle(f"{run.method}: predicted classes, and the right ones where these are wrong")
-    plots._save(figure, path)
+    plots.save(figure, path)

@@ -92,17 +92,25 @@ def train(
     spent = history["seconds"][-1]
     if solution.status == Status.BUDGET and spent < seconds:
         more = 1.1 * work * seconds / spent
-        history = fit(task, name, f"{variant} on to equal time", method, more).history
+        history = fit(task, name, f"{variant} on to equal time", method, more, solution).history
     return Run(name, variant, task.seed, solution, history)
 
 
-def fit(task: Task, name: str, variant: str, method: Method, work: float) -> Solution:
-    """`vp.fit` for `work` units, announced by one line and with a progress bar."""
+def fit(
+    task: Task,
+    name: str,
+    variant: str,
+    method: Method,
+    work: float,
+    start: Solution | None = None,
+) -> Solution:
+    """`vp.fit` for `work` units in all, announced by one line and with a progress bar."""
     print(" ".join(filter(None, (name, variant))), flush=True)
     return vp.fit(
         method,
         task.theta,
         task.train,
+        start=start,
         validation=task.validation,
         metrics=task.metrics,
         max_work=work,

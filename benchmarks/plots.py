@@ -6,6 +6,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullLocator
 
@@ -55,7 +56,13 @@ POINTS = 240  # along a curve
 
 
 def convergence(
-    path: Path, groups: Mapping[str, Sequence[Run]], work: float, lower: str | None = None
+    path: Path,
+    groups: Mapping[str, Sequence[Run]],
+    work: float,
+    lower: str | None = None,
+    *,
+    ylabel: str = "objective",
+    yscale: str = "log",
 ) -> None:
     """The objective of each method against work units and seconds; below it, column `lower`.
 
@@ -80,15 +87,16 @@ def convergence(
                 _draw(ax, method, x, curve)
         grid[-1, j].set(xlabel=AXES[axis], xscale="log")
         _plain_ticks(grid[-1, j].xaxis)
-    grid[0, 0].set(ylabel="objective", yscale="log")
-    _plain_ticks(grid[0, 0].yaxis)
+    grid[0, 0].set(ylabel=ylabel, yscale=yscale)
+    if yscale == "log":
+        _plain_ticks(grid[0, 0].yaxis)
     if lower is not None:
         grid[1, 0].set(ylabel=lower.replace("_", " "))
     for ax in grid.flat:
         ax.grid(alpha=0.3, linewidth=0.6)
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def race(
@@ -115,7 +123,7 @@ def race(
         handles.values(), handles, loc="outside upper center", ncols=min(5, len(handles)),
         frameon=False,
     )  # fmt: skip
-    _save(figure, path)
+    save(figure, path)
 
 
 def against_seconds(path: Path, panels: Mapping[str, tuple[Mapping, str]]) -> None:
@@ -128,7 +136,7 @@ def against_seconds(path: Path, panels: Mapping[str, tuple[Mapping, str]]) -> No
         ax.set(title=title, xscale="log", yscale="log", xlabel="seconds", ylabel=ylabel)
         ax.grid(alpha=0.3, linewidth=0.6)
         ax.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def minibatches(path: Path, groups: Mapping[str, Sequence[Run]], ylabel: str) -> None:
@@ -164,7 +172,7 @@ def minibatches(path: Path, groups: Mapping[str, Sequence[Run]], ylabel: str) ->
     figure.legend(
         handles, labels, loc="outside upper center", ncols=min(4, len(labels)), frameon=False
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def reconstructions(
@@ -179,7 +187,7 @@ def reconstructions(
             ax.imshow(image[..., 0], cmap="gray_r", vmin=images.min(), vmax=images.max())
             ax.set(xticks=[], yticks=[])
         line[0].set_ylabel(name, rotation=0, ha="right", va="center")
-    _save(figure, path)
+    save(figure, path)
 
 
 def curves(
@@ -233,7 +241,7 @@ def segmentation(path: Path, image, problem: vp.Problem, run: Run) -> None:
         ncols=4,
         frameon=False,
     )
-    _save(figure, path)
+    save(figure, path)
 
 
 def surface(path: Path, x: np.ndarray, truth: np.ndarray, fitted: np.ndarray, title: str) -> None:
@@ -252,7 +260,7 @@ def surface(path: Path, x: np.ndarray, truth: np.ndarray, fitted: np.ndarray, ti
     for ax in axes:
         ax.set(xlabel="x", aspect="equal")
     axes[0].set(ylabel="y")
-    _save(figure, path)
+    save(figure, path)
 
 
 def series(
@@ -278,7 +286,7 @@ def series(
         row[0].set(ylabel=f"test sample {k + 1}\nconcentration")
     handles, labels = grid[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def maps(
@@ -305,7 +313,7 @@ def maps(
     for ax in grid[-1]:
         ax.set(xlabel="x in m")
         ax.locator_params(axis="x", nbins=4)
-    _save(figure, path)
+    save(figure, path)
 
 
 def regions(
@@ -331,9 +339,10 @@ def regions(
     ax.plot(*boundary.T, "--", color="#ffd500", linewidth=1.5, label="ellipse")
     ax.set(title=title, xlabel="x", ylabel="y", aspect="equal")
     figure.legend(loc="outside lower center", ncols=4, frameon=False, markerscale=3)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure, path):
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure and forgets it."""
     figure.savefig(path, dpi=160)
     plt.close(figure)
