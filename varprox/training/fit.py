@@ -327,7 +327,7 @@ class _Run:
         return result
 
     def _enter(self, state, info):
-        row = row_of(problem_at(self.method, state), state) | {"seconds": self.seconds} | info
+        row = info | row_of(problem_at(self.method, state), state) | {"seconds": self.seconds}
         row["work_units"] += self.work_before
         self.state = state
         self.history.append(row)

@@ -107,7 +107,7 @@ def fit_many(
         (state, info), elapsed, compiling = timed(step, state, data, jnp.asarray(~ended))
         seconds, compile_seconds = seconds + elapsed, compile_seconds + compiling
         means = {k: np.asarray(v).reshape(count, -1).mean(1) for k, v in info._asdict().items()}
-        rows.append(_row(method, state) | {"seconds": np.full(count, seconds)} | means)
+        rows.append(means | _row(method, state) | {"seconds": np.full(count, seconds)})
     return [
         _solution(method, _member(state, run), rows[: ends[run] + 1], run, compile_seconds)
         for run in range(count)
