@@ -361,4 +361,6 @@ def test_status_compares_with_numbers():
         "NON_FINITE",
         "BUDGET",
         "FLAT",
+        "STOPPED",
+        "INTERRUPTED",
     }

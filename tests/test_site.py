@@ -19,7 +19,7 @@ from benchmarks.__main__ import EXPERIMENTS
 DOCS, RESULTS = ROOT / "docs", ROOT / "benchmarks" / "results"
 PAGES = sorted([*DOCS.glob("*.md"), *DOCS.glob("api/*.md")])
 TEXTS = {page.relative_to(DOCS).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
-ROOMS = {"gnvpro": "methods", "quasi_newton": "methods", "fit": "training"}
+ROOMS = {"gnvpro": "methods", "quasi_newton": "methods", "choice": "training"}
 MODULES = {name: import_module(f"varprox.{room}.{name}") for name, room in ROOMS.items()}
 
 
@@ -146,8 +146,8 @@ def test_debugging_knows_every_status_and_every_column():
 
 def test_what_fit_chooses_is_what_the_page_says():
     text = " ".join(TEXTS["choose.md"].split())
-    fit = MODULES["fit"]
-    whole, most = math.isqrt(fit.WHOLE // 8), math.isqrt(fit.MAX_BYTES // 8)
-    assert f"at most {fit.WHOLE // 2**20} MiB: {whole} weights in double precision" in text
-    assert f"it may take {fit.MAX_BYTES // 2**30} GiB: {most:,} weights" in text
-    assert f"this holds up to {fit.FEW} weights" in text
+    choice = MODULES["choice"]
+    whole, most = math.isqrt(choice.WHOLE // 8), math.isqrt(choice.MAX_BYTES // 8)
+    assert f"at most {choice.WHOLE // 2**20} MiB: {whole} weights in double precision" in text
+    assert f"it may take {choice.MAX_BYTES // 2**30} GiB: {most:,} weights" in text
+    assert f"this holds up to {choice.FEW} weights" in text
