@@ -2,6 +2,7 @@
 ``init`` and ``step``.
 """
 
+import importlib
 import math
 import os
 import time
@@ -12,7 +13,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tqdm.auto import tqdm
 
 from varprox.checks import check_flag, check_integer, check_number
 from varprox.methods.method import Method, Status
@@ -360,6 +360,8 @@ def spending(row: Mapping[str, float], step: int) -> dict[str, float]:
 
 def _bar(shown):
     """A progress bar that says so while the first step is being compiled."""
+    # `tqdm.auto` warns on import in a notebook that has no widgets.
+    tqdm = importlib.import_module("tqdm.auto" if shown else "tqdm").tqdm
     bar = tqdm(disable=not shown, total=100, ncols=COLUMNS, bar_format=BAR)
     bar.set_description_str("compiling")
     return bar
