@@ -18,6 +18,8 @@ Training:
   Both return a ``Solution``, whose ``Status`` says why the run ended.
 - Full-batch methods: ``gnvpro``, ``broydenvpro``, ``lbfgsvpro``. For minibatches: ``slimtrain``.
 - Each of them is a ``Method``, pure functions that also work in your own ``jit`` or ``scan``.
+- ``covariance`` is how well the data determine the weights of a solution; with this ``Covariance``
+  ``predict`` has error bars.
 
 The pieces, for use on their own:
 
@@ -45,6 +47,7 @@ from varprox.methods.quasi_newton import broydenvpro, lbfgsvpro
 from varprox.methods.selection import constant, proportional, sdp, sgcv, supre
 from varprox.methods.slimtik import slimtik
 from varprox.methods.slimtrain import slimtrain
+from varprox.problem.covariance import Covariance
 from varprox.problem.heads import Head, conv, conv_transpose, dense
 from varprox.problem.losses import convex_loss, least_squares, logistic, softmax_cross_entropy
 from varprox.problem.model import Problem, Separable, predict
@@ -55,14 +58,15 @@ from varprox.training.fit import fit
 from varprox.training.levels import fit_levels
 from varprox.training.many import fit_many
 from varprox.training.solution import Solution, load
+from varprox.training.uncertainty import covariance
 
 __version__ = "0.1.0"
 __all__ = [
-    "Curvature", "Head", "Method", "Problem", "Separable", "Solution", "Status", "broydenvpro",
-    "constant", "conv", "conv_transpose", "convex_loss", "dense", "fit", "fit_levels", "fit_many",
-    "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "load", "logistic", "newton", "predict",
-    "proportional", "reduced_objective", "sdp", "sgcv", "slimtik", "slimtrain",
-    "smoothness_in_time", "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
+    "Covariance", "Curvature", "Head", "Method", "Problem", "Separable", "Solution", "Status",
+    "broydenvpro", "constant", "conv", "conv_transpose", "convex_loss", "covariance", "dense",
+    "fit", "fit_levels", "fit_many", "gauss_newton", "gnvpro", "lbfgsvpro", "least_squares", "load",
+    "logistic", "newton", "predict", "proportional", "reduced_objective", "sdp", "sgcv", "slimtik",
+    "slimtrain", "smoothness_in_time", "softmax_cross_entropy", "solve_w", "supre", "tikhonov",
 ]  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jax.tree_util import Partial, register_pytree_node
 
 from varprox.checks import (
@@ -29,6 +30,7 @@ from varprox.checks import (
     shown,
 )
 from varprox.precision import full_products
+from varprox.problem.covariance import Covariance, deviations, times_derivative
 from varprox.problem.heads import ConvHead, Head, dense
 from varprox.problem.losses import Loss
 from varprox.problem.penalties import as_penalty
@@ -256,24 +258,34 @@ def objective(problem: Problem, theta, w, data) -> jax.Array:
 
 
 @full_products
-def predict(problem: Problem, theta, w, inputs) -> jax.Array:
-    """The predictions of a problem's model at given weights.
+def predict(
+    problem: Problem, theta, w, inputs, covariance: Covariance | None = None
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    """The predictions of a problem's model at given weights, and how far the data determine them.
 
     Arguments:
         problem: The `Problem`; only its model matters.
         theta: The nonlinear weights θ, a pytree as the features take it.
         w: The weights W of the last layer, (columns, outputs), in the dtype of the features.
         inputs: Inputs as the features take them, with the samples along the first axis.
+        covariance: What `covariance` has found for these weights, if standard deviations are
+            wanted; None, the default, is for predictions alone.
 
     Returns:
         The predictions (batch, outputs), or (batch, height, width, outputs) if the head is
         convolutional. Under a cross entropy, softmax or logistic, they are logits.
 
+        With a covariance it is the pair of the predictions and their standard deviations, which
+        have the same shape: those of the curve itself, by its derivative in all weights, without
+        the noise of a new measurement; ``sqrt(std**2 + covariance.noise_std**2)`` has both. They
+        are infinite where a prediction depends on what the data leave open.
+
     Raises:
         TypeError: If `problem` is not a `Problem`, if another argument holds something other than
-            arrays, if the features cannot be evaluated, or if `w` has another dtype than the
-            features.
-        ValueError: If `w` does not have one row per column of the design rows.
+            arrays, if the features cannot be evaluated, if `w` has another dtype than the
+            features, or if `covariance` is something else.
+        ValueError: If `w` does not have one row per column of the design rows, or if the covariance
+            is that of more or fewer weights.
 
     Example:
         >>> import jax.numpy as jnp
@@ -302,7 +314,29 @@ def predict(problem: Problem, theta, w, inputs) -> jax.Array:
         )
     if jnp.result_type(w) != z.dtype:
         raise TypeError(f"w: expected dtype {z.dtype}, that of the features, got {w.dtype}")
-    return head.apply(z, w)
+    predictions = head.apply(z, w)
+    if covariance is None:
+        return predictions
+    _check_covariance(covariance, sum(map(np.size, jax.tree.leaves((theta, w)))))
+    forward, _ = derivatives(problem, theta, inputs)
+    return predictions, _deviations(problem.model, theta, w, inputs, covariance, forward=forward)
+
+
+@partial(jax.jit, static_argnames="forward")
+@full_products
+def _deviations(model, theta, w, inputs, covariance, *, forward):
+    """The standard deviations of predictions, shaped like these."""
+    flat, unravel = ravel_pytree((theta, w))
+
+    def predictions_at(flat):
+        theta, w = unravel(flat)
+        return model.head.apply(model.features(theta, inputs), w)
+
+    shape = jax.eval_shape(predictions_at, flat).shape
+    along = times_derivative(
+        lambda flat: predictions_at(flat).reshape(-1), flat, covariance.axes, forward=forward
+    )
+    return deviations(covariance.spreads, along).reshape(shape)
 
 
 def treats_samples_alone(problem: Problem, theta, inputs) -> bool:
@@ -506,6 +540,37 @@ def weights(theta: Any) -> list:
 
 def _floating(leaf):
     return isinstance(leaf, ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def check_w(problem: Problem, theta, w, data) -> None:
+    """Refuses what is not W for data that have been checked."""
+    check_array("w", w)
+    expected = jax.eval_shape(lambda theta: _w_like(problem, theta, data), theta)
+    if jnp.shape(w) != expected.shape:
+        raise ValueError(
+            f"w: expected shape {expected.shape}, as the rows and the targets ask for, got "
+            f"{jnp.shape(w)}"
+        )
+    if jnp.result_type(w) != expected.dtype:
+        raise TypeError(f"w: expected dtype {expected.dtype}, that of theta, got {w.dtype}")
+    _check_finite("w", w)
+
+
+def _w_like(problem, theta, data):
+    inputs, targets = data
+    return zero_w(problem, problem.model.features(theta, inputs), targets)
+
+
+def _check_covariance(covariance, size):
+    if not isinstance(covariance, Covariance):
+        raise TypeError(
+            f"covariance: expected what varprox.covariance returns, got {shown(covariance)}"
+        )
+    if jnp.shape(covariance.axes) != (size, size):
+        raise ValueError(
+            f"covariance: expected that of {size} weights, as theta and w have, got that of "
+            f"{len(covariance.axes)}"
+        )
 
 
 def _check_arrays(problem, theta, inputs, targets):
