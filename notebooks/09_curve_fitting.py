@@ -138,31 +138,13 @@ plt.show()
 #
 # With r the weighted residuals and J their Jacobian in all weights, (θ, W), the
 # covariance of the estimates is s² (JᵀJ)⁻¹. Here s² is the sum of squares divided by
-# the number of observations less the number of weights. J is a few lines of JAX. It
+# the number of observations less the number of weights. `vp.covariance` computes it. J
 # includes W: errors of θ alone, with W held fixed, would be too small.
 
-
 # %%
-@jax.jit
-def standard_errors(problem, theta, w, data, observations):
-    """Those of θ and W, shaped like these."""
-    inputs, targets = data
-    estimate, restore = ravel_pytree((theta, w))
-
-    def residuals(x):
-        return (vp.predict(problem, *restore(x), inputs) - targets).ravel()
-
-    jacobian, r = jax.jacfwd(residuals)(estimate), residuals(estimate)
-    variance = r @ r / (observations - estimate.size)
-    covariance = variance * jnp.linalg.inv(jacobian.T @ jacobian)
-    return restore(jnp.sqrt(jnp.diag(covariance)))
-
-
-theta_errors, w_errors = standard_errors(
-    problem, fit.theta, fit.w, weighted, observed.size
-)
+covariance = vp.covariance(problem, fit, weighted)
 rates = np.exp(fit.theta)
-rate_errors = rates * theta_errors  # dk = k dθ for k = exp θ
+rate_errors = rates * covariance.theta_std  # dk = k dθ for k = exp θ
 for k, (rate, error) in enumerate(zip(rates, rate_errors, strict=True), start=1):
     print(f"k_{k} = {rate:.4f} ± {error:.4f} per minute")
 
@@ -189,15 +171,15 @@ def by_scipy(observed, theta, w):
 
 (theta, w), errors = by_scipy(observed, fit.theta, fit.w)
 np.testing.assert_allclose(theta, fit.theta, rtol=1e-4)
-np.testing.assert_allclose(errors[0], theta_errors, rtol=1e-4)
-np.testing.assert_allclose(errors[1], w_errors, rtol=1e-4)
+np.testing.assert_allclose(errors[0], covariance.theta_std, rtol=1e-4)
+np.testing.assert_allclose(errors[1], covariance.w_std, rtol=1e-4)
 
 alone = [by_scipy(observed[:, [s]], fit.theta, fit.w[:, [s]]) for s in range(SAMPLES)]
 (theta, w), errors = alone[0]
 one = weigh(1 / sigma**2, observed[:, [0]])
-ours = standard_errors(problem, theta, w, one, len(times))
-np.testing.assert_allclose(errors[0], ours[0], rtol=1e-4)
-np.testing.assert_allclose(errors[1], ours[1], rtol=1e-4)
+ours = vp.covariance(problem, fit._replace(theta=theta, w=w), one)
+np.testing.assert_allclose(errors[0], ours.theta_std, rtol=1e-4)
+np.testing.assert_allclose(errors[1], ours.w_std, rtol=1e-4)
 
 # %% [markdown]
 # What is gained by common rates? Each sample fitted alone gives its own rates, with
@@ -205,7 +187,7 @@ np.testing.assert_allclose(errors[1], ours[1], rtol=1e-4)
 
 # %%
 thetas = np.array([*(theta for (theta, _), _ in alone), fit.theta])
-errors = np.array([*(errors[0] for _, errors in alone), theta_errors])
+errors = np.array([*(errors[0] for _, errors in alone), covariance.theta_std])
 low, middle, high = (np.exp(thetas + shift * errors) for shift in (-1, 0, 1))
 colours = [*SAMPLES * ["#555555"], COLOURS["GNvpro"]]
 figure, axes = plt.subplots(2, 1, figsize=(7.2, 4.6), sharex=True)
@@ -234,8 +216,7 @@ for _ in range(REPEATS):
     for name, weights in schemes.items():
         repeat = weigh(weights, again)
         solution = vp.fit(problem, start, repeat, epochs=100)
-        at = solution.theta, solution.w
-        errors, _ = standard_errors(problem, *at, repeat, again.size)
+        errors = vp.covariance(problem, solution, repeat).theta_std
         found[name].append((solution.theta, errors))
 
 print(f"{'errors of log k':16}{'scatter':>20}{'mean standard error':>24}")
@@ -260,8 +241,7 @@ if not QUICK:
 # complete, because a row holds one channel of all spectra. So every reading becomes a
 # row of its own. W becomes a single column with an entry for each pair of spectrum and
 # line, and the features of one spectrum are zero in the columns of the others. A
-# missing reading is left out. Here it gets the weight zero instead, which does the same
-# and keeps the shapes.
+# missing reading is left out.
 
 # %%
 CENTRES, WIDTHS, SPECTRA = np.array([3.0, 4.2, 6.5]), np.array([0.6, 0.5, 0.8]), 6
@@ -276,20 +256,17 @@ def lines(theta, x):
 
 def in_blocks(theta, inputs):
     """A row for each reading, and three columns for each spectrum."""
-    x, spectrum, weights = inputs
+    x, spectrum = inputs
     own = jax.nn.one_hot(spectrum, SPECTRA, dtype=x.dtype)
     rows = own[:, :, None] * lines(theta, x)[:, None, :]
-    return jnp.sqrt(weights)[:, None] * rows.reshape(len(x), -1)
+    return rows.reshape(len(x), -1)
 
 
 def block_data(spectra, seen):
-    """The readings below one another, spectrum by spectrum."""
-    x = np.tile(channels, SPECTRA)
-    spectrum = np.repeat(np.arange(SPECTRA), len(channels))
-    weights = seen.T.ravel().astype(float)
-    targets = np.sqrt(weights) * spectra.T.ravel()
-    inputs = tuple(map(jnp.asarray, (x, spectrum, weights)))
-    return inputs, jnp.asarray(targets)[:, None]
+    """The readings that were made below one another, spectrum by spectrum."""
+    spectrum, channel = np.nonzero(seen.T)
+    inputs = jnp.asarray(channels[channel]), jnp.asarray(spectrum)
+    return inputs, jnp.asarray(spectra[channel, spectrum])[:, None]
 
 
 rng = np.random.default_rng(4)
@@ -329,10 +306,9 @@ solutions, errors = {}, {}
 for name, data in cases.items():
     solution = solutions[name] = vp.fit(blocks, line_start, data, epochs=100)
     assert solution.status == vp.Status.CONVERGED
-    readings = data[0][2].sum()
-    at = solution.theta, solution.w
-    errors[name] = standard_errors(blocks, *at, data, readings)
-    centres = zip(solution.theta["centre"], errors[name][0]["centre"], strict=True)
+    errors[name] = vp.covariance(blocks, solution, data)
+    centre_errors = errors[name].theta_std["centre"]
+    centres = zip(solution.theta["centre"], centre_errors, strict=True)
     print(f"{name:18}" + "  ".join(f"{c:.3f} ± {e:.3f}" for c, e in centres))
 print(f"{'true':18}" + "".join(f"{centre:<15.3f}" for centre in CENTRES))
 
@@ -373,7 +349,7 @@ plt.show()
 # negative one says that the model is wrong, or that the fit is in another minimum.
 
 # %%
-w_errors = np.asarray(errors["gaps left out"][1]).reshape(SPECTRA, 3).T
+w_errors = np.asarray(errors["gaps left out"].w_std).reshape(SPECTRA, 3).T
 figure, axes = plt.subplots(1, 3, figsize=(8.2, 2.8), sharey=True)
 for k, ax in enumerate(axes):
     number = np.arange(1, SPECTRA + 1)
@@ -445,6 +421,7 @@ for name, x in (
 #
 # - `01_coupling`: why solving for W makes the search for θ easier.
 # - `w_penalty=` of `vp.Problem` where columns of the design are nearly the same: it is
-#   ridge regression for W, so the formula of the standard errors no longer holds.
+#   ridge regression for W. `vp.covariance` then takes the penalty for knowledge that
+#   was there before the data.
 # - `vp.solve_w(problem, theta, data)`: W(θ) for rates that are known.
 # - `vp.convex_loss`: a robust loss in place of least squares where outliers are likely.
