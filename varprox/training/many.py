@@ -1,5 +1,6 @@
 """Many runs of one method at once, by `vmap`: from many starts, or on many sets of data."""
 
+from functools import lru_cache, partial
 from typing import Any
 
 import jax
@@ -78,22 +79,14 @@ def fit_many(
     check_concrete(thetas, data)
     own_data = check_flag("own_data", own_data)
     limits = check_limits("fit_many", max_work=max_work, epochs=epochs)
-    advance = epoch_or_step(method, batch_size)
+    epoch_or_step(method, batch_size)  # refuses a size of batches that does not suit the method
     count = _runs(thetas, data if own_data else ())
     for run in range(count if own_data else 1):
         of_run = _member(data, run) if own_data else data
         check_data(method.problem, _member(thetas, run), of_run, images=method.epoch is not None)
 
-    axis = 0 if own_data else None
     keys = jax.random.split(jax.random.key(check_integer("seed", seed, least=0)), count)
-    begin = jax.jit(jax.vmap(method.init, in_axes=(0, axis, 0)))
-    together = jax.vmap(advance, in_axes=(0, axis))
-
-    @jax.jit
-    def step(state, data, goes_on):
-        after, info = together(state, data)
-        return jax.vmap(_chosen)(goes_on, after, state), info
-
+    begin, step = _compiled(method.init, method.epoch or method.step, batch_size, own_data)
     state, seconds, compile_seconds = timed(begin, thetas, data, keys)
     rows = [_row(method, state) | {"seconds": np.full(count, seconds)}]
     ends = np.full(count, np.iinfo(int).max)  # the last entry of each run
@@ -112,6 +105,21 @@ def fit_many(
         _solution(method, _member(state, run), rows[: ends[run] + 1], run, compile_seconds)
         for run in range(count)
     ]
+
+
+@lru_cache(maxsize=8)
+def _compiled(init, advance, batch_size, own_data):
+    """`init` and a step or an epoch of all runs, compiled once for the functions of a method."""
+    axis = 0 if own_data else None
+    options = {} if batch_size is None else {"batch_size": batch_size}
+    together = jax.vmap(partial(advance, **options), in_axes=(0, axis))
+
+    @jax.jit
+    def step(state, data, goes_on):
+        after, info = together(state, data)
+        return jax.vmap(_chosen)(goes_on, after, state), info
+
+    return jax.jit(jax.vmap(init, in_axes=(0, axis, 0))), step
 
 
 def _runs(thetas, data):
