@@ -32,9 +32,11 @@ def fit_many(
     """Trains from many starts, or on many sets of data, at once.
 
     All runs take their steps together, in one compiled function. A run that has ended stays as it
-    is while others go on. For small networks this is several times as fast as one run after the
-    other, since most of their time is spent on calls and not on arithmetic; for large networks it
-    is not. Rounding differs from that of ``fit``.
+    is while others go on. Where most of the time goes into calls and not into arithmetic, this is
+    faster than one run after the other: on one core 16 networks with 100 samples and 8 units took a
+    fifth to a ninth of the time, and half of it under ``gnvpro`` in Krylov spaces; with 200 samples
+    and 16 units ``slimtrain`` still gained, the quasi-Newton methods did not. Rounding differs from
+    that of ``fit``.
 
     Arguments:
         method: A ``Method``, such as ``vp.gnvpro(problem)``.
