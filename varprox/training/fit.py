@@ -85,7 +85,8 @@ def fit(
 
     Seconds are those of ``init`` and ``step``, less what JAX says that it spent on compiling them.
     Compilation, metrics, validation and callbacks do not count, so that a run ends at the same step
-    whatever is watched, and whether or not its functions had been compiled before. On CPU, BLAS is
+    whatever is watched, and whether or not its functions had been compiled before. The first call
+    of a compiled function still takes some milliseconds more than later ones. On CPU, BLAS is
     limited to one thread while ``fit`` runs (see ``varprox.training.threads``).
 
     A run that goes on, from ``start`` or from a ``checkpoint``, takes the steps that it would have
