@@ -278,6 +278,22 @@ def test_another_problem_is_refused_and_nothing_is_overwritten(tmp_path):
     assert before == {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
+def wider(theta, inputs):
+    return jnp.tanh(inputs @ theta["opening"] @ jnp.ones((3, 5)))
+
+
+def test_features_for_other_weights_are_refused(tmp_path):
+    fit(epochs=1).save(tmp_path / "run")
+
+    def of_other_weights(theta, inputs):
+        return jnp.tanh(inputs @ theta["kernel"])
+
+    for fn in (of_other_weights, wider):
+        problem = vp.Problem(vp.Separable(fn), vp.least_squares(), 3e-2, 1e-2)
+        with pytest.raises(ValueError, match=r"^problem: expected .* features for .* got other"):
+            vp.load(tmp_path / "run", problem)
+
+
 @pytest.mark.parametrize("damage", ["json cut", "json other", "arrays cut", "arrays gone"])
 def test_a_damaged_folder_is_told_and_left_alone(damage, tmp_path):
     folder = tmp_path / "run"

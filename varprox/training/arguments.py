@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from varprox.checks import kind
 from varprox.methods.method import Method, Status
 from varprox.problem.model import check_data
 from varprox.training.evaluation import loss_of, penalties, predictions_of
@@ -27,7 +28,7 @@ def check_concrete(theta: Any, data: Any) -> None:
 def check_start(start: Any) -> Solution:
     """The solution to go on from, where it is one; else TypeError."""
     if not isinstance(start, Solution) or start.state is None:
-        raise TypeError(f"start: expected a varprox.Solution with its state, got {start!r:.80}")
+        raise TypeError(f"start: expected a varprox.Solution with its state, got {kind(start)}")
     return start
 
 

@@ -307,6 +307,7 @@ class _Run:
             self.state,
             self.method.name,
             self.best,
+            jax.tree.map(_shape, self.asked.data[0]),
         )
 
     def _hand_over(self):
@@ -352,6 +353,10 @@ class _Run:
         idle = asked.patience is not None and waited >= asked.patience * asked.evaluate_every
         stopped = idle or row["objective"] <= asked.stop_when
         return Status.STOPPED if stopped else Status.RUNNING
+
+
+def _shape(array):
+    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def spending(row: Mapping[str, float], step: int) -> dict[str, float]:

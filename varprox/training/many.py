@@ -103,8 +103,10 @@ def fit_many(
         seconds, compile_seconds = seconds + elapsed, compile_seconds + compiling
         means = {k: np.asarray(v).reshape(count, -1).mean(1) for k, v in info._asdict().items()}
         rows.append(means | _row(method, state) | {"seconds": np.full(count, seconds)})
+    of_run = _member(data, 0) if own_data else data
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), of_run[0])
     return [
-        _solution(method, _member(state, run), rows[: ends[run] + 1], run, compile_seconds)
+        _solution(method, _member(state, run), rows[: ends[run] + 1], run, compile_seconds, inputs)
         for run in range(count)
     ]
 
@@ -156,7 +158,7 @@ def _row(method, state):
     }
 
 
-def _solution(method, state, rows, run, compile_seconds):
+def _solution(method, state, rows, run, compile_seconds, inputs):
     columns = dict.fromkeys(name for row in rows for name in row)
     missing = np.full(run + 1, np.nan)
     history = {n: np.array([row.get(n, missing)[run] for row in rows]) for n in columns}
@@ -170,4 +172,5 @@ def _solution(method, state, rows, run, compile_seconds):
         problem_at(method, state),
         state,
         method.name,
+        inputs=inputs,
     )

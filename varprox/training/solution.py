@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from varprox.checks import listed, told
 from varprox.methods.method import Status
 from varprox.methods.slimtrain import learned_by, with_learned
 from varprox.problem.model import Problem, check_problem
@@ -71,6 +72,7 @@ class Solution(NamedTuple):
         method: The name of the method; of the last one if ``fit`` was given a problem.
         best: The weights with the lowest validation loss, with the fields ``theta``, ``w``,
             ``problem``, ``validation_loss`` and ``step``; None without validation data.
+        inputs: The shapes and dtypes of the inputs, by which ``load`` tells problems apart.
 
     Example:
         >>> import jax.numpy as jnp
@@ -100,6 +102,7 @@ class Solution(NamedTuple):
     state: Any = None
     method: str = ""
     best: Best | None = None
+    inputs: Any = None
 
     def __repr__(self) -> str:
         """How the run ended, in a few lines; the arrays are left to those who ask for them."""
@@ -166,6 +169,7 @@ class Solution(NamedTuple):
             "w": self.w,
             "history": {name: np.asarray(column) for name, column in self.history.items()},
             "state": self.state,
+            "inputs": jax.tree.map(lambda x: np.empty((0, *x.shape), x.dtype), self.inputs),
             "learned": learned_by(self.problem.model),
             "best": best
             and {
@@ -185,7 +189,8 @@ def load(folder: str | os.PathLike, problem: Problem, theta: Any = None) -> Solu
     Arguments:
         folder: The path that was given to ``save``, or to ``fit`` as ``checkpoint``.
         problem: The problem that was solved, made anew: functions are not stored. Its loss, head
-            and penalties are compared with those that were saved.
+            and penalties are compared with those that were saved, and what its features make of the
+            shapes of θ and inputs.
         theta: Weights of the structure that was saved, such as those that training began with.
             Needed only where θ has other containers than dicts, lists and tuples, such as an
             equinox module.
@@ -217,6 +222,9 @@ def load(folder: str | os.PathLike, problem: Problem, theta: Any = None) -> Solu
     about = storage.read_about(folder)
     storage.check_same(about["problem"], _described(problem), folder)
     tree = storage.read(folder, theta)
+    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), tree["inputs"])
+    if jax.tree.leaves(inputs):
+        _check_features(problem, tree, inputs, folder)
     best = tree["best"]
     return Solution(
         theta=tree["theta"],
@@ -235,7 +243,25 @@ def load(folder: str | os.PathLike, problem: Problem, theta: Any = None) -> Solu
             float(best["validation_loss"]),
             int(best["step"]),
         ),
+        inputs=inputs,
     )
+
+
+def _check_features(problem, tree, inputs, folder):
+    """Refuses a problem whose features do not go with the weights that were saved."""
+    model = problem.model
+    try:
+        if len(learned_by(model)) != len(tree["learned"]):
+            raise ValueError("they learn from batches" if learned_by(model) else "they learn not")
+        jax.eval_shape(
+            lambda theta, w, inputs: model.head.apply(model.features(theta, inputs), w),
+            tree["theta"], tree["w"], inputs,
+        )  # fmt: skip
+    except Exception as error:  # features may raise anything
+        raise ValueError(
+            f"problem: expected the one whose solution is in {folder}, with features for "
+            f"{listed(theta=tree['theta'], w=tree['w'])}, got other ones: {told(error)}"
+        ) from error
 
 
 def _described(problem):
