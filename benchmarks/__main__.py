@@ -33,6 +33,7 @@ EXPERIMENTS = {
     "cdr": "learn a convection–diffusion–reaction equation from 400 samples",
     "dcr": "learn the potentials over a body in the ground",
     "race": "time and work to given objectives, on six problems and against more rivals",
+    "reliability": "runs that are killed, long, or many at once; coverage of standard errors",
     "zoo": "data profiles over many small problems of every kind, in both precisions",
 }
 
@@ -59,12 +60,14 @@ DEFAULTS = {
     "dcr": OF_SURROGATES,  # where W alone has 15,000 entries
     "autoencoder": ("slimtrain", "adam", "selections"),
     "cifar10": ("gnvpro", "lbfgsvpro", "adam", "gn"),
+    "reliability": ("krylov", "dense", "broydenvpro", "lbfgsvpro", "slimtrain"),
 }
 
 
 SEEDS = {"autoencoder": 3, "cdr": 5, "dcr": 5}
 CHOICES = {
-    name: DEFAULTS[name] for name in ("peaks", "race", "cdr", "dcr", "autoencoder", "cifar10")
+    name: DEFAULTS[name]
+    for name in ("peaks", "race", "cdr", "dcr", "autoencoder", "cifar10", "reliability")
 }
 
 
