@@ -427,7 +427,7 @@ def equations() -> list[Case]:
     advection = partial(square, ([1, 1], [0, 0]), zero, moved, sides=3)
     made = {"poisson": poisson, "heat": heat, "advection": advection}
     weak = [Case(f"square-{name}", "collocation", make()) for name, make in made.items()]
-    return [*weak, Case("square-poisson-penalised", "collocation", poisson(penalty=1e-06))]
+    return [*weak, Case("square-poisson-penalised", "collocation", poisson(penalty=1e-6))]
 
 
 CASES = (

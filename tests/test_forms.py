@@ -1,5 +1,7 @@
 """The forms of GNvpro's model: they agree, and "auto" picks the cheapest."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,13 @@ from varprox.numerics import trust_region
 
 RADII = (np.inf, 1e-2, 1e-4)
 CASE = Case("softmax_cross_entropy", outputs=2)
+
+
+class End(NamedTuple):
+    """What the correction reads of a projection."""
+
+    slopes: jax.Array
+    w: jax.Array
 
 
 def make_model(form, problem, theta, rows, w, data, at, *, rank=1, whiten=False):
@@ -93,7 +102,8 @@ def test_a_correction_leaves_an_error_of_third_order(loss, form, x64):
         zero = jnp.zeros(())
         step = trust_region.Step(length * y, zero + 1, jnp.array(False), zero, zero)
         s = np.asarray(model.root(step.step))
-        a = model.root(model.correct(step, *end(s)[:2]))
+        slopes, w, _ = end(s)
+        a = model.root(model.correct(step, End(slopes, w)))
         errors.append((error(s, s), error(s + a, s)))
     orders = np.diff(np.log2(errors), axis=0)
     assert (abs(orders[:, 0] + 2) < 0.1).all() and (orders[:, 1] < -2.8).all()

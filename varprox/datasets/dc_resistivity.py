@@ -211,7 +211,8 @@ def conductivity(points: np.ndarray, parameters: np.ndarray) -> np.ndarray:
     """m in S/m at the points (…, 3), in m and z upwards from the surface, for parameters (3,)."""
     low, high = np.array([DEPTH, SEMI_AXIS, np.log(CONTRAST)]).T
     depth, size, exponent = low + (high - low) * (1 + parameters) / 2
-    r = np.linalg.norm(((*points, 0, 0, depth)) / (size * np.array(PROPORTIONS)), axis=-1)
+    below = points + np.array([0, 0, depth])
+    r = np.linalg.norm(below / (size * np.array(PROPORTIONS)), axis=-1)
     return BACKGROUND * np.exp(exponent * (1 - np.tanh((r - 1) / (2 * EDGE))) / 2)
 
 
