@@ -6,6 +6,7 @@ better.
 """
 
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ import optax
 from flax import nnx
 
 import varprox as vp
-from benchmarks import minibatch, plots
+from benchmarks import minibatch, options, plots
 from benchmarks.entrants import Memory
 from benchmarks.experiment import Run, Task, by_method, by_seed, text_table, write
 from varprox.methods.selection import minimise
@@ -85,6 +86,27 @@ ENTRIES = {
         ),
     ],
 }
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of `run`."""
+    options.add_common(parser, double=False)
+    options.add_methods(parser, ("slimtrain", "adam", "selections"))
+    options.add_seeds(parser, 3)
+    parser.add_argument(
+        "--epochs",
+        type=options.integer(1),
+        default=50,
+        help="over all 50,000 images; 50 by default",
+    )
+    parser.add_argument(
+        "--size",
+        dest="sizes",
+        action="append",
+        type=options.integer(1),
+        help="train on so many images for 50 epochs, too; may be given several times, by default "
+        "128, 256, …, 16384",
+    )
 
 
 def run(

@@ -40,3 +40,4 @@ SETTING = surrogate.Setting(
     draw=draw,
 )
 run = partial(surrogate.run, SETTING)
+add_options = partial(surrogate.add_options_of, (*surrogate.METHODS, "broyden"))

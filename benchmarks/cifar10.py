@@ -7,6 +7,7 @@ sees all of the data in every step, and Adam minibatches.
 """
 
 import math
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import optax
 from flax import nnx
 
 import varprox as vp
-from benchmarks import baselines, minibatch, plots
+from benchmarks import baselines, minibatch, options, plots
 from benchmarks.contest import METHODS, compiled_once, equal_seconds
 from benchmarks.experiment import (
     PROJECTED,
@@ -61,6 +62,13 @@ class Setting(NamedTuple):
     task: Task
     in_loops: vp.Problem
     w: jax.Array
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of `run`."""
+    options.add_common(parser, double=False)
+    options.add_methods(parser, ("gnvpro", "lbfgsvpro", "adam", "gn"))
+    options.add_budget(parser)
 
 
 def run(

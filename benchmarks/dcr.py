@@ -35,3 +35,5 @@ SETTING = surrogate.Setting(
     draw=draw,
 )
 run = partial(surrogate.run, SETTING)
+# W alone has 15,000 entries, too many for Broyden on all weights.
+add_options = partial(surrogate.add_options_of, surrogate.METHODS)

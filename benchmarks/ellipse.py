@@ -3,6 +3,7 @@
 The problem is small enough to make a fragile method fail: what is asked is that none does.
 """
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 import jax
@@ -11,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 import varprox as vp
-from benchmarks import plots
-from benchmarks.contest import compete
+from benchmarks import options, plots
+from benchmarks.contest import METHODS, compete
 from benchmarks.experiment import (
     PROJECTED,
     Run,
@@ -30,6 +31,13 @@ THETA_PENALTY, W_PENALTY = 1e-6, 1e-8
 RANK = 10  # of the Krylov spaces of GNvpro and GN
 WORK = 1150  # units: 50 iterations in Krylov spaces of this rank, with one trial each
 FAILED_BELOW = 0.9  # training accuracy
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of `run`."""
+    options.add_common(parser)
+    # Tuning Adam from each of twenty starts would take longer than all the rest.
+    options.add_methods(parser, METHODS, [method for method in METHODS if method != "adam"])
 
 
 def run(*, quick: bool, seed: int, methods: tuple[str, ...], output: Path) -> None:

@@ -3,6 +3,7 @@
 Network, penalties and split are those of arXiv:2007.13171, section 5.
 """
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 import jax
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 import varprox as vp
-from benchmarks import cost, plots, remedies
-from benchmarks.contest import compete, equal_seconds
+from benchmarks import cost, options, plots, remedies
+from benchmarks.contest import METHODS, compete, equal_seconds
 from benchmarks.experiment import (
     PROJECTED,
     Task,
@@ -31,6 +32,20 @@ PENALTY = 1e-3  # on the opening layer, on the flow's weights in time and on W
 STEPS, FINAL_TIME = 3, 4.0
 RANK = 20
 SETS = ("train", "validation", "test")
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of `run`."""
+    options.add_common(parser)
+    options.add_methods(parser, METHODS)
+    options.add_budget(parser)
+    parser.add_argument(
+        "--normalise",
+        choices=("band", "spectrum"),
+        default="band",
+        help="what to standardise: each band over the training pixels (the default), or each "
+        "pixel's spectrum",
+    )
 
 
 def run(

@@ -3,6 +3,7 @@
 Network, penalties and rank are those of arXiv:2007.13171, section 4.
 """
 
+from argparse import ArgumentParser
 from pathlib import Path
 
 import jax
@@ -11,8 +12,8 @@ import numpy as np
 from flax import nnx
 
 import varprox as vp
-from benchmarks import peaks_minibatches, plots
-from benchmarks.contest import compete
+from benchmarks import options, peaks_minibatches, plots
+from benchmarks.contest import METHODS, compete
 from benchmarks.experiment import (
     PROJECTED,
     Run,
@@ -30,6 +31,13 @@ BUDGETS, QUICK_BUDGETS = (300, 600, 1050), (300, 600)  # work units
 SEEDS = 5
 PENALTY = 1e-10  # on θ and on W
 RANK = 20
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of `run`."""
+    options.add_common(parser)
+    options.add_methods(parser, (*METHODS, "slimtrain"))
+    options.add_budget(parser)
 
 
 def run(

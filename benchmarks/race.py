@@ -5,6 +5,7 @@ random W, in the same dtype, and take turns within one run. Where a method has v
 them counts, anew at every level.
 """
 
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import varprox as vp
-from benchmarks import baselines, cost, indian_pines, peaks, plots
+from benchmarks import baselines, cost, indian_pines, options, peaks, plots
 from benchmarks.contest import STARTS
 from benchmarks.entrants import (
     Entrant,
@@ -118,6 +119,13 @@ COURSES = {
     "peaks, 500 points": Course(partial(points, 500), GNVPRO | FORMED, LEVELS, 5),
     "peaks, 20000 points": Course(partial(points, 20_000), FORMED, LEVELS, 10),
 }
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of `run`."""
+    options.add_common(parser)
+    racers = dict.fromkeys(name for course in COURSES.values() for name in course.entrants)
+    options.add_methods(parser, tuple(racers))
 
 
 def run(*, quick: bool, seed: int, methods: tuple[str, ...], output: Path) -> None:

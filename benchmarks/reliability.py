@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,8 +20,10 @@ import numpy as np
 import optax
 
 import varprox as vp
+from benchmarks import options
 from benchmarks.experiment import text_table, write
 
+METHODS = ("krylov", "dense", "broydenvpro", "lbfgsvpro", "slimtrain")
 SAMPLES, UNITS, PENALTY = 100, 8, 1e-8
 KILLS, QUICK_KILLS = 20, 2
 STEPS = 60  # of a run that is killed, each of which is kept
@@ -29,6 +32,12 @@ MANY, MANY_STEPS, REPEATS = 16, 60, 3
 DATA_SETS, QUICK_DATA_SETS = 1000, 100
 NOISE = 0.05
 BATCH_SIZE = 10
+
+
+def add_options(parser: ArgumentParser) -> None:
+    """Those of `run`."""
+    options.add_common(parser)
+    options.add_methods(parser, METHODS)
 
 
 def run(*, quick: bool, seed: int, methods: Sequence[str], output: Path) -> None:

@@ -5,6 +5,7 @@ The training is in `levels`, the settings are in `cdr` and `dcr`.
 
 import math
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import varprox as vp
-from benchmarks import levels, plots
+from benchmarks import levels, options, plots
 from benchmarks.experiment import Run, best, by_method, by_seed, end, evaluate, text_table, write
 from benchmarks.levels import LEVELS, SETS, STATE_STEPS, Surrogate, error, time_of
 
+METHODS = ("gnvpro", "broydenvpro", "lbfgsvpro", "gn", "slimtrain", "adam")
 WIDTHS = (8, 16)
 CALLS = 1000  # of the network that are timed
 RIDGES = tuple(10.0**k for k in range(-12, 5))
@@ -35,6 +37,20 @@ class Setting(NamedTuple):
     # The variants of GNvpro, by its options on the first level and on those after it.
     curvatures: Mapping[str, tuple[dict, dict]]
     draw: Callable[[Path, np.ndarray, np.ndarray], None]  # of true and predicted test targets
+
+
+def add_options_of(methods: Sequence[str], parser: ArgumentParser) -> None:
+    """Those of `run`, with these methods."""
+    options.add_common(parser)
+    options.add_methods(parser, methods)
+    options.add_seeds(parser, 5)
+    parser.add_argument(
+        "--width",
+        dest="widths",
+        action="append",
+        type=options.integer(2),
+        help="of the networks; may be given several times, by default 8 and 16",
+    )
 
 
 def run(

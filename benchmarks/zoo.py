@@ -6,6 +6,7 @@ own.
 
 import itertools
 import json
+from argparse import ArgumentParser
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks import profiles
+from benchmarks import options, profiles
 from benchmarks.experiment import text_table, write
 from benchmarks.profiles import Scale
 from benchmarks.zoo_problems import CASES
@@ -31,11 +32,37 @@ QUICK = (
 GAIN = 1e-6  # of the value: what a converged run may leave, rounding apart
 
 
+def add_options(parser: ArgumentParser) -> None:
+    """Those of `run`."""
+    options.add_common(parser, double=None)
+    options.add_budget(parser)
+    parser.add_argument(
+        "--method",
+        dest="methods",
+        action="append",
+        metavar="PATTERN",
+        help="such as 'GNvpro*'; may be given several times",
+    )
+    parser.add_argument(
+        "--problem",
+        dest="problems",
+        action="append",
+        metavar="PATTERN",
+        help="take only those whose names match, such as 'exp3*'; may be given several times",
+    )
+    parser.add_argument(
+        "--known",
+        type=Path,
+        metavar="FILE",
+        help="a result.json of the zoo, whose best values count, too",
+    )
+
+
 def run(
     *,
     quick: bool,
     seed: int,
-    x64: bool | None,
+    x64_only: bool | None,
     problems: Sequence[str] | None,
     methods: Sequence[str] | None,
     known: Path | None,
@@ -47,7 +74,7 @@ def run(
     names = _chosen("method", methods, {name: name for name in METHODS})
     if quick:
         cases = [case for case in cases if case.name in QUICK] if problems is None else cases
-    precisions = (True, False) if x64 is None else (x64,)
+    precisions = (True, False) if x64_only is None else (x64_only,)
     seeds = range(seed, seed + (QUICK_STARTS if quick else STARTS))
     work = budget or (QUICK_WORK if quick else WORK)
     limit = Budget(work, SECONDS * work)

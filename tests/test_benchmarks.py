@@ -4,12 +4,15 @@ import json
 import re
 import subprocess
 import sys
+from argparse import ArgumentParser
+from functools import partial
+from importlib import import_module
+from inspect import signature
 
 import pytest
 from repository import ROOT
 
-from benchmarks import race
-from benchmarks.__main__ import EXPERIMENTS, RACERS, main
+from benchmarks.__main__ import experiments, main
 from benchmarks.contest import METHODS
 from benchmarks.experiment import spend, text_table
 
@@ -27,7 +30,7 @@ def benchmarks(*arguments):
 def test_help_lists_the_experiments():
     done = benchmarks("--help")
     assert done.returncode == 0
-    for name in EXPERIMENTS:
+    for name in experiments():
         assert f"\n    {name}" in done.stdout
 
 
@@ -41,8 +44,17 @@ def test_help_of_an_experiment_lists_its_options(name, capsys):
     assert all(method in printed for method in METHODS)
 
 
-def test_the_race_takes_the_names_of_its_entrants():
-    assert set(RACERS) == {name for course in race.COURSES.values() for name in course.entrants}
+def test_an_experiment_owns_its_options():
+    """Whoever adds one adds a module, and nothing else."""
+    for name, summary in experiments().items():
+        module = import_module(f"benchmarks.{name}")
+        parser = ArgumentParser()
+        module.add_options(parser)
+        options = {n for n in vars(parser.parse_args([])) if n not in ("x64", "default_methods")}
+        run = module.run.func if isinstance(module.run, partial) else module.run
+        given = {n for n, p in signature(run).parameters.items() if p.kind is p.KEYWORD_ONLY}
+        assert options == given, name
+        assert len(summary) < 200
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from benchmarks import reliability
-from benchmarks.__main__ import DEFAULTS
 
 FOUND = {
     "killed": {"dense": {"kills": 20, "equal": True}, "krylov": {"kills": 19, "equal": False}},
@@ -28,7 +27,7 @@ def test_a_slope_is_that_per_hundred_steps_whatever_single_steps_do():
     assert reliability._slope(values) == pytest.approx(0.3, rel=0.02)
 
 
-@pytest.mark.parametrize("name", DEFAULTS["reliability"])
+@pytest.mark.parametrize("name", reliability.METHODS)
 def test_every_method_takes_the_task(name, x64):
     theta, data = reliability.task()
     method, options = reliability.make(name)
