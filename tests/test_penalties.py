@@ -135,7 +135,7 @@ def test_a_weight_under_trace_takes_the_dtype_of_theta(promotion, x64):
         (lambda: vp.tikhonov(1j), TypeError, "alpha", "1j"),
         (lambda: vp.tikhonov(np.complex64(1)), TypeError, "alpha", "1+0j"),
         (lambda: vp.tikhonov(b"1"), TypeError, "alpha", "b'1'"),
-        (lambda: vp.tikhonov(np.timedelta64(1)), TypeError, "alpha", "timedelta"),
+        (lambda: vp.tikhonov(np.timedelta64(1, "ns")), TypeError, "alpha", "timedelta"),
         (lambda: vp.tikhonov(10**400), ValueError, "alpha", "1000"),
         (lambda: vp.tikhonov(-1.0), ValueError, "alpha", "-1.0"),
         (lambda: vp.tikhonov(float("nan")), ValueError, "alpha", "nan"),
