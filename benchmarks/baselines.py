@@ -23,7 +23,9 @@ from varprox.numerics import trust_region
 from varprox.numerics.inverse_hessian import Broyden, bfgs, self_scaled_broyden, start_broyden
 from varprox.numerics.line_search import ENOUGH, search
 from varprox.precision import full_products
-from varprox.problem.model import check_data, objective, predict
+from varprox.problem.data import check_data
+from varprox.problem.model import objective
+from varprox.problem.prediction import predict
 
 SPREAD = 0.1  # standard deviation of the random W
 MEMORY = 20  # pairs that L-BFGS keeps

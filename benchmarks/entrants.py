@@ -24,8 +24,8 @@ from benchmarks.contest import STARTS, net_of
 from benchmarks.experiment import Task
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from varprox import Method, Problem, Solution, Status
-from varprox.problem.model import predict
 from varprox.problem.penalties import tikhonov_weight
+from varprox.problem.prediction import predict
 from varprox.training.clock import timed
 
 

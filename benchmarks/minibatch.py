@@ -14,7 +14,7 @@ import optax
 from varprox import Method, Problem, Status
 from varprox.methods.minibatches import epoch
 from varprox.methods.slimtrain import learned_by, with_learned
-from varprox.problem.model import check_data
+from varprox.problem.data import check_data
 
 
 class State(NamedTuple):

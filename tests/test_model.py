@@ -26,7 +26,8 @@ from problems import (
 
 import varprox as vp
 from varprox.problem.heads import ConvHead
-from varprox.problem.model import derivatives, objective, treats_samples_alone
+from varprox.problem.model import objective
+from varprox.problem.traits import derivatives, treats_samples_alone
 
 THETA = initial_theta(dtype=np.float32)
 DATA = make_data("least_squares", 2, dtype=np.float32)

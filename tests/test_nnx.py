@@ -10,7 +10,7 @@ from flax import linen, nnx
 import varprox as vp
 from varprox import networks
 from varprox.nnx import initial_w, merge, split
-from varprox.problem.model import check_data
+from varprox.problem.data import check_data
 
 
 class Nested(nnx.Module):

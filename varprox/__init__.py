@@ -50,8 +50,9 @@ from varprox.methods.slimtrain import slimtrain
 from varprox.problem.covariance import Covariance
 from varprox.problem.heads import Head, conv, conv_transpose, dense
 from varprox.problem.losses import convex_loss, least_squares, logistic, softmax_cross_entropy
-from varprox.problem.model import Problem, Separable, predict
+from varprox.problem.model import Problem, Separable
 from varprox.problem.penalties import smoothness_in_time, tikhonov
+from varprox.problem.prediction import predict
 from varprox.reduced.curvature import Curvature, gauss_newton, newton
 from varprox.reduced.objective import reduced_objective, solve_w
 from varprox.training.fit import fit

@@ -16,8 +16,9 @@ from flax import nnx
 from jax.tree_util import Partial
 
 from varprox.checks import apart, check_array, kind, library, listed, shown, told
+from varprox.problem.data import weights
 from varprox.problem.heads import ConvHead, Head, conv, conv_transpose, dense
-from varprox.problem.model import Separable, weights
+from varprox.problem.model import Separable
 
 SOME = 64  # samples that show what a network does
 

@@ -20,8 +20,9 @@ from varprox.numerics.krylov import after
 from varprox.numerics.krylov import norm as length
 from varprox.numerics.recycling import Recycled, nothing_yet, recycle
 from varprox.numerics.secant import Secant
-from varprox.problem.model import Problem, derivatives, treats_samples_alone
+from varprox.problem.model import Problem
 from varprox.problem.penalties import tikhonov_weight
+from varprox.problem.traits import derivatives, treats_samples_alone
 from varprox.reduced.curvature import linearise
 from varprox.reduced.matrix import (
     KEPT_BYTES,

@@ -13,8 +13,10 @@ from varprox.methods.method import Method, Status, check_all, check_state
 from varprox.numerics import trust_region
 from varprox.numerics.krylov import norm
 from varprox.precision import full_products
-from varprox.problem.model import Problem, check_data, check_problem, derivatives, zero_w
+from varprox.problem.data import check_data, zero_w
+from varprox.problem.model import Problem, check_problem
 from varprox.problem.penalties import tikhonov_weight
+from varprox.problem.traits import derivatives
 from varprox.reduced.projection import (
     Projection,
     is_exact,

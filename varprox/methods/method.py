@@ -5,7 +5,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from varprox.checks import is_result, kind
-from varprox.problem.model import check_inputs, check_pair
+from varprox.problem.data import check_inputs, check_pair
 
 
 class Status(IntEnum):

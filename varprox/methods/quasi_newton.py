@@ -15,7 +15,8 @@ from varprox.methods.method import Method, Status, check_all, check_state
 from varprox.numerics.inverse_hessian import Broyden, Pairs, no_pairs, start_broyden
 from varprox.numerics.line_search import ENOUGH, FIRST_ENOUGH, search
 from varprox.precision import full_products
-from varprox.problem.model import Problem, check_data, check_problem
+from varprox.problem.data import check_data
+from varprox.problem.model import Problem, check_problem
 from varprox.reduced.projection import (
     Projection,
     is_exact,

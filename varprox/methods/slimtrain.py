@@ -15,16 +15,10 @@ from varprox.methods.selection import proportional
 from varprox.methods.slimtik import State as Tikhonov
 from varprox.methods.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 from varprox.precision import full_products
+from varprox.problem.data import check_data, check_pair, zero_w
 from varprox.problem.heads import has_bias
-from varprox.problem.model import (
-    Problem,
-    Separable,
-    check_data,
-    check_pair,
-    check_problem,
-    predict,
-    zero_w,
-)
+from varprox.problem.model import Problem, Separable, check_problem
+from varprox.problem.prediction import predict
 
 
 class State(NamedTuple):

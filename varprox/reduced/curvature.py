@@ -26,7 +26,8 @@ import jax
 import jax.numpy as jnp
 
 from varprox.precision import full_products
-from varprox.problem.model import Problem, check_data
+from varprox.problem.data import check_data
+from varprox.problem.model import Problem
 from varprox.reduced.objective import w_of_rows
 from varprox.reduced.projection import Projection
 from varprox.reduced.w_hessian import Factor, hessian_factor, hessian_solver

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from varprox.precision import full_products
-from varprox.problem.model import Problem, check_data, check_problem
+from varprox.problem.data import check_data
+from varprox.problem.model import Problem, check_problem
 from varprox.reduced.projection import project, start_projection
 from varprox.reduced.w_hessian import hessian_factor, hessian_map, hessian_solver
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from varprox.checks import kind
 from varprox.methods.method import Method, Status
-from varprox.problem.model import check_data
+from varprox.problem.data import check_data
 from varprox.training.evaluation import loss_of, penalties, predictions_of
 from varprox.training.solution import Solution
 

@@ -8,7 +8,9 @@ from varprox.methods.forms import Form, usable
 from varprox.methods.gnvpro import gnvpro, select_form
 from varprox.methods.method import Method
 from varprox.methods.quasi_newton import MAX_BYTES, broydenvpro, bytes_of_inverse, lbfgsvpro
-from varprox.problem.model import Problem, check_data, derivatives
+from varprox.problem.data import check_data
+from varprox.problem.model import Problem
+from varprox.problem.traits import derivatives
 
 # Bytes of an inverse Hessian that is kept unasked where pairs would be whitened. Its products take
 # time: on Indian Pines steps of Broydenvpro were twice as long as those of LBFGSvpro with 4168

@@ -9,7 +9,8 @@ import numpy as np
 from varprox.methods.method import Method
 from varprox.methods.slimtrain import with_learned
 from varprox.precision import full_products
-from varprox.problem.model import Problem, predict
+from varprox.problem.model import Problem
+from varprox.problem.prediction import predict
 
 
 def problem_at(method: Method, state: Any) -> Problem:

@@ -16,7 +16,8 @@ import numpy as np
 
 from varprox.checks import check_flag, check_integer, check_number
 from varprox.methods.method import Method, Status
-from varprox.problem.model import Problem, check_data
+from varprox.problem.data import check_data
+from varprox.problem.model import Problem
 from varprox.training import storage
 from varprox.training.arguments import (
     check_concrete,

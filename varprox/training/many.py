@@ -9,7 +9,7 @@ import numpy as np
 
 from varprox.checks import check_flag, check_integer
 from varprox.methods.method import Method, Status
-from varprox.problem.model import check_data
+from varprox.problem.data import check_data
 from varprox.training.arguments import check_concrete, check_limits, epoch_or_step
 from varprox.training.clock import timed
 from varprox.training.evaluation import penalties, problem_at

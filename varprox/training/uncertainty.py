@@ -16,7 +16,9 @@ from varprox.checks import kind
 from varprox.numerics.krylov import after, norm
 from varprox.precision import full_products
 from varprox.problem.covariance import Covariance, deviations, times_derivative
-from varprox.problem.model import Problem, check_data, check_w, derivatives
+from varprox.problem.data import check_data, check_w
+from varprox.problem.model import Problem
+from varprox.problem.traits import derivatives
 
 
 def covariance(problem: Problem, solution: Any, data: tuple) -> Covariance:

@@ -1,0 +1,271 @@
+"""Which data, weights and features a problem can be solved for: checked before anything runs."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from varprox.checks import (
+    ARRAYS,
+    called,
+    check_array,
+    is_result,
+    kind,
+    library,
+)
+from varprox.problem.heads import ConvHead
+from varprox.problem.model import Problem, Separable, check_problem
+
+
+def check_data(
+    problem: Problem, theta, data, *, images: bool = False, full_batch: bool = False
+) -> None:
+    """Refuses data that the problem cannot be solved for; passes in silence under trace.
+
+    Convolutional heads, and images as targets, are for methods that say they take `images`. A
+    `full_batch` method is refused features that learn from the batches they see, to which it shows
+    none. Where the function of the features' `Partial` has a `varprox_check(*args, theta, inputs,
+    targets)`, it is called with the arguments there. Raises TypeError or ValueError naming the
+    argument, what was expected and what came.
+    """
+    check_problem(problem)
+    of_images = isinstance(problem.model.head, ConvHead)
+    if of_images and not images:
+        raise TypeError(
+            "problem: expected a model with a dense head; one with a convolutional head is trained "
+            "by varprox.slimtrain"
+        )
+    inputs, targets = check_pair(data)
+    dtype = _check_arrays(problem, theta, inputs, targets)
+    _check_targets(problem, targets, of_images)
+    check_inputs(inputs, targets)
+    leaves = jax.tree.leaves((problem.model, theta, data))
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        _check_values(problem.model, theta, data, full_batch)
+    _check_features(problem, theta, inputs, targets, dtype, of_images)
+    _check_penalties(problem, theta, dtype)
+    if not isinstance(targets, jax.core.Tracer):
+        problem.loss.check(np.asarray(targets))
+
+
+def check_pair(data: Any) -> tuple:
+    """Inputs and targets, where these are arrays; else TypeError. Looks at no number."""
+    if not (isinstance(data, tuple | list) and len(data) == 2):
+        came = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else ""
+        hint = "; weights of samples are not supported" if came.endswith(" of 3") else ""
+        raise TypeError(f"data: expected a pair (inputs, targets), got {came or kind(data)}{hint}")
+    inputs, targets = data
+    for leaf in jax.tree.leaves(inputs):
+        check_array("inputs", leaf)
+    check_array("targets", targets)
+    return inputs, targets
+
+
+def weights(theta: Any) -> list:
+    """The leaves of θ. A whole network, model or result is a leaf, too, which is no array."""
+
+    def is_leaf(node):
+        if library(node) == "equinox":  # what `eqx.partition` takes out is a module, too
+            return not all(map(_floating, jax.tree.leaves(node)))
+        return library(node) is not None or is_result(node) or isinstance(node, Separable | Problem)
+
+    return jax.tree.leaves(theta, is_leaf=is_leaf)
+
+
+def _floating(leaf):
+    return isinstance(leaf, ARRAYS) and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def check_w(problem: Problem, theta, w, data) -> None:
+    """Refuses what is not W for data that have been checked."""
+    check_array("w", w)
+    expected = jax.eval_shape(lambda theta: _w_like(problem, theta, data), theta)
+    if jnp.shape(w) != expected.shape:
+        raise ValueError(
+            f"w: expected shape {expected.shape}, as the rows and the targets ask for, got "
+            f"{jnp.shape(w)}"
+        )
+    if jnp.result_type(w) != expected.dtype:
+        raise TypeError(f"w: expected dtype {expected.dtype}, that of theta, got {w.dtype}")
+    _check_finite("w", w)
+
+
+def _w_like(problem, theta, data):
+    inputs, targets = data
+    return zero_w(problem, problem.model.features(theta, inputs), targets)
+
+
+def _check_arrays(problem, theta, inputs, targets):
+    """Refuses what are no numbers. The dtype of theta and the targets."""
+    leaves = weights(theta)
+    if not leaves:
+        raise ValueError("theta: expected a pytree with at least one array, got an empty one")
+    for leaf in leaves:
+        check_array("theta", leaf)
+        if not _floating(leaf):
+            raise TypeError(
+                f"theta: expected floating numbers, got dtype {leaf.dtype}; what is not trained is "
+                "for the features to hold, as jax.tree_util.Partial binds it"
+            )
+        _check_finite("theta", leaf)
+        if jnp.size(leaf) == 0:
+            raise ValueError(f"theta: expected arrays with entries, got shape {jnp.shape(leaf)}")
+    for leaf in jax.tree.leaves(inputs):
+        _check_finite("inputs", leaf)
+    if not _floating(targets):
+        labels = targets.shape[1:] in ((), (1,))
+        remedy = problem.loss.hint if labels else ""
+        remedy = remedy or f"targets.astype({_dtypes(theta)[0]!r}) casts them"
+        raise TypeError(f"targets: expected floating numbers, got dtype {targets.dtype}; {remedy}")
+    _check_finite("targets", targets)
+    return _one_dtype(theta, inputs, targets)
+
+
+def _one_dtype(theta, inputs, targets):
+    """That of theta and targets, where they have one in which there are factorisations."""
+    ours, theirs = _dtypes(theta), _dtypes(targets)
+    if ours != theirs:
+        came = {"theta": ours, "inputs": _dtypes(inputs), "targets": theirs}
+        of = ", ".join(
+            f"{name} of {' and '.join(dtypes)}" for name, dtypes in came.items() if dtypes
+        )
+        remedy = f"cast the data to {ours[0]}" if len(ours) == 1 else "cast theta to one of these"
+        if theirs == ["float64"]:
+            remedy += ", or make the weights as nnx.Linear(…, param_dtype=jnp.float64) does"
+        raise TypeError(
+            f"theta, targets: expected one floating dtype throughout, got {of}; {remedy}"
+        )
+    if ours[0] not in ("float32", "float64"):
+        raise TypeError(
+            f"theta, targets: expected float32 or float64, got {ours[0]}; cast them to float32, "
+            "as there are no factorisations in other precisions"
+        )
+    return jnp.dtype(ours[0])
+
+
+def _dtypes(tree):
+    """The names of the dtypes in a tree, as JAX takes its arrays."""
+    return sorted({str(jnp.result_type(leaf)) for leaf in jax.tree.leaves(tree)})
+
+
+def _check_targets(problem, targets, of_images):
+    if of_images and jnp.ndim(targets) != 4:
+        raise ValueError(
+            f"targets: expected shape (batch, height, width, outputs), got {jnp.shape(targets)}"
+        )
+    if not of_images and jnp.ndim(targets) != 2:
+        raise ValueError(
+            f"targets: expected shape (batch, outputs), got {jnp.shape(targets)}; "
+            + (problem.loss.hint or "a single output wants targets[:, None]")
+        )
+    if len(targets) == 0:
+        raise ValueError("targets: expected at least one sample, got none")
+    if 0 in targets.shape:
+        raise ValueError(f"targets: expected at least one output, got shape {targets.shape}")
+
+
+def check_inputs(inputs: Any, targets: Any) -> None:
+    """Refuses inputs of another number of samples than the targets with a ValueError."""
+    batch = len(targets)
+    for leaf in jax.tree.leaves(inputs):
+        if jnp.ndim(leaf) == 0 or len(leaf) != batch:
+            listed = isinstance(inputs, list) and len(inputs) == batch
+            hint = "; jnp.stack(inputs) makes one array of a list of samples" if listed else ""
+            raise ValueError(
+                f"inputs: expected {batch} samples along the first axis, as targets of shape "
+                f"{targets.shape} have, got shape {jnp.shape(leaf)}{hint}"
+            )
+
+
+def _check_features(problem, theta, inputs, targets, dtype, of_images):
+    batch = len(targets)
+    traced = partial(jax.eval_shape, problem.model.features)
+    z = called("features", traced, theta=theta, inputs=inputs)
+    shape: tuple = getattr(z, "shape", ())
+    came = getattr(z, "shape", type(z).__name__)
+    if len(shape) != (4 if of_images else 2) or shape[0] != batch or shape[-1] == 0:
+        expected = "height, width, channels), channels ≥ 1" if of_images else "m), m ≥ 1"
+        raise ValueError(f"features: expected an array of shape ({batch}, {expected}, got {came}")
+    if z.dtype != dtype:
+        theirs = _dtypes(inputs)
+        given = f" from inputs of {' and '.join(theirs)}" if theirs else ""
+        what = "the inputs" if str(z.dtype) in theirs else "what the features return"
+        raise TypeError(
+            f"features: expected dtype {dtype}, that of theta and targets, got {z.dtype}{given}; "
+            f"cast {what} to {dtype}"
+        )
+    predicted = jax.eval_shape(_predictions_like, problem, z, targets)
+    if predicted.shape != targets.shape:
+        raise ValueError(
+            f"targets: expected shape {predicted.shape}, that of the predictions, "
+            f"got {targets.shape}"
+        )
+
+
+def _check_penalties(problem, theta, dtype):
+    """Refuses numbers that the dtype does not hold, and functions that are no penalties."""
+    limits, w_penalty = jnp.finfo(dtype), problem.w_penalty
+    for name in ("w_penalty", "theta_penalty"):
+        for number in jax.tree.leaves(getattr(problem, name)):
+            if isinstance(number, float) and number > float(limits.max):
+                raise ValueError(f"{name}: expected a number that {dtype} holds, got {number!r}")
+    vanishes = isinstance(w_penalty, float) and w_penalty < float(limits.tiny)
+    if vanishes and not problem.loss.quadratic:
+        raise ValueError(
+            f"w_penalty: expected a positive number that {dtype} holds, got {w_penalty!r}"
+        )
+    for penalty in problem.theta_penalty:
+        value = called("theta_penalty", partial(jax.eval_shape, penalty), theta=theta)
+        came = getattr(value, "shape", type(value).__name__)
+        if came != ():
+            raise TypeError(f"theta_penalty: expected a scalar function, got {came}")
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise TypeError(f"theta_penalty: expected a floating number, got dtype {value.dtype}")
+
+
+def _check_values(model, theta, data, full_batch):
+    """What needs numbers to be seen, in features that others than the user have made."""
+    inputs, targets = data
+    with jax.ensure_compile_time_eval():
+        if hasattr(model.features.func, "varprox_check"):
+            model.features.func.varprox_check(*model.features.args, theta, inputs, targets)
+        if full_batch and model.training is not None and _learns(model, theta, inputs):
+            raise TypeError(
+                "problem: expected features that are functions of theta and the inputs alone, got "
+                "some that learn from training batches, such as batch norm; a full-batch method "
+                "shows them none. Train them with varprox.slimtrain, or keep what they have "
+                "learned with varprox.Separable(model.features, model.head)"
+            )
+
+
+@jax.jit
+def _learns(model, theta, inputs):
+    """Do the features of the same inputs differ after a training batch?"""
+    _, after = model.train(theta, inputs)
+    return jnp.any(model.features(theta, inputs) != after.features(theta, inputs))
+
+
+def _predictions_like(problem, z, targets):
+    return problem.model.head.apply(z, zero_w(problem, z, targets))
+
+
+def zero_w(problem: Problem, z: jax.Array, targets: jax.Array) -> jax.Array:
+    """W = 0 for features and targets, of which only shapes and dtypes are used."""
+    rows = jax.eval_shape(problem.model.head.rows, z)
+    return jnp.zeros((rows.shape[1], targets.shape[-1]), rows.dtype)
+
+
+def _check_finite(name, leaf):
+    dtype = jax.typeof(leaf).dtype
+    if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
+        return
+    with np.errstate(over="ignore"):  # where JAX makes single precision of double
+        finite = np.isfinite(np.asarray(leaf).astype(dtype))
+    if not finite.all():
+        places = np.argwhere(~finite)
+        raise ValueError(
+            f"{name}: expected finite numbers, got {len(places)} NaN or Inf in {dtype}, the first "
+            f"at {places[0].tolist()}"
+        )
