@@ -28,7 +28,8 @@ SAMPLES, UNITS, PENALTY = 100, 8, 1e-8
 KILLS, QUICK_KILLS = 20, 2
 STEPS = 60  # of a run that is killed, each of which is kept
 LONG, QUICK_LONG = {"slimtrain": 1000, "dense": 500}, {"slimtrain": 120, "dense": 120}
-MANY, MANY_STEPS, REPEATS = 16, 60, 3
+RUNS = 7  # long ones
+MANY, MANY_STEPS, REPEATS = 16, 60, 5
 DATA_SETS, QUICK_DATA_SETS = 1000, 100
 NOISE = 0.05
 BATCH_SIZE = 10
@@ -155,8 +156,14 @@ def many(name: str) -> dict:
 
 
 def long(name: str, steps: int) -> dict:
-    """How time and memory of a step change along a long run, as fractions per 100 steps."""
+    """How time and memory of a step change along long runs, as fractions per 100 steps: the median
+    of some runs, since others are at work on a machine, too."""
     print(f"{name}: {steps} steps", flush=True)
+    found = [_long(name, steps) for _ in range(RUNS)]
+    return {key: statistics.median(run[key] for run in found) for key in found[0]}
+
+
+def _long(name, steps):
     theta, data = task()
     method, options = make(name)
     seconds, megabytes = [], []
