@@ -107,7 +107,11 @@ def killed(name: str, kills: int, seed: int) -> dict:
     with tempfile.TemporaryDirectory() as parent:
         folder = str(Path(parent, "run"))
         command = [sys.executable, "-m", "benchmarks.reliability", name, folder]
-        environment = os.environ | {"JAX_ENABLE_X64": "1"}
+        environment = os.environ | {
+            "JAX_ENABLE_X64": "1",
+            "JAX_COMPILATION_CACHE_DIR": str(Path(parent, "compiled")),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
         for _ in range(kills):
             with subprocess.Popen(
                 command, stdout=subprocess.PIPE, text=True, env=environment
