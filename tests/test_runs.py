@@ -92,7 +92,6 @@ def test_patience_ends_a_run_and_the_best_weights_are_kept(evaluate_every):
     options = {"validation": worse, "evaluate_every": evaluate_every, "epochs": 12}
     whole = fit(**options)
     losses = whole.history["validation_loss"]
-    best = int(np.nanargmin(losses[: 4 * evaluate_every + 1]))
     stopped = fit(patience=1, **options)
     last = len(stopped.history["objective"]) - 1
     assert stopped.status == vp.Status.STOPPED and last < 12
@@ -151,6 +150,42 @@ def test_a_level_that_cannot_be_made_loses_none_of_those_before():
     with pytest.raises(ZeroDivisionError) as caught:
         vp.fit_levels(make, THETA, DATA, levels=2, prolong=lambda theta: theta, epochs=3)
     assert len(caught.value.solution.history["objective"]) == 4
+
+
+def test_an_exception_in_a_level_has_that_level_too_and_stays_itself():
+    fail = failing(6)
+    with pytest.raises(ZeroDivisionError, match="of the test") as caught:
+        vp.fit_levels(
+            lambda *_: GNVPRO, THETA, DATA, levels=2, prolong=lambda theta: theta, epochs=3,
+            callback=fail,
+        )  # fmt: skip
+    found = caught.value.solution
+    assert found.history["level"].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert len(caught.value.__notes__) == 1
+    with pytest.raises(ValueError, match=r"^inputs: expected"):
+        vp.fit_levels(
+            lambda *_: GNVPRO, THETA, (DATA[0], DATA[1][1:]), levels=2, prolong=None, epochs=3
+        )
+
+
+def test_an_interrupt_ends_all_levels():
+    def interrupt(row, found):
+        if len(found.history["objective"]) == 2:
+            raise KeyboardInterrupt
+
+    found = vp.fit_levels(
+        lambda *_: GNVPRO, THETA, DATA, levels=3, prolong=lambda theta: theta, epochs=3,
+        callback=interrupt,
+    )  # fmt: skip
+    assert found.status == vp.Status.INTERRUPTED and found.history["level"].tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("name", ["start", "checkpoint"])
+def test_levels_refuse_what_belongs_to_one_run(name):
+    with pytest.raises(ValueError, match=f"^{name}: expected none for levels"):
+        vp.fit_levels(
+            lambda *_: GNVPRO, THETA, DATA, levels=1, prolong=None, epochs=1, **{name: "folder"}
+        )
 
 
 # Kept and taken up again

@@ -6,8 +6,7 @@ import importlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -34,7 +33,7 @@ from varprox.training.choice import default_methods
 from varprox.training.clock import timed
 from varprox.training.evaluation import evaluations, problem_at, row_of
 from varprox.training.history import History
-from varprox.training.solution import Best, Solution, load
+from varprox.training.solution import Best, Solution, load, shapes
 from varprox.training.threads import one_blas_thread
 
 BAR, COLUMNS = "{percentage:3.0f}%|{bar:10}| {elapsed} {desc}", 80
@@ -199,7 +198,7 @@ def fit(
         if checkpoint is not None:
             run.solution().save(checkpoint)  # a folder that cannot be used is refused at once
         saved = time.monotonic()
-        with keeping(run.solution):
+        try:
             try:
                 while run.status == Status.RUNNING:
                     run.step()
@@ -210,20 +209,19 @@ def fit(
             except KeyboardInterrupt:
                 run.status = Status.INTERRUPTED
             run.evaluate()
+        except Exception as error:  # of a metric, a callback or the features
+            attach(error, run.solution())
+            raise
         if checkpoint is not None:
             run.solution().save(checkpoint)
     return run.solution()
 
 
-@contextmanager
-def keeping(found: Callable[[], Solution]) -> Iterator[None]:
-    """An exception raised within has the attribute `solution`, what has been found by then."""
-    try:
-        yield
-    except Exception as error:
-        error.solution = found()  # type: ignore[attr-defined]
+def attach(error: Exception, solution: Solution) -> None:
+    """Gives an exception the attribute `solution`: what has been found by then."""
+    if not hasattr(error, "solution"):
         error.add_note("What the run had found is the attribute `solution` of this exception.")
-        raise
+    error.solution = solution  # type: ignore[attr-defined]
 
 
 class _Asked(NamedTuple):
@@ -277,7 +275,7 @@ class _Run:
 
     def step(self) -> None:
         """One more entry of the history: a step, an epoch, or the start of the next method."""
-        if self.state.status == Status.STALLED:
+        if int(self.state.status) == Status.STALLED:
             self._hand_over()
             return
         state, info = self._timed(self.advance, self.state, self.asked.data)
@@ -308,7 +306,7 @@ class _Run:
             self.state,
             self.method.name,
             self.best,
-            jax.tree.map(_shape, self.asked.data[0]),
+            shapes(self.asked.data[0]),
         )
 
     def _hand_over(self):
@@ -354,10 +352,6 @@ class _Run:
         idle = asked.patience is not None and waited >= asked.patience * asked.evaluate_every
         stopped = idle or row["objective"] <= asked.stop_when
         return Status.STOPPED if stopped else Status.RUNNING
-
-
-def _shape(array):
-    return jax.ShapeDtypeStruct(array.shape, array.dtype)
 
 
 def spending(row: Mapping[str, float], step: int) -> dict[str, float]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from varprox.checks import check_integer
 from varprox.methods.method import Method, Status
-from varprox.training.fit import fit, keeping
+from varprox.training.fit import attach, fit
 from varprox.training.solution import Solution, join
 
 
@@ -28,8 +28,9 @@ def fit_levels(
     The history concatenates the levels, with a column ``level`` that counts from zero. Work units
     and seconds accumulate, although a work unit costs more on a finer level. The first entry of
     each level is its start, where the columns of the method's info are NaN. A level whose budget
-    allows no step has no other entry. If a level ends with a non-finite objective, no further level
-    runs.
+    allows no step has no other entry. If a level ends with a non-finite objective or by Ctrl-C, no
+    further level runs. An exception has what was found before it, of all levels, as its attribute
+    ``solution``.
 
     Arguments:
         make: A function ``(level, solution) -> method``. It gets the ``Solution`` of the level
@@ -40,8 +41,8 @@ def fit_levels(
         prolong: A function that maps the θ of one level to the next, such as
             ``varprox.networks.prolong``, which doubles the time steps of a network.
         max_work: The budget of each level in work units, or a sequence with one budget per level.
-        **options: The other options of ``fit``. ``max_seconds`` and ``epochs`` also are budgets of
-            each level.
+        **options: The other options of ``fit`` but ``start`` and ``checkpoint``, which are of a
+            single run. ``max_seconds`` and ``epochs`` also are budgets of each level.
 
     Returns:
         The ``Solution`` of the last level, with the history and the compile time of all levels.
@@ -69,6 +70,9 @@ def fit_levels(
     """
     if not callable(make):
         raise TypeError(f"make: expected a function (level, solution) -> Method, got {make!r:.80}")
+    for name in ("start", "checkpoint"):
+        if options.get(name) is not None:
+            raise ValueError(f"{name}: expected none for levels, each a run of its own, got one")
     levels = check_integer("levels", levels, least=1)
     budgets = list(max_work) if isinstance(max_work, Sequence) else levels * [max_work]
     if len(budgets) != levels:
@@ -77,8 +81,14 @@ def fit_levels(
     for level, budget in enumerate(budgets):
         before = found[-1] if found else None
         start = theta if before is None else prolong(before.theta)
-        with keeping(lambda: join(found)):
+        try:
             found.append(fit(make(level, before), start, data, max_work=budget, **options))
-        if found[-1].status == Status.NON_FINITE:
+        except Exception as error:  # which has what this level had found, if that was anything
+            if hasattr(error, "solution"):
+                found.append(error.solution)
+            if found:
+                attach(error, join(found))
+            raise
+        if found[-1].status in (Status.NON_FINITE, Status.INTERRUPTED):
             break
     return join(found)

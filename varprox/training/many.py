@@ -13,7 +13,7 @@ from varprox.problem.data import check_data
 from varprox.training.arguments import check_concrete, check_limits, epoch_or_step
 from varprox.training.clock import timed
 from varprox.training.evaluation import penalties, problem_at
-from varprox.training.solution import Solution
+from varprox.training.solution import Solution, shapes
 from varprox.training.threads import one_blas_thread
 
 
@@ -104,7 +104,7 @@ def fit_many(
         means = {k: np.asarray(v).reshape(count, -1).mean(1) for k, v in info._asdict().items()}
         rows.append(means | _row(method, state) | {"seconds": np.full(count, seconds)})
     of_run = _member(data, 0) if own_data else data
-    inputs = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), of_run[0])
+    inputs = shapes(of_run[0])
     return [
         _solution(method, _member(state, run), rows[: ends[run] + 1], run, compile_seconds, inputs)
         for run in range(count)
