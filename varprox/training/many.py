@@ -147,9 +147,12 @@ def _chosen(condition, new, old):
     return jax.tree.map(lambda new, old: jnp.where(condition, new, old), new, old)
 
 
+_all_penalties = jax.jit(jax.vmap(penalties, in_axes=(None, 0, 0)))
+
+
 def _row(method, state):
     """The columns that every state has, of all runs."""
-    extra = jax.vmap(penalties, in_axes=(None, 0, 0))(method.problem, state.theta, state.w)
+    extra = _all_penalties(method.problem, state.theta, state.w)
     objective = np.asarray(state.objective, float)
     return {
         "objective": objective,
