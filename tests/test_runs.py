@@ -373,11 +373,21 @@ def test_a_newer_format_is_told(tmp_path):
         vp.load(tmp_path / "run", PROBLEM)
 
 
-def test_a_class_of_another_package_is_not_looked_up(tmp_path):
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("varprox.methods.gnvpro:State", "os:system"),
+        ("varprox.methods.gnvpro:State", "optax:adam"),  # a function, which would be called
+        ("varprox.methods.gnvpro:State", "varprox.nowhere:State"),
+        ('"radius"', '"size"'),  # as another version may call it
+    ],
+)
+def test_what_is_no_record_of_the_packages_is_not_made(old, new, tmp_path):
     fit(epochs=1).save(tmp_path / "run")
     file = tmp_path / "run" / storage.NAME
-    file.write_text(file.read_text().replace("varprox.methods.gnvpro:State", "os:system"))
-    with pytest.raises(ValueError, match=r"^folder: expected classes that are installed here"):
+    assert old in file.read_text()
+    file.write_text(file.read_text().replace(old, new))
+    with pytest.raises(ValueError, match=r"^folder: expected records of the varprox and optax"):
         vp.load(tmp_path / "run", PROBLEM)
 
 

@@ -188,17 +188,31 @@ def _container(node):
     """How a container is called, of which class it is and what is in it; None for others."""
     kind = type(node)
     name = f"{kind.__module__}:{kind.__qualname__}"
-    ours = kind.__module__.partition(".")[0] in PACKAGES
     if kind is dict and all(isinstance(key, str | int) for key in node):
         return "dict", None, list(node.items())
     if kind in (list, tuple):
         return kind.__name__, None, list(enumerate(node))
-    if ours and isinstance(node, tuple) and hasattr(node, "_fields"):
-        return "named", name, list(zip(node._fields, node, strict=True))
-    if ours and dataclasses.is_dataclass(node):
-        fields = [field.name for field in dataclasses.fields(node)]
-        return "named", name, [(field, getattr(node, field)) for field in fields]
+    if _record(name) is kind:
+        return "named", name, [(field, getattr(node, field)) for field in _fields(kind)]
     return None
+
+
+def _record(name):
+    """The named tuple or dataclass of this name; None if there is none in the packages."""
+    module, _, qualified = name.partition(":")
+    if module.partition(".")[0] not in PACKAGES:
+        return None
+    try:
+        found = getattr(import_module(module), qualified, None)
+    except ImportError:
+        return None
+    return found if isinstance(found, type) and _fields(found) is not None else None
+
+
+def _fields(kind):
+    if dataclasses.is_dataclass(kind):
+        return [field.name for field in dataclasses.fields(kind)]
+    return getattr(kind, "_fields", None)
 
 
 def _structure_code(theta):
@@ -233,19 +247,13 @@ def _decoded(code, arrays, theta):
         return list(parts.values())
     if "tuple" in code:
         return tuple(parts.values())
-    return _class(code["named"])(**parts)
-
-
-def _class(name):
-    module, _, qualified = name.partition(":")
-    try:
-        if module.partition(".")[0] not in PACKAGES:
-            raise ImportError(f"{module} is neither of {' and '.join(PACKAGES)}")
-        return getattr(import_module(module), qualified)
-    except (ImportError, AttributeError) as error:
+    record = _record(code["named"])
+    if record is None or set(_fields(record)) != set(parts):
         raise ValueError(
-            f"folder: expected classes that are installed here, got {name}: {error}"
-        ) from error
+            f"folder: expected records of the {' and '.join(PACKAGES)} that are installed here, "
+            f"got {code['named']} of {', '.join(parts)}"
+        )
+    return record(**parts)
 
 
 def _array(array):
