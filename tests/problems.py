@@ -13,6 +13,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 import varprox as vp
+from varprox.problem.weighted import Weighted
 from varprox.reduced.projection import project, start_projection
 from varprox.reduced.w_hessian import factorise
 
@@ -119,10 +120,12 @@ class Case(NamedTuple):
     bias: bool = True
     penalty: str = "tikhonov"
     w_penalty: float = 3e-2
+    weights: str = ""  # of "samples" or of "entries"
 
     def __str__(self):
         bias = "bias" if self.bias else "nobias"
-        return f"{self.loss}-{self.outputs}-{bias}-{self.penalty}"
+        weights = f"-{self.weights}" if self.weights else ""
+        return f"{self.loss}-{self.outputs}-{bias}-{self.penalty}{weights}"
 
     @property
     def problem(self):
@@ -135,7 +138,14 @@ class Case(NamedTuple):
 
     @property
     def data(self):
-        return make_data(self.loss, self.outputs)
+        inputs, targets = make_data(self.loss, self.outputs)
+        if not self.weights:
+            return inputs, targets
+        columns = 1 if self.weights == "samples" else self.outputs
+        rng = np.random.default_rng(4)
+        weights = rng.uniform(0.2, 3, (len(targets), columns))
+        weights[rng.uniform(size=weights.shape) < 0.2] = 0
+        return inputs, Weighted(targets, weights)
 
 
 CASES = [
@@ -143,6 +153,11 @@ CASES = [
     *(Case("least_squares", 2, penalty=p) for p in PENALTIES if p != "tikhonov"),
     Case("least_squares", outputs=1),
     Case("logistic", outputs=1, penalty="tuple"),
+    Case("least_squares", weights="samples"),
+    Case("least_squares", weights="entries"),
+    Case("softmax_cross_entropy", weights="samples"),
+    Case("logistic", outputs=2, weights="entries"),
+    Case("pseudo_huber", outputs=2, weights="samples"),
 ]
 
 
@@ -159,24 +174,33 @@ def softmax(logits):
     return e / e.sum(axis=1, keepdims=True)
 
 
+def parts(targets):
+    """Targets and their weights, (batch, 1) or (batch, outputs)."""
+    if isinstance(targets, Weighted):
+        return targets.values, targets.weights
+    return targets, np.ones((len(targets), 1))
+
+
 def loss_value(kind, predictions, targets):
     """The mean loss, in operations that NumPy and JAX share."""
     xp = np if isinstance(predictions, np.ndarray) else jnp
+    targets, weights = parts(targets)
     residual = predictions - targets
     if kind == "least_squares":
-        total = 0.5 * xp.sum(residual**2)
+        terms = 0.5 * residual**2
     elif kind == "pseudo_huber":
-        total = xp.sum(xp.sqrt(1 + residual**2) - 1)
+        terms = xp.sqrt(1 + residual**2) - 1
     elif kind == "logistic":
-        total = xp.sum(xp.logaddexp(predictions, 0.0) - targets * predictions)
+        terms = xp.logaddexp(predictions, 0.0) - targets * predictions
     else:
         top = predictions.max(axis=1, keepdims=True)
         log_sum = top + xp.log(xp.sum(xp.exp(predictions - top), axis=1, keepdims=True))
-        total = xp.sum(targets * (log_sum - predictions))
-    return total / len(predictions)
+        terms = targets * (log_sum - predictions)
+    return xp.sum(weights * terms) / len(predictions)
 
 
 def loss_gradient(kind, predictions, targets):
+    targets, weights = parts(targets)
     residual = predictions - targets
     if kind == "least_squares":
         slope = residual
@@ -186,12 +210,13 @@ def loss_gradient(kind, predictions, targets):
         slope = 1 / (1 + np.exp(-predictions)) - targets
     else:
         slope = softmax(predictions) - targets
-    return slope / len(predictions)
+    return weights * slope / len(predictions)
 
 
 def loss_hessian(kind, predictions, targets):
     """The blocks ∂²loss / ∂prediction², (batch, outputs, outputs), with the mean's 1 / batch."""
     n, outputs = predictions.shape
+    targets, weights = parts(targets)
     if kind == "softmax_cross_entropy":
         p = softmax(predictions)
         blocks = np.einsum("no,op->nop", p, np.eye(outputs)) - np.einsum("no,np->nop", p, p)
@@ -204,7 +229,7 @@ def loss_hessian(kind, predictions, targets):
             s = 1 / (1 + np.exp(-predictions))
             curvature = s * (1 - s)
         blocks = np.einsum("no,op->nop", curvature, np.eye(outputs))
-    return blocks / n
+    return weights[:, :, None] * blocks / n
 
 
 def w_hessian(kind, rows, w, targets, alpha):
@@ -227,9 +252,13 @@ def plain_w(kind, rows, targets, alpha):
     """argmin_W Φ: a stacked least-squares problem, or damped Newton with dense solves."""
     columns, outputs = rows.shape[1], targets.shape[1]
     if kind == "least_squares":
-        a = np.vstack([rows / len(rows) ** 0.5, alpha**0.5 * np.eye(columns)])
-        b = np.vstack([targets / len(rows) ** 0.5, np.zeros((columns, outputs))])
-        return np.linalg.lstsq(a, b)[0]
+        values, weights = parts(targets)
+        scale = np.sqrt(np.broadcast_to(weights, values.shape) / len(rows))
+        w = np.zeros((columns, outputs))
+        for k in range(outputs):
+            a = np.vstack([scale[:, k : k + 1] * rows, alpha**0.5 * np.eye(columns)])
+            w[:, k] = np.linalg.lstsq(a, np.append(scale[:, k] * values[:, k], columns * [0.0]))[0]
+        return w
     w = np.zeros((columns, outputs))
     for _ in range(200):
         gradient = w_gradient(kind, rows, w, targets, alpha)

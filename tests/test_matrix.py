@@ -25,7 +25,8 @@ from varprox.reduced import matrix as jacobian
 from varprox.reduced.matrix import gauss_newton_matrix, gauss_newton_root
 from varprox.reduced.projection import project, start_projection
 
-MANY = Case("least_squares", outputs=7)  # more outputs than columns of the rows
+# More outputs than columns of the rows.
+MANY = [Case("least_squares", outputs=7), Case("least_squares", outputs=7, weights="entries")]
 
 
 def kaufman_reference(case, w):
@@ -72,7 +73,7 @@ def transposed_reference(case, reference):
     return reference.jacobian.T @ slopes.ravel() + of_w
 
 
-@pytest.mark.parametrize("case", [*CASES, MANY], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MANY], ids=str)
 def test_the_matrix_equals_the_formula(case, x64):
     reference, gradient, matrix, transposed = form(gauss_newton_matrix, case)
     assert relative(gradient, reference.gradient) < 1e-8
@@ -80,7 +81,7 @@ def test_the_matrix_equals_the_formula(case, x64):
     assert relative(matrix, reference.gauss_newton) < 1e-8
 
 
-@pytest.mark.parametrize("case", [*CASES, MANY], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MANY], ids=str)
 def test_the_root_gives_the_formula_without_the_penalty(case, x64):
     reference, gradient, root, transposed = form(gauss_newton_root, case)
     assert relative(gradient, reference.gradient) < 1e-8
@@ -88,13 +89,14 @@ def test_the_root_gives_the_formula_without_the_penalty(case, x64):
     theta, unravel = jax.flatten_util.ravel_pytree(initial_theta())
     penalty = jax.hessian(lambda flat: case.problem.penalty(unravel(flat)))(theta)
     columns, outputs = reference.w.shape
-    dimensions = min(columns, outputs) if case.problem.loss.quadratic else outputs
+    alike = case.problem.loss.quadratic and case.weights != "entries"
+    dimensions = min(columns, outputs) if alike else outputs
     height = (len(case.data[1]) + columns) * dimensions + reference.w.size
     assert root.shape == (height, theta.size)
     assert relative(root.T @ root + penalty, reference.gauss_newton) < 1e-8
 
 
-@pytest.mark.parametrize("case", [*CASES, MANY], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *MANY], ids=str)
 def test_kaufmans_matrix_is_a_schur_complement(case, x64):
     reference, gradient, matrix, _ = form(gauss_newton_matrix, case, kaufman=True)
     assert relative(gradient, reference.gradient) < 1e-8
@@ -129,19 +131,19 @@ def test_slopes_are_compressed_to_their_rank(samples, x64, monkeypatch):
     """With more samples than outputs and with fewer, in parts of two, of which rounding leaves some
     out: targets differ from what can be fitted in two directions only."""
     monkeypatch.setattr(jacobian, "OUTPUTS", 2)
-    inputs, targets = (x[:samples] for x in MANY.data)
+    inputs, targets = (x[:samples] for x in MANY[0].data)
     rng = np.random.default_rng(1)
     targets = rng.normal(size=(samples, 2)) @ rng.normal(size=(2, targets.shape[1]))
     theta = initial_theta()
     size = ravel_pytree(theta)[0].size
-    w = vp.solve_w(MANY.problem, theta, (inputs, targets))
-    of = MANY.problem, theta, (inputs, targets)
+    w = vp.solve_w(MANY[0].problem, theta, (inputs, targets))
+    of = MANY[0].problem, theta, (inputs, targets)
     at = projection_at(*of, w)
-    parts, used = jacobian._compressed(MANY.problem, w, at.slopes, size)
+    parts, used = jacobian._compressed(MANY[0].problem, w, at.slopes, targets, size)
     assert len(parts) == -(-min(samples, 7) // 2) and used == 1
 
     compressed = gauss_newton_matrix(*of, at, kaufman=False).matrix
-    reference = dense_reference(MANY, theta, (inputs, targets))
+    reference = dense_reference(MANY[0], theta, (inputs, targets))
     assert relative(compressed, reference.gauss_newton) < 1e-8
 
 

@@ -466,7 +466,7 @@ def choose(
     sizes = Sizes(
         samples=samples,
         weights=sum(leaf.size for leaf in jax.tree.leaves(theta)),
-        rows=(samples + len(w)) * dimensions(problem, w) + (0 if kaufman else w.size),
+        rows=(samples + len(w)) * dimensions(problem, w, data[1]) + (0 if kaufman else w.size),
         passes=passes(w, kaufman=kaufman),
         rank=rank,
     )

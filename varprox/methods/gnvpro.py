@@ -304,7 +304,7 @@ def gnvpro(
 
 
 def _init(problem, theta, data, key=None, before=None, *, curvature, rank, kaufman, memory, whiten):
-    check_data(problem, theta, data, full_batch=True)
+    data = check_data(problem, theta, data, full_batch=True)
     static = {"memory": memory, "whiten": whiten, "kaufman": kaufman}
     if before is None:
         form = select_form(problem, theta, data, curvature, rank=rank, kaufman=kaufman)
@@ -372,7 +372,7 @@ def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
         w=projection.w,
         projection=kind.trimmed(problem, projection)._replace(factor=factor),
         objective=value,
-        error=_error(problem, rows, projection.w),
+        error=_error(problem, rows, projection.w, targets),
         decrease=value,
         radius=jnp.full_like(value, jnp.inf),
         shift=jnp.zeros_like(value),
@@ -401,7 +401,7 @@ def _kaufman(w, kaufman):
 
 def _step(problem, options, state, data, **static):
     check_state("gnvpro", isinstance(state, State), state)
-    check_all(state, data)
+    data = check_all(state, data)
     return _advance(problem, options, state, data, **static)
 
 
@@ -481,9 +481,9 @@ def _rounding(state, targets):
     return of_predictions + ROUNDINGS * jnp.finfo(size.dtype).eps * size
 
 
-def _error(problem, rows, w):
+def _error(problem, rows, w, targets):
     """How well predictions are known, and with them the objective."""
-    return ROUNDINGS * rounding_of_predictions(problem, rows, w)
+    return ROUNDINGS * rounding_of_predictions(problem, rows, w, targets)
 
 
 def _radius_and_reach(state, model):
@@ -520,7 +520,7 @@ def _trial(problem, state, data, model, start, rounding, y, found):
     # A step that rounding swallows leads nowhere, whatever gradients say.
     moved = jnp.any(theta + step != theta)
     decrease = jnp.where(jnp.isfinite(value) & moved, decrease, jnp.nan)
-    return decrease, _Trial(value, _error(problem, rows, solved.w), solved)
+    return decrease, _Trial(value, _error(problem, rows, solved.w, targets), solved)
 
 
 def _corrected(correct, found, trial):

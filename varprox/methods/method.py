@@ -117,9 +117,10 @@ def check_state(name: str, own: bool, state: Any) -> None:
         raise TypeError(f"state: expected one of {name}, got {came}{hint}")
 
 
-def check_all(state: Any, data: Any) -> None:
-    """Refuses data that are not shaped like those that `init` of a full-batch method was given with
-    a TypeError or ValueError. Looks at no number."""
+def check_all(state: Any, data: Any) -> tuple:
+    """Inputs and targets, as `check_pair` has them. Refuses data that are not shaped like those
+    that `init` of a full-batch method was given with a TypeError or ValueError. Looks at no
+    number."""
     inputs, targets = check_pair(data)
     expected = state.projection.slopes.shape
     if targets.shape != expected:
@@ -128,3 +129,4 @@ def check_all(state: Any, data: Any) -> None:
             f"step takes all of them, got {targets.shape}"
         )
     check_inputs(inputs, targets)
+    return inputs, targets

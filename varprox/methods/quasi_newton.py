@@ -249,7 +249,7 @@ def _method(problem, tolerance, *, memory, max_bytes):
 
 def _init(problem, theta, data, key=None, projection=None, *, memory, max_bytes):
     """`projection` is one at these weights, from which that under another loss is found faster."""
-    check_data(problem, theta, data, full_batch=True)
+    data = check_data(problem, theta, data, full_batch=True)
     _check_reverse(problem, theta, data[0])
     if memory is None and (taken := bytes_of_inverse(theta)) > max_bytes:
         raise ValueError(
@@ -322,7 +322,7 @@ def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
     penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)
     gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
     at = _At(theta, projection, projection.value + penalty, gradient, jnp.zeros_like(penalty))
-    error = rounding_of_predictions(problem, rows, w)
+    error = rounding_of_predictions(problem, rows, w, targets)
     rounding = error * jnp.linalg.norm(projection.slopes) * len(rows) ** 0.5
     return at._replace(rounding=rounding), rows
 
@@ -341,7 +341,7 @@ def _size(at):
 def _step(problem, tolerance, kind, state, data):
     own = isinstance(state, State) and isinstance(state.inverse, kind)
     check_state({Pairs: "lbfgsvpro", Broyden: "broydenvpro"}[kind], own, state)
-    check_all(state, data)
+    data = check_all(state, data)
     new, info = _advance(problem, tolerance, state, data)
     return new._replace(inverse=new.inverse.after(state.inverse)), info
 

@@ -19,6 +19,7 @@ from varprox.methods.method import check_state
 from varprox.methods.selection import Fit, Trials, sgcv, tries
 from varprox.precision import full_products
 from varprox.problem.heads import Moments, dense
+from varprox.problem.weighted import Targets, mapped, means, plain
 
 
 class State(NamedTuple):
@@ -231,7 +232,7 @@ def _update_checked(options, state, rows, targets):
     return tikhonov_step(options, state, moments, targets.size)
 
 
-def tikhonov_step(options: Options, state: State, batch: Moments, count: int) -> tuple[State, Info]:
+def tikhonov_step(options: Options, state: State, batch: Moments, count) -> tuple[State, Info]:
     """The update for a batch of `count` scalar residuals, of which no more is known than this."""
     w, lambda_sum = state.w, state.lambda_sum
     lower_bound = jnp.asarray(options.lower_bound, w.dtype)  # under trace it may have another
@@ -307,20 +308,22 @@ def _by_cholesky(total, batch, w, ridge):
     return change, freedom
 
 
-def centre_and_unit(targets: jax.Array, bias: bool) -> tuple[jax.Array, jax.Array]:
+def centre_and_unit(targets: Targets, bias: bool) -> tuple[jax.Array, jax.Array]:
     """What to subtract from targets, (outputs,), and what to divide them by, a scalar.
 
     The centre is their mean where there is a bias to stand for it, and zero elsewhere. The unit is
-    the root mean square of what is left. Targets that are constant but for rounding are in units of
+    the root mean square of what is left, both weighted. Targets that are constant but for rounding are in units of
     their largest entry, and zeros in units of one.
     """
-    largest = jnp.max(jnp.abs(targets))
+    largest = jnp.max(jnp.abs(plain(targets)))
     largest = jnp.where(largest > 0, largest, 1)
-    shares = targets.reshape(-1, targets.shape[-1]) / largest  # so that no square overflows
+    shares = mapped(lambda values: values / largest, targets)  # so that no square overflows
     # The mean of equal numbers is exact this way.
-    mean = shares[0] + jnp.mean(shares - shares[0], axis=0)
+    first = plain(shares).reshape(-1, targets.shape[-1])[0]
+    mean = first + means(mapped(lambda values: values - first, shares))
     centre = mean if bias else jnp.zeros_like(mean)
-    spread = jnp.sqrt(jnp.mean((shares - centre) ** 2))
+    squares = mapped(lambda values: (values - centre) ** 2, shares)
+    spread = jnp.sqrt(jnp.mean(means(squares)))
     constant = spread <= 4 * jnp.finfo(spread.dtype).eps
     return largest * centre, largest * jnp.where(constant, 1, spread)
 

@@ -19,6 +19,7 @@ from varprox.problem.data import check_data, check_pair, zero_w
 from varprox.problem.heads import has_bias
 from varprox.problem.model import Problem, Separable, check_problem
 from varprox.problem.prediction import predict
+from varprox.problem.weighted import Weighted, counted, mapped
 
 
 class State(NamedTuple):
@@ -257,8 +258,7 @@ def _is_key(leaf):
 
 def _init(static, options, theta, data, key=None):
     problem, tikhonov_options = options
-    check_data(problem, theta, data, images=True)
-    inputs, targets = data
+    inputs, targets = check_data(problem, theta, data, images=True)
     head = problem.model.head
     w = zero_w(problem, jax.eval_shape(problem.model.features, theta, inputs), targets)
     theta, targets = jax.tree.map(jnp.asarray, (theta, targets))
@@ -307,7 +307,7 @@ def _epoch(static, options, state, data, *, batch_size):
     """`varprox.methods.minibatches.epoch`; where not all of it was finite, or what it ends with is
     not for one more batch, the last θ that a batch has verified comes back."""
     check_state("slimtrain", isinstance(state, State), state)
-    check_pair(data)
+    data = check_pair(data)
     _check_like(state, data)
     state, infos = epoch(_advance, static, options, state, data, batch_size=batch_size)
     inputs = jax.tree.map(lambda leaf: leaf[:batch_size], data[0])
@@ -328,8 +328,7 @@ def _verified(options, state, inputs, finite):
 
 def _step(static, options, state, batch):
     check_state("slimtrain", isinstance(state, State), state)
-    check_pair(batch)
-    return _advance(static, options, state, batch)
+    return _advance(static, options, state, check_pair(batch))
 
 
 @partial(jax.jit, static_argnums=0)
@@ -346,13 +345,15 @@ def _advance(static, options, state, batch):
             lambda theta: problem.model.train(theta, inputs), state.theta, has_aux=True
         )
     _check_features(head, z, state.tikhonov.w, targets)
-    centred = targets - state.centre
+    centred = mapped(lambda values: values - state.centre, targets)
     moments = head.moments(z, state.tikhonov.w, centred).scaled(1 / len(targets))
-    tikhonov, chosen = tikhonov_step(tikhonov_options, state.tikhonov, moments, targets.size)
+    count = counted(targets)
+    tikhonov, chosen = tikhonov_step(tikhonov_options, state.tikhonov, moments, count)
 
     # Of the objective divided by unit², every part before it can overflow.
+    in_units = mapped(lambda values: values / unit, centred)
     value, slope = jax.value_and_grad(
-        lambda z: loss.value(head.apply(z, tikhonov.w / unit), centred / unit)
+        lambda z: loss.value(head.apply(z, tikhonov.w / unit), in_units)
     )(z)
     penalty, of_penalty = jax.value_and_grad(problem.penalty)(state.theta)
     with jax.default_matmul_precision(static.feature_precision):
@@ -409,6 +410,13 @@ def _check_like(state, batch):
     samples = jnp.shape(batch[1])[:1] or (0,)
     if samples == (0,):
         raise ValueError(f"targets: expected at least one sample, got shape {jnp.shape(batch[1])}")
+    seen, given = (isinstance(targets, Weighted) for _, targets in (state.like, batch))
+    if seen != given:
+        with_or_without = {True: "(inputs, targets, weights)", False: "(inputs, targets)"}
+        raise TypeError(
+            f"data: expected {with_or_without[seen]}, as `init` has seen, got "
+            f"{with_or_without[given]}"
+        )
     for name, expected, came in zip(("inputs", "targets"), state.like, batch, strict=True):
         structures: list[Any] = [jax.tree.structure(tree) for tree in (expected, came)]
         if structures[0] != structures[1]:

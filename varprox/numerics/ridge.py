@@ -72,3 +72,13 @@ def ridge(rows: jax.Array, targets: jax.Array, alpha, offset: jax.Array | float 
         offset = jnp.where(jnp.all(norms > 0), offset, axes @ (axes.T @ offset))
     residual = found.q @ (found.turn @ inside) - targets
     return Ridge(offset + found.inverse_root @ inside, residual, found)
+
+
+def ridge_of_each(rows: jax.Array, targets: jax.Array, alpha, offset) -> Ridge:
+    """`ridge` with rows (outputs, batch, columns) of its own for each output."""
+
+    def alone(rows, column, offset):
+        return ridge(rows, column[:, None], alpha, offset[:, None] if jnp.ndim(offset) else offset)
+
+    found = jax.vmap(alone, (0, 1, 1 if jnp.ndim(offset) else None))(rows, targets, offset)
+    return Ridge(found.w[..., 0].T, found.residual[..., 0].T, found.span)

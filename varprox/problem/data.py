@@ -17,12 +17,14 @@ from varprox.checks import (
 )
 from varprox.problem.heads import ConvHead
 from varprox.problem.model import Problem, Separable, check_problem
+from varprox.problem.weighted import Targets, Weighted, gapless, plain
 
 
 def check_data(
     problem: Problem, theta, data, *, images: bool = False, full_batch: bool = False
-) -> None:
-    """Refuses data that the problem cannot be solved for; passes in silence under trace.
+) -> tuple[Any, Targets]:
+    """Inputs and targets, `Weighted` where the data have weights. Refuses data that the problem
+    cannot be solved for; passes in silence under trace.
 
     Convolutional heads, and images as targets, are for methods that say they take `images`. A
     `full_batch` method is refused features that learn from the batches they see, to which it shows
@@ -37,7 +39,7 @@ def check_data(
             "problem: expected a model with a dense head; one with a convolutional head is trained "
             "by varprox.slimtrain"
         )
-    inputs, targets = check_pair(data)
+    data = inputs, targets = check_pair(data)
     dtype = _check_arrays(problem, theta, inputs, targets)
     _check_targets(problem, targets, of_images)
     check_inputs(inputs, targets)
@@ -46,21 +48,64 @@ def check_data(
         _check_values(problem.model, theta, data, full_batch)
     _check_features(problem, theta, inputs, targets, dtype, of_images)
     _check_penalties(problem, theta, dtype)
-    if not isinstance(targets, jax.core.Tracer):
-        problem.loss.check(np.asarray(targets))
+    if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(targets)):
+        _check_weights(problem, targets)
+        problem.loss.check(np.asarray(plain(targets)))
+    return data
 
 
-def check_pair(data: Any) -> tuple:
-    """Inputs and targets, where these are arrays; else TypeError. Looks at no number."""
-    if not (isinstance(data, tuple | list) and len(data) == 2):
+def check_pair(data: Any) -> tuple[Any, Targets]:
+    """Inputs and targets, `Weighted` where weights are a third of the data; TypeError or ValueError
+    where these are no arrays that go together. Looks at no number."""
+    if not (isinstance(data, tuple | list) and len(data) in (2, 3)):
         came = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else ""
-        hint = "; weights of samples are not supported" if came.endswith(" of 3") else ""
-        raise TypeError(f"data: expected a pair (inputs, targets), got {came or kind(data)}{hint}")
-    inputs, targets = data
+        raise TypeError(
+            "data: expected a pair (inputs, targets), or (inputs, targets, weights), got "
+            f"{came or kind(data)}"
+        )
+    inputs, targets, *weights = data
     for leaf in jax.tree.leaves(inputs):
         check_array("inputs", leaf)
-    check_array("targets", targets)
-    return inputs, targets
+    check_array("targets", plain(targets))
+    if not weights:
+        return inputs, targets
+    return inputs, _weighted(targets, *weights)
+
+
+def _weighted(targets, weights):
+    check_array("weights", weights)
+    targets, weights = jnp.asarray(targets), jnp.asarray(weights)
+    of_samples = (len(targets),) if targets.ndim else ()
+    if weights.shape not in (of_samples, targets.shape):
+        raise ValueError(
+            f"weights: expected shape {of_samples}, one for each sample, or {targets.shape}, one "
+            f"for each entry of the targets, got {weights.shape}"
+        )
+    if not (weights.dtype == bool or jnp.issubdtype(weights.dtype, jnp.number)):
+        raise TypeError(f"weights: expected numbers, got dtype {weights.dtype}")
+    weights = weights.astype(targets.dtype)
+    return gapless(targets, weights.reshape(*weights.shape, *[1] * (targets.ndim - weights.ndim)))
+
+
+def _check_weights(problem, targets):
+    """Refuses weights that are no numbers ≥ 0, or that leave an output without targets."""
+    if not isinstance(targets, Weighted):
+        return
+    weights = np.asarray(targets.weights)
+    if not (np.isfinite(weights).all() and (weights >= 0).all()):
+        raise ValueError(
+            f"weights: expected finite numbers ≥ 0, got some from {weights.min():g} to "
+            f"{weights.max():g}"
+        )
+    empty = np.flatnonzero(~np.any(weights > 0, axis=tuple(range(weights.ndim - 1))))
+    if len(empty):
+        where = f" for output {empty[0]}" if weights.shape[-1] > 1 else ""
+        raise ValueError(f"weights: expected some above zero{where}, got none")
+    if weights.shape[-1] > 1 and not problem.loss.by_entry:
+        raise ValueError(
+            f"weights: expected one for each sample under {type(problem.loss).__name__}, whose "
+            "terms are not those of single outputs, got one for each entry of the targets"
+        )
 
 
 def weights(theta: Any) -> list:
@@ -114,12 +159,12 @@ def _check_arrays(problem, theta, inputs, targets):
             raise ValueError(f"theta: expected arrays with entries, got shape {jnp.shape(leaf)}")
     for leaf in jax.tree.leaves(inputs):
         _check_finite("inputs", leaf)
-    if not _floating(targets):
+    if not _floating(plain(targets)):
         labels = targets.shape[1:] in ((), (1,))
         remedy = problem.loss.hint if labels else ""
         remedy = remedy or f"targets.astype({_dtypes(theta)[0]!r}) casts them"
         raise TypeError(f"targets: expected floating numbers, got dtype {targets.dtype}; {remedy}")
-    _check_finite("targets", targets)
+    _check_finite("targets", plain(targets))
     return _one_dtype(theta, inputs, targets)
 
 
@@ -151,13 +196,13 @@ def _dtypes(tree):
 
 
 def _check_targets(problem, targets, of_images):
-    if of_images and jnp.ndim(targets) != 4:
+    if of_images and len(targets.shape) != 4:
         raise ValueError(
-            f"targets: expected shape (batch, height, width, outputs), got {jnp.shape(targets)}"
+            f"targets: expected shape (batch, height, width, outputs), got {targets.shape}"
         )
-    if not of_images and jnp.ndim(targets) != 2:
+    if not of_images and len(targets.shape) != 2:
         raise ValueError(
-            f"targets: expected shape (batch, outputs), got {jnp.shape(targets)}; "
+            f"targets: expected shape (batch, outputs), got {targets.shape}; "
             + (problem.loss.hint or "a single output wants targets[:, None]")
         )
     if len(targets) == 0:
@@ -251,7 +296,7 @@ def _predictions_like(problem, z, targets):
     return problem.model.head.apply(z, zero_w(problem, z, targets))
 
 
-def zero_w(problem: Problem, z: jax.Array, targets: jax.Array) -> jax.Array:
+def zero_w(problem: Problem, z: jax.Array, targets: Targets) -> jax.Array:
     """W = 0 for features and targets, of which only shapes and dtypes are used."""
     rows = jax.eval_shape(problem.model.head.rows, z)
     return jnp.zeros((rows.shape[1], targets.shape[-1]), rows.dtype)

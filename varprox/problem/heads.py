@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varprox.checks import check_integer
+from varprox.problem.weighted import Targets, Weighted, plain, rooted, weighed
 
 
 class Moments(NamedTuple):
@@ -70,11 +71,26 @@ class Head:
         rows = self.rows(z)
         return rows.T @ rows
 
-    def moments(self, z: jax.Array, w: jax.Array, targets: jax.Array) -> Moments:
+    def moments(self, z: jax.Array, w: jax.Array, targets: Targets) -> Moments:
         """What a step for W needs to know of a batch at `w`; targets are shaped like
-        predictions."""
-        residual = self.apply(z, w) - targets
-        return Moments(self.gram(z), self.adjoint(z, residual), jnp.sum(residual**2))
+        predictions.
+
+        Weights of samples multiply the squares. Where the outputs have weights of their own, the
+        Gram matrix is that of the largest weight of each row: it bounds that of each output, so
+        that steps are shorter than they might be and lead to the same W.
+        """
+        residual = self.apply(z, w) - plain(targets)
+        return Moments(
+            self._weighted_gram(z, targets) if isinstance(targets, Weighted) else self.gram(z),
+            self.adjoint(z, weighed(targets, residual)),
+            jnp.sum(rooted(targets, residual) ** 2),
+        )
+
+    def _weighted_gram(self, z, targets):
+        largest = jnp.max(targets.weights, axis=-1, keepdims=True)
+        of_rows = jnp.broadcast_to(largest, (*targets.shape[:-1], 1)).reshape(-1, 1)
+        rows = jnp.sqrt(of_rows) * self.rows(z)
+        return rows.T @ rows
 
 
 @dataclass(frozen=True)

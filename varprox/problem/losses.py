@@ -1,8 +1,9 @@
 """Convex losses: value, gradient and curvature in the predictions.
 
-Predictions and targets are (batch, outputs). Every loss is a mean over the batch, so its gradient
-and its Hessian carry the factor 1 / batch. Losses are hashable, and equal if built alike, which
-lets compiled functions be reused.
+Predictions and targets are (batch, outputs); targets may have weights, by which the terms of the
+loss are multiplied. Every loss is a mean over the batch, so its gradient and its Hessian carry the
+factor 1 / batch. Losses are hashable, and equal if built alike, which lets compiled functions be
+reused.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from varprox.checks import called
+from varprox.problem.weighted import plain, rooted, weighed
 
 
 class Loss:
     """What every loss has; the curvature of all of them comes from their gradient."""
 
-    quadratic = False  # is the Hessian the identity / batch?
+    quadratic = False  # is the Hessian the weights / batch?
+    by_entry = False  # is it a sum over outputs, whose terms may have weights of their own?
     hint = ""  # how to come by targets, where others than those of the right form are given
 
     def value(self, predictions, targets):
@@ -50,15 +53,18 @@ class ConvexLoss(Loss):
     fn: Callable[[jax.Array, jax.Array], jax.Array]
 
     def value(self, predictions, targets):
-        return jnp.mean(jax.vmap(self.fn)(predictions, targets))
+        terms = jax.vmap(self.fn)(predictions, plain(targets))
+        return jnp.mean(weighed(targets, terms[:, None]))
 
     def gradient(self, predictions, targets):
-        return jax.vmap(jax.grad(self.fn))(predictions, targets) / len(predictions)
+        slopes = jax.vmap(jax.grad(self.fn))(predictions, plain(targets))
+        return weighed(targets, slopes) / len(predictions)
 
     def curvature_root(self, predictions, targets, v):
-        eigenvalues, q = jnp.linalg.eigh(jax.vmap(jax.hessian(self.fn))(predictions, targets))
-        rooted = jnp.sqrt(jnp.maximum(eigenvalues, 0) / len(v)) * v
-        return jnp.squeeze(q @ rooted[..., None], -1)
+        hessians = jax.vmap(jax.hessian(self.fn))(predictions, plain(targets))
+        eigenvalues, q = jnp.linalg.eigh(hessians)
+        scaled = rooted(targets, jnp.sqrt(jnp.maximum(eigenvalues, 0) / len(v)) * v)
+        return jnp.squeeze(q @ scaled[..., None], -1)
 
     def check(self, targets):
         dtype = jnp.result_type(targets)
@@ -113,15 +119,17 @@ class LeastSquares(Loss):
     """½ mean ‖prediction − target‖²: see `least_squares`."""
 
     quadratic = True
+    by_entry = True
 
     def value(self, predictions, targets):
-        return 0.5 * jnp.sum((predictions - targets) ** 2) / len(predictions)
+        residual = rooted(targets, predictions - plain(targets))
+        return 0.5 * jnp.sum(residual**2) / len(predictions)
 
     def gradient(self, predictions, targets):
-        return (predictions - targets) / len(predictions)
+        return weighed(targets, predictions - plain(targets)) / len(predictions)
 
     def curvature_root(self, predictions, targets, v):
-        return v / len(v) ** 0.5
+        return rooted(targets, v) / len(v) ** 0.5
 
 
 @dataclass(frozen=True)
@@ -131,16 +139,19 @@ class SoftmaxCrossEntropy(Loss):
     hint = "jax.nn.one_hot(labels, classes) makes one-hot rows of integer labels"
 
     def value(self, predictions, targets):
-        return -jnp.sum(targets * jax.nn.log_softmax(predictions)) / len(predictions)
+        terms = weighed(targets, plain(targets)) * jax.nn.log_softmax(predictions)
+        return -jnp.sum(terms) / len(predictions)
 
     def gradient(self, predictions, targets):
-        return (jax.nn.softmax(predictions) - targets) / len(predictions)
+        slopes = jax.nn.softmax(predictions) - plain(targets)
+        return weighed(targets, slopes) / len(predictions)
 
     def curvature_root(self, predictions, targets, v):
         # diag(p) − p pᵀ = L Lᵀ for L = diag(√p) − p √pᵀ.
         p = jax.nn.softmax(predictions)
         scaled = jnp.sqrt(p) * v
-        return (scaled - p * jnp.sum(scaled, axis=1, keepdims=True)) / len(v) ** 0.5
+        scaled = scaled - p * jnp.sum(scaled, axis=1, keepdims=True)
+        return rooted(targets, scaled) / len(v) ** 0.5
 
     def check(self, targets):
         total = targets.sum(axis=1)
@@ -156,15 +167,19 @@ class SoftmaxCrossEntropy(Loss):
 class Logistic(Loss):
     """mean Σ log(1 + exp(prediction)) − target · prediction: see `logistic`."""
 
+    by_entry = True
+
     def value(self, predictions, targets):
-        return jnp.sum(jax.nn.softplus(predictions) - targets * predictions) / len(predictions)
+        terms = jax.nn.softplus(predictions) - plain(targets) * predictions
+        return jnp.sum(weighed(targets, terms)) / len(predictions)
 
     def gradient(self, predictions, targets):
-        return (jax.nn.sigmoid(predictions) - targets) / len(predictions)
+        slopes = jax.nn.sigmoid(predictions) - plain(targets)
+        return weighed(targets, slopes) / len(predictions)
 
     def curvature_root(self, predictions, targets, v):
         p = jax.nn.sigmoid(predictions)
-        return jnp.sqrt(p * (1 - p) / len(v)) * v
+        return rooted(targets, jnp.sqrt(p * (1 - p) / len(v)) * v)
 
     def check(self, targets):
         if targets.min() < 0 or targets.max() > 1:

@@ -129,7 +129,7 @@ def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
         Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, section 3; Golub and
         Pereyra, Inverse Problems 19 (2003) R1.
     """
-    check_data(problem, theta, data)
+    data = check_data(problem, theta, data)
     return linearise(problem, theta, data)
 
 
@@ -171,7 +171,7 @@ def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
         Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, section 3; Golub and
         Pereyra, Inverse Problems 19 (2003) R1.
     """
-    check_data(problem, theta, data)
+    data = check_data(problem, theta, data)
     return linearise(problem, theta, data, full=True)
 
 

@@ -19,6 +19,7 @@ depends on G Gᵀ alone, whose numerical rank is what it costs. Source: Kaufman,
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -27,6 +28,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from varprox.problem.model import Problem
+from varprox.problem.weighted import Targets, alike, rooted
 from varprox.reduced.projection import Projection
 from varprox.reduced.w_hessian import Factor, to_flat
 
@@ -43,10 +45,15 @@ def passes(w: Any, *, kaufman: bool) -> int:
     return min(columns, outputs) if kaufman else columns
 
 
-def dimensions(problem: Problem, w: Any) -> int:
+def dimensions(problem: Problem, w: Any, targets: Targets) -> int:
     """The rows of K that count for each sample."""
     columns, outputs = w.shape
-    return min(columns, outputs) if problem.loss.quadratic else outputs
+    return min(columns, outputs) if _curved_alike(problem, targets) else outputs
+
+
+def _curved_alike(problem, targets):
+    """Have all outputs the same curvature, which is a multiple of the identity for each sample?"""
+    return problem.loss.quadratic and alike(targets)
 
 
 def keeps_rows(flat: jax.Array, samples: int, w: Any, *, kaufman: bool, forward: bool) -> bool:
@@ -87,7 +94,7 @@ def gauss_newton_matrix(
     """
     flat, unravel = ravel_pytree(theta)
     w = at.w
-    samples, dims, taken = len(data[1]), dimensions(problem, w), passes(w, kaufman=kaufman)
+    samples, dims, taken = len(data[1]), dimensions(problem, w, data[1]), passes(w, kaufman=kaufman)
     keep = keeps_rows(flat, samples, w, kaufman=kaufman, forward=forward)
     # Fewer bytes at a time than those of the matrix are multiplied faster than they are added up.
     held = max(BLOCK_BYTES, flat.size * flat.nbytes)
@@ -96,7 +103,7 @@ def gauss_newton_matrix(
     span = _span(problem, at)
     compressed: Any = None
     if not kaufman:
-        compressed, used = _compressed(problem, w, at.slopes, flat.size)
+        compressed, used = _compressed(problem, w, at.slopes, data[1], flat.size)
 
     def rows_of(index):
         # The last block is filled up with repeated samples, which must not count.
@@ -141,7 +148,7 @@ def gauss_newton_matrix(
     if not keep:
         return Formed(gradient, matrix, None)
     rows = jax.tree.map(lambda x: x[0], kept)
-    return Formed(gradient, matrix, _transposed(problem, w, span, rows, c, kaufman=kaufman))
+    return Formed(gradient, matrix, _transposed(problem, at, data[1], span, rows, c, kaufman=kaufman))
 
 
 def gauss_newton_root(
@@ -173,7 +180,7 @@ def gauss_newton_root(
     return Formed(
         rows.gradient / samples + penalty_gradient,
         jnp.concatenate(parts),
-        _transposed(problem, at.w, span, rows, c, kaufman=kaufman),
+        _transposed(problem, at, data[1], span, rows, c, kaufman=kaufman),
     )
 
 
@@ -184,9 +191,13 @@ class _Span(NamedTuple):
     to rounding; under other losses it is Z, and H says what it spans in the loss's metric.
     """
 
-    z: jax.Array  # (batch, columns)
+    z: jax.Array  # (batch, columns), or a basis for each output that has weights of its own
     factor: Factor
     orthonormal: bool
+
+    def of(self, index):
+        """`z` of some samples, (samples, 1 or outputs, columns)."""
+        return self.z[index][:, None] if self.z.ndim == 2 else self.z[:, index].swapaxes(0, 1)
 
     def rooted(self, rows):
         """S rows, for rows (entries of W, size)."""
@@ -226,7 +237,7 @@ def _rows(problem, theta, data, at, span, index, counts, *, kaufman, forward):
     `forward` these are all samples."""
     w, slopes = at.w, at.slopes
     columns = len(w)
-    basis, coordinates = _basis(problem, w)
+    basis, coordinates = _basis(problem, w, data[1])
     of_features = passes(w, kaufman=kaufman) == columns
     units = jnp.eye(columns, dtype=w.dtype) if of_features else coordinates
     identity = jnp.eye(len(coordinates), dtype=w.dtype)
@@ -244,10 +255,11 @@ def _rows(problem, theta, data, at, span, index, counts, *, kaufman, forward):
         return rows_at(flat), pulled
 
     def root_of(prediction, target):
-        curved = lambda unit: problem.loss.curvature_root(  # noqa: E731
-            prediction[None], target[None], unit[None]
+        target = jax.tree.map(lambda leaf: leaf[None], target)
+        of_unit = lambda unit: problem.loss.curvature_root(  # noqa: E731
+            prediction[None], target, unit[None]
         )[0]
-        return jax.vmap(curved)(identity)
+        return jax.vmap(of_unit)(identity)
 
     inputs, targets = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], data)
     z, pulled = together(inputs) if forward else jax.vmap(alone)(inputs)
@@ -255,26 +267,26 @@ def _rows(problem, theta, data, at, span, index, counts, *, kaufman, forward):
     size = pulled.shape[-1]
     k = coordinates @ pulled if of_features else pulled
     slope = len(slopes) * jnp.where(counts[:, None], slopes[index], 0)
-    spanned = span.z[index]
     if problem.loss.quadratic:
-        root, rooted = jnp.broadcast_to(identity, (len(z), *identity.shape)), k
+        root = jnp.broadcast_to(identity, (len(z), *identity.shape))
+        curved = jax.vmap(partial(rooted, targets), 2, 2)(k)
     else:
         root = jax.vmap(root_of)(z @ w, targets)
-        rooted = root @ k
-    weights = root[:, :, :, None] * spanned[:, None, None, :]
+        curved = root @ k
+    weights = root[:, :, :, None] * span.of(index)[:, None]
     return _Rows(
         gradient=(slope @ basis).reshape(-1) @ k.reshape(-1, size),
         slope=slope,
         z=z,
         pulled=pulled,
-        rooted=rooted.reshape(-1, size) / len(span.z) ** 0.5,
+        rooted=curved.reshape(-1, size) / len(slopes) ** 0.5,
         weights=weights.reshape(len(z) * len(coordinates), -1),
     )
 
 
-def _basis(problem, w):
+def _basis(problem, w, targets):
     """An orthonormal basis (outputs, dimensions) of where K counts, and Wᵀ in this basis."""
-    if dimensions(problem, w) < w.shape[1]:
+    if dimensions(problem, w, targets) < w.shape[1]:
         return jnp.linalg.qr(w.T)
     return jnp.eye(w.shape[1], dtype=w.dtype), w.T
 
@@ -284,7 +296,7 @@ def _a(slope, pulled):
     return jnp.tensordot(slope, pulled, ((0,), (0,))).reshape(-1, pulled.shape[-1])
 
 
-def _compressed(problem, w, slopes, size):
+def _compressed(problem, w, slopes, targets, size):
     """Slopes for A, (parts, samples, OUTPUTS), and how many of the parts are more than rounding.
 
     Where H is the same for every output, only G Gᵀ counts. Then G is turned to its principal axes,
@@ -295,7 +307,7 @@ def _compressed(problem, w, slopes, size):
     slopes = samples * slopes
     least = min(samples, outputs)
     # `eigh` takes about 25 · least³ operations, A for all outputs least · columns · size².
-    if not problem.loss.quadratic or least <= OUTPUTS or 25 * least**2 > len(w) * size**2:
+    if not _curved_alike(problem, targets) or least <= OUTPUTS or 25 * least**2 > len(w) * size**2:
         return slopes[None], 1
     if outputs <= samples:
         squares, axes = jnp.linalg.eigh(slopes.T @ slopes)
@@ -310,9 +322,10 @@ def _compressed(problem, w, slopes, size):
     return slopes.reshape(samples, parts, OUTPUTS).swapaxes(0, 1), -(-rank // OUTPUTS)
 
 
-def _transposed(problem, w, span, rows, c, *, kaufman):
+def _transposed(problem, at, targets, span, rows, c, *, kaufman):
     """(G, W) ↦ Jᵀ G + α₂ J_Wᵀ W."""
-    basis, _ = _basis(problem, w)
+    w = at.w
+    basis, _ = _basis(problem, w, targets)
     onto = w.T if passes(w, kaufman=kaufman) == len(w) else basis
 
     def product(slopes, weights):

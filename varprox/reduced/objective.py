@@ -43,23 +43,24 @@ def _w_of_rows_jvp(primals, tangents):
         symmetric=True,
     )
     if problem.loss.quadratic:
-        return w, _turn(factor, rows, tangents[1], w) - dw
+        return w, _turn(problem, factor, rows, tangents[1], w, targets) - dw
     return w, -dw
 
 
-def _turn(factor, rows, d_rows, w):
+def _turn(problem, factor, rows, d_rows, w, targets):
     """How the minimum-norm W under least squares turns with the null space of the rows.
 
-    This is N d_rowsᵀ rows (rowsᵀ rows)⁺ W with the projector N onto the null space; it vanishes
-    where the rows have full column rank. Source: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973),
+    This is N d_rowsᵀ Ω rows (rowsᵀ Ω rows)⁺ W with the weights Ω of an output and the projector N
+    onto the null space; it vanishes where the rows have full column rank. Source: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973),
     theorem 4.3. Its own derivative leaves out that of N and of the pseudo-inverse, as `factor` has
     none.
     """
-    lifted = d_rows.T @ (rows @ factor.solve(w)) / len(rows)
-    (root,) = factor.blocks  # its columns are orthogonal, and zero for the null space
-    norms = jnp.linalg.norm(root, axis=0)
-    span = root / jnp.where(norms > 0, norms, 1)
-    return lifted - span @ (span.T @ lifted)
+    lifted = d_rows.T @ problem.loss.curvature(rows @ w, targets)(rows @ factor.solve(w))
+    # The columns of a block are orthogonal, and zero for the null space.
+    norms = jnp.linalg.norm(factor.blocks, axis=1, keepdims=True)
+    span = factor.blocks / jnp.where(norms > 0, norms, 1)
+    inside = span @ (span.mT @ lifted.T[:, :, None])
+    return lifted - inside[:, :, 0].T
 
 
 @jax.custom_jvp
@@ -128,7 +129,7 @@ def solve_w(problem: Problem, theta: Any, data: tuple) -> jax.Array:
         >>> [round(float(x), 3) for x in w[:, 0]]  # the kernel and the bias
         [3.0, 1.0]
     """
-    check_data(problem, theta, data)
+    data = check_data(problem, theta, data)
     return _reduced(problem, theta, data)[1]
 
 
@@ -170,7 +171,7 @@ def reduced_objective(problem: Problem) -> Callable:
     check_problem(problem)
 
     def reduced(theta, data):
-        check_data(problem, theta, data)
+        data = check_data(problem, theta, data)
         return _reduced(problem, theta, data)
 
     return reduced

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 
 from varprox.numerics import trust_region
-from varprox.numerics.ridge import ridge
+from varprox.numerics.ridge import ridge, ridge_of_each
 from varprox.problem.heads import has_bias
 from varprox.problem.model import Problem
+from varprox.problem.weighted import Targets, alike, mapped, means, plain, rooted, rooted_rows
 from varprox.reduced.w_hessian import (
     Factor,
     factorise,
@@ -37,7 +38,9 @@ class Projection(NamedTuple):
 
     w: jax.Array  # (columns, outputs)
     slopes: jax.Array  # (batch, outputs), of the loss in the predictions, to more digits than W has
-    rows: jax.Array | None  # (batch, columns); None where no one needs them
+    # (batch, columns), or a basis for each output that has weights of its own; None where no one
+    # needs them.
+    rows: jax.Array | None
     factor: Factor
     value: jax.Array  # of Φ without R
     products: jax.Array  # spent in the last solve, each one product with rows and one with rowsᵀ
@@ -46,12 +49,15 @@ class Projection(NamedTuple):
 
 def start_projection(problem: Problem, rows, targets) -> Projection:
     """W = 0 and no factor yet; of rows (batch, columns) only shape and dtype are used."""
-    (samples, columns), outputs = rows.shape, targets.shape[1]
-    blocks = 1 if problem.loss.quadratic else outputs
+    columns, outputs = rows.shape[1], targets.shape[1]
+    kept, blocks = rows, outputs
+    if problem.loss.quadratic:
+        kept = jax.eval_shape(rooted_rows, targets, rows)
+        blocks = 1 if alike(targets) else outputs
     return Projection(
         jnp.zeros((columns, outputs), rows.dtype),
         jnp.zeros(targets.shape, rows.dtype),
-        jnp.zeros((samples, columns), rows.dtype),
+        jnp.zeros(kept.shape, rows.dtype),
         Factor(
             jnp.zeros((blocks, columns, columns), rows.dtype),
             jnp.zeros((columns, columns), rows.dtype),
@@ -101,14 +107,17 @@ def _ridge(problem, rows, targets):
     scale = len(rows) ** 0.5
     offset: Any = 0.0
     if has_bias(problem.model.head):
-        mean = jnp.mean(targets, axis=0)
+        mean = means(targets)
         offset = jnp.zeros((rows.shape[1], len(mean)), rows.dtype).at[-1].set(mean)
-        targets = targets - mean
-    found = ridge(rows / scale, targets / scale, problem.w_penalty_like(rows), offset)
+        targets = mapped(lambda values: values - mean, targets)
+    weighted, wanted = rooted_rows(targets, rows) / scale, rooted(targets, plain(targets)) / scale
+    alpha = problem.w_penalty_like(rows)
+    solve = ridge if alike(targets) else ridge_of_each
+    found = solve(weighted, wanted, alpha, offset)
     value = 0.5 * jnp.sum(found.residual**2) + problem.penalty_on_w(found.w)
     return Projection(
         w=found.w,
-        slopes=found.residual / scale,
+        slopes=rooted(targets, found.residual) / scale,
         rows=found.span.basis,
         factor=ridge_factor(found.span),
         value=value,
@@ -259,24 +268,24 @@ def _iteration(task, factor, at):
     )
 
 
-def rounding_of_predictions(problem: Problem, rows, w) -> jax.Array:
+def rounding_of_predictions(problem: Problem, rows, w, targets) -> jax.Array:
     """Eps times the size of the terms that predictions are sums of, which cancel where W is large;
     the root of its mean square. The bias takes no part: targets are centred before W is found."""
     if has_bias(problem.model.head):
         rows, w = rows[:, :-1], w[:-1]
-    sizes = jnp.abs(rows) @ jnp.abs(w)
+    sizes = rooted(targets, jnp.abs(rows) @ jnp.abs(w))
     return jnp.finfo(w.dtype).eps * jnp.sqrt(jnp.mean(jnp.sum(sizes**2, axis=1)))
 
 
-def is_exact(value: jax.Array, targets: jax.Array) -> jax.Array:
+def is_exact(value: jax.Array, targets: Targets) -> jax.Array:
     """Is this objective next to nothing beside that of predictions of zero, by a factor of eps^1.5?
 
     Rounding of the predictions alone says nothing of this: it is large where W is, and with other θ
     W may be smaller.
     """
-    eps = jnp.finfo(value.dtype).eps
-    unit = jnp.max(jnp.abs(targets))  # whose square may overflow
-    size = unit * jnp.sqrt(jnp.mean(jnp.sum((targets / jnp.where(unit > 0, unit, 1)) ** 2, axis=1)))
+    eps, values = jnp.finfo(value.dtype).eps, rooted(targets, plain(targets))
+    unit = jnp.max(jnp.abs(values))  # whose square may overflow
+    size = unit * jnp.sqrt(jnp.mean(jnp.sum((values / jnp.where(unit > 0, unit, 1)) ** 2, axis=1)))
     return jnp.sqrt(jnp.abs(value)) <= eps**0.75 * size
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from varprox.numerics.ridge import Span, span
 from varprox.problem.model import Problem
+from varprox.problem.weighted import rooted_rows
 
 CHUNK = 512  # samples
 DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
@@ -86,9 +87,11 @@ def _conjugate_gradients(problem, rows, w, targets, factor, y):
 
 
 def ridge_factor(found: Span) -> Factor:
-    """The factor under least squares, from what rows divided by the root of their number span."""
+    """The factor under least squares, from what rows divided by the root of their number span;
+    `found` has a leading axis where outputs have weights of their own."""
     root = found.inverse_root
-    return Factor(root[None], jnp.eye(len(root), dtype=root.dtype))
+    columns = root.shape[-1]
+    return Factor(root.reshape(-1, columns, columns), jnp.eye(columns, dtype=root.dtype))
 
 
 def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Factor:
@@ -99,8 +102,9 @@ def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Fac
     Pines the first steps of LBFGSvpro took a fifth more products with them.
     """
     if problem.loss.quadratic:
-        found = span(rows / len(rows) ** 0.5, problem.w_penalty_like(rows))
-        return ridge_factor(found)
+        weighted = rooted_rows(targets, rows) / len(rows) ** 0.5
+        spanned = span if weighted.ndim == 2 else jax.vmap(span, (0, None))
+        return ridge_factor(spanned(weighted, problem.w_penalty_like(rows)))
     blocks = w_hessian(problem, rows, w, targets, whole)
     size = blocks.shape[-1]
     scale = jnp.max(jnp.diagonal(blocks, axis1=1, axis2=2), axis=1)[:, None, None]
@@ -143,7 +147,8 @@ def w_hessian(problem: Problem, rows, w, targets, whole: bool) -> jax.Array:
 
     # Zeros lengthen the rows, and so add nothing; targets are repeated, which any loss can take.
     total = jnp.zeros((len(i), len(k)), w.dtype)
-    total, _ = jax.lax.scan(add, total, (split(rows, "constant"), split(targets, "edge")))
+    parts = split(rows, "constant"), jax.tree.map(lambda x: split(x, "edge"), targets)
+    total, _ = jax.lax.scan(add, total, parts)
     total = total * (CHUNK / len(rows))
     of_columns = _entries(k, l)
     if not whole:

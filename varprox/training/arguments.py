@@ -95,7 +95,8 @@ def check_metrics(metrics: Any) -> dict[str, Callable]:
 
 
 def check_state(method: Method, theta: Any, data: tuple, state: Any) -> None:
-    """Refuses a state that belongs to other data, to another problem or another method."""
+    """Refuses a state that belongs to other data, to another problem or another method; `data` are
+    as `check_data` returns them."""
     needed = ("theta", "w", "objective", "status", *("learned",) * (method.epoch is not None))
     if missing := [name for name in needed if not hasattr(state, name)]:
         raise TypeError(
@@ -124,7 +125,7 @@ def check_state(method: Method, theta: Any, data: tuple, state: Any) -> None:
     predictions = predictions_of(method.problem, state.theta, state.w, inputs)
     now = float(loss_of(method.problem, predictions, targets))
     now += float(penalties(method.problem, state.theta, state.w))
-    zero = float(loss_of(method.problem, jnp.zeros_like(targets), targets))
+    zero = float(loss_of(method.problem, jnp.zeros_like(predictions), targets))
     then = float(state.objective)
     # Where the rows are badly conditioned, rounding may move predictions by √eps of the targets,
     # and the objective by twice the geometric mean of itself and of eps times that for W = 0.
@@ -141,10 +142,10 @@ def _shapes(tree):
     return jax.tree.structure(tree), [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def check_validation(method: Method, theta: Any, data: tuple, validation: Any) -> None:
-    """Refuses validation data that are not like the data."""
+def check_validation(method: Method, theta: Any, data: tuple, validation: Any) -> tuple:
+    """Validation data as `check_data` returns them. Refuses those that are not like the data."""
     try:
-        check_data(method.problem, theta, validation, images=method.epoch is not None)
+        validation = check_data(method.problem, theta, validation, images=method.epoch is not None)
     except (TypeError, ValueError) as error:
         raise type(error)(f"validation: {error}") from None
     expected = data[1].shape[1:]
@@ -154,3 +155,4 @@ def check_validation(method: Method, theta: Any, data: tuple, validation: Any) -
             f"validation: expected targets of shape (batch, {sizes}), as the data have, "
             f"got {validation[1].shape}"
         )
+    return validation

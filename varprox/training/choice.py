@@ -23,7 +23,7 @@ FEW = 20
 
 def default_methods(problem: Problem, theta: Any, data: tuple) -> list[Method]:
     """The methods for a problem, each of which is run where the one before has stalled."""
-    check_data(problem, theta, data, full_batch=True)
+    data = check_data(problem, theta, data, full_batch=True)
     _, reverse = derivatives(problem, theta, data[0])
     forms = usable(problem, theta, data[0])
     # Where samples are coupled pairs are not whitened, and the whole is worth more.

@@ -11,6 +11,7 @@ from varprox.methods.slimtrain import with_learned
 from varprox.precision import full_products
 from varprox.problem.model import Problem
 from varprox.problem.prediction import predict
+from varprox.problem.weighted import Targets, Weighted, plain
 
 
 def problem_at(method: Method, state: Any) -> Problem:
@@ -41,7 +42,8 @@ def evaluations(
         if name == "validation":
             row["validation_loss"] = float(loss_of(problem, predictions, targets))
         for metric, fn in metrics.items():
-            row[f"{name}_{metric}"] = _scalar(metric, fn(predictions, targets))
+            given = (targets.weights,) if isinstance(targets, Weighted) else ()
+            row[f"{name}_{metric}"] = _scalar(metric, fn(predictions, plain(targets), *given))
     return row
 
 
@@ -61,7 +63,7 @@ def penalties(problem: Problem, theta: Any, w: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def loss_of(problem: Problem, predictions: jax.Array, targets: jax.Array) -> jax.Array:
+def loss_of(problem: Problem, predictions: jax.Array, targets: Targets) -> jax.Array:
     """The loss, without penalties."""
     return problem.loss.value(predictions, targets)
 

@@ -168,11 +168,10 @@ def fit(
         )
     limits = check_limits("fit", max_work=max_work, max_seconds=max_seconds, epochs=epochs)
     stochastic = methods[0].epoch is not None
-    check_data(methods[0].problem, theta, data, images=stochastic)
+    data = check_data(methods[0].problem, theta, data, images=stochastic)
     sets = {"train": data}
     if validation is not None:
-        check_validation(methods[0], theta, data, validation)
-        sets["validation"] = validation
+        sets["validation"] = check_validation(methods[0], theta, data, validation)
     elif patience is not None:
         raise ValueError(f"patience: expected None without validation data, got {patience!r}")
     asked = _Asked(

@@ -19,6 +19,7 @@ from varprox.problem.covariance import Covariance, deviations, times_derivative
 from varprox.problem.data import check_data, check_w
 from varprox.problem.model import Problem
 from varprox.problem.traits import derivatives
+from varprox.problem.weighted import counted, plain, rooted
 
 
 def covariance(problem: Problem, solution: Any, data: tuple) -> Covariance:
@@ -94,7 +95,7 @@ def covariance(problem: Problem, solution: Any, data: tuple) -> Covariance:
             f"{kind(solution)}"
         )
     theta, w = solution.theta, solution.w
-    check_data(problem, theta, data)
+    data = check_data(problem, theta, data)
     check_w(problem, theta, w, data)
     forward, reverse = derivatives(problem, theta, data[0])
     if not (forward or reverse):
@@ -117,16 +118,17 @@ def _covariance(problem, theta, w, data, *, forward):
     jacobian = times_derivative(
         predictions_at, flat, jnp.eye(size, dtype=flat.dtype), forward=forward
     )
-    rooted = _rooted(problem.loss, predictions, targets, jacobian.reshape(*targets.shape, size))
-    penalties = jnp.sqrt(len(targets)) * _penalty_root(problem, theta, w, rooted)
-    axes, inverse = _axes(jnp.concatenate([rooted, penalties]))
+    rows = _rows(problem.loss, predictions, targets, jacobian.reshape(*targets.shape, size))
+    penalties = jnp.sqrt(len(targets)) * _penalty_root(problem, theta, w, rows)
+    axes, inverse = _axes(jnp.concatenate([rows, penalties]))
     known = jnp.isfinite(inverse)
     noise = jnp.ones((), flat.dtype)
     if problem.loss.quadratic:
         held = norm(penalties @ (axes * jnp.where(known, inverse, 0))) ** 2
-        freedom = targets.size - (jnp.sum(known, dtype=flat.dtype) - held)
+        freedom = counted(targets) - (jnp.sum(known, dtype=flat.dtype) - held)
         enough = freedom > size * jnp.finfo(flat.dtype).eps
-        noise = norm(predictions - targets) / jnp.sqrt(jnp.where(enough, freedom, 1))
+        residual = rooted(targets, predictions - plain(targets))
+        noise = norm(residual) / jnp.sqrt(jnp.where(enough, freedom, 1))
         noise = jnp.where(enough, noise, jnp.inf)
     spreads = jnp.where(known, noise * inverse, jnp.inf)
 
@@ -144,13 +146,16 @@ def _covariance(problem, theta, w, data, *, forward):
     )
 
 
-def _rooted(loss, predictions, targets, jacobian):
+def _rows(loss, predictions, targets, jacobian):
     """Rows whose Gram matrix is the sum over samples of Jᵀ Q J, for J (batch, outputs, size)."""
-    if not loss.quadratic:
+    if loss.quadratic:
+        jacobian = jax.vmap(partial(rooted, targets), 2, 2)(jacobian)
+    else:
         units = jnp.eye(targets.shape[1], dtype=targets.dtype)
 
         def root_of(prediction, target):  # Lᵀ, where Q = L Lᵀ
-            along = lambda v: loss.curvature_root(prediction[None], target[None], v[None])[0]  # noqa: E731
+            target = jax.tree.map(lambda leaf: leaf[None], target)
+            along = lambda v: loss.curvature_root(prediction[None], target, v[None])[0]  # noqa: E731
             return jax.vmap(along)(units)
 
         jacobian = jax.vmap(root_of)(predictions, targets) @ jacobian
