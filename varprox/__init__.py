@@ -34,8 +34,9 @@ Submodules, loaded when they are first used:
 - ``varprox.transforms`` has slimTik and GNvpro as gradient transformations of optax.
 - ``varprox.networks`` has networks as flax modules, ``varprox.datasets`` the data sets.
 
-Data are pairs (inputs, targets) with the batch first. Every function follows the dtype of its
-inputs, float32 or float64. Work is counted in passes over the data, forward or backward.
+Data are (inputs, targets) or (inputs, targets, weights), with the batch first. Every function
+follows the dtype of its inputs, float32 or float64. Work is counted in passes over the data,
+forward or backward.
 """
 
 import importlib

@@ -28,8 +28,10 @@ from varprox.methods.slimtik import (
 )
 from varprox.methods.slimtrain import check_optimizer
 from varprox.precision import full_products
+from varprox.problem.data import weighted
 from varprox.problem.heads import ConvHead, DenseHead, dense, has_bias
 from varprox.problem.model import Problem
+from varprox.problem.weighted import alike, counted, mapped, plain, weighed
 
 
 class SlimTikState(NamedTuple):
@@ -63,7 +65,8 @@ def slimtik(
     """slimTik for the last layer among the parameters, and any optimizer for the others.
 
     ``tx.update(gradients, state, params, features=z, targets=c)`` needs the features z of the
-    batch, which are the input of the last layer, and its targets c, shaped like the predictions.
+    batch, which are the input of the last layer, and its targets c, shaped like the predictions;
+    ``weights=ω`` (batch,) may be given, too.
     The gradients of the other parameters pass through ``optimizer``. The gradients of the last
     layer may be anything: they are replaced by a step of ``varprox.slimtik``, with rows and targets
     divided by √batch. If a batch, a gradient or an update is not finite, parameters and state do
@@ -146,26 +149,34 @@ def slimtik(
         )
 
     @full_products
-    def update(gradients, state, params=None, *, features, targets, **extra):
+    def update(gradients, state, params=None, *, features, targets, weights=None, **extra):
         if params is None:
             raise ValueError("params: expected those that the gradients belong to, got None")
         check_state("transforms.slimtik", isinstance(state, SlimTikState), state)
         _check_tree("gradients", gradients, params)
         last = _Last(params, head, layer)
         _check_fit(last, features, targets)
+        if weights is not None:
+            targets = weighted(targets, weights)
+            if not alike(targets):
+                raise ValueError(
+                    "weights: expected one for each sample, got one for each entry of the targets; "
+                    "varprox.slimtrain takes these"
+                )
         first, seen = state.batches == 0, state.batches.astype(last.w.dtype)
         centre, _ = centre_and_unit(targets, has_bias(last.layer))
         centre = jnp.where(first, centre, state.centre)
-        centred = targets - centre
-        unit = jnp.where(jnp.any(centred != 0), centre_and_unit(centred, bias=False)[1], 0)
+        centred = mapped(lambda values: values - centre, targets)
+        unit = jnp.where(jnp.any(plain(centred) != 0), centre_and_unit(centred, bias=False)[1], 0)
         unit = jnp.hypot(state.unit * jnp.sqrt(seen), unit) / jnp.sqrt(seen + 1)
         divisor = jnp.where(unit > 0, unit, 1)
 
         w = raised(last.w, -centre)
-        lost = jnp.sum((last.layer.apply(features, w) - centred) ** 2) > jnp.sum(centred**2)
+        residual = last.layer.apply(features, w) - plain(centred)
+        lost = jnp.sum(weighed(centred, residual**2 - plain(centred) ** 2)) > 0
         before = state.tikhonov._replace(w=jnp.where(first & lost, 0, w))
         moments = last.layer.moments(features, before.w, centred).scaled(1 / len(targets))
-        tikhonov, chosen = tikhonov_step(options, before, moments, targets.size)
+        tikhonov, chosen = tikhonov_step(options, before, moments, counted(targets))
 
         others = optax.with_extra_args_support(optax.masked(optimizer, last.others))
         scaled = jax.tree.map(lambda gradient: gradient / divisor / divisor, gradients)

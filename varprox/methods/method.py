@@ -76,8 +76,9 @@ class Method(NamedTuple):
     (a number of `Status`).
 
     Attributes:
-        init: A function ``state = init(theta, data, key)``. `data` is the pair (inputs, targets)
-            and `key` a random key, which may be left out.
+        init: A function ``state = init(theta, data, key)``. `data` are (inputs, targets) or
+            (inputs, targets, weights), as for `fit`, and `key` is a random key, which may be left
+            out.
         step: A function ``state, info = step(state, data)``; `info` is a NamedTuple of scalars. A
             full-batch method takes all of the data at every step, a stochastic one a minibatch.
         problem: The `Problem` that is solved.

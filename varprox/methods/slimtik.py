@@ -28,13 +28,14 @@ class State(NamedTuple):
     Attributes:
         w: W, (columns, outputs).
         lambda_sum: ΣΛ.
-        grams: A ring of the Gram matrices AᵀA of the last batches, (memory + 1, columns, columns).
+        grams: A ring of the Gram matrices AᵀA of the last batches, (memory + 1, columns, columns);
+            (memory + 1, outputs, columns, columns) if outputs have weights of their own.
         place: The place in the ring for the next Gram matrix.
     """
 
     w: jax.Array  # (columns, outputs)
     lambda_sum: jax.Array  # ΣΛ
-    grams: jax.Array  # (memory + 1, columns, columns), a ring of AᵀA of the last batches
+    grams: jax.Array  # a ring of AᵀA of the last batches
     place: jax.Array  # of the next one in the ring
 
 
@@ -179,12 +180,14 @@ def _takes_trials(selection):
     return True
 
 
-def start_tikhonov(options: Options, w: jax.Array) -> State:
-    """The state at W (columns, outputs), with nothing remembered."""
+def start_tikhonov(options: Options, w: jax.Array, *, shared: bool = True) -> State:
+    """The state at W (columns, outputs), with nothing remembered; not `shared` where each output
+    has a Gram matrix of its own."""
     check_array("w", w)
     if jnp.ndim(w) != 2:
         raise ValueError(f"w: expected shape (columns, outputs), got {jnp.shape(w)}")
-    w, columns = jnp.asarray(w), len(w)
+    w, (columns, outputs) = jnp.asarray(w), jnp.shape(w)
+    kept = options.memory + 1, *(() if shared else (outputs,))
     if w.dtype not in (jnp.float32, jnp.float64):
         raise TypeError(
             f"w: expected float32 or float64, got {w.dtype}; cast it to float32, as there are no "
@@ -193,7 +196,7 @@ def start_tikhonov(options: Options, w: jax.Array) -> State:
     return State(
         w,
         jnp.maximum(*(jnp.asarray(x, w.dtype) for x in (options.initial, options.lower_bound))),
-        jnp.zeros((options.memory + 1, columns, columns), w.dtype),
+        jnp.zeros((*kept, columns, columns), w.dtype),
         jnp.zeros((), jnp.int32),
     )
 
@@ -233,12 +236,19 @@ def _update_checked(options, state, rows, targets):
 
 
 def tikhonov_step(options: Options, state: State, batch: Moments, count) -> tuple[State, Info]:
-    """The update for a batch of `count` scalar residuals, of which no more is known than this."""
-    w, lambda_sum = state.w, state.lambda_sum
+    """The update for a batch of `count` scalar residuals, of which no more is known than this.
+
+    What is (columns, outputs) where the outputs share a Gram matrix is (outputs, columns, 1) where
+    they do not.
+    """
+    shared = state.grams.ndim == 3
+    arranged = lambda x: x if shared else x.T[:, :, None]  # noqa: E731
+    batch = batch._replace(gradient=arranged(batch.gradient))
+    w, lambda_sum = arranged(state.w), state.lambda_sum
     lower_bound = jnp.asarray(options.lower_bound, w.dtype)  # under trace it may have another
     others = jnp.arange(len(state.grams), dtype=jnp.int32) != state.place
     total = batch.gram + jnp.tensordot(others.astype(w.dtype), state.grams, 1)
-    trace, rounding = jnp.trace(total), 4 * jnp.finfo(w.dtype).eps
+    trace, rounding = _trace(total), 4 * jnp.finfo(w.dtype).eps
 
     def ridge(lambda_):
         least = rounding * trace  # what is added to M and not lost to rounding
@@ -252,20 +262,21 @@ def tikhonov_step(options: Options, state: State, batch: Moments, count) -> tupl
         step = change(lambda_)
         residual = batch.square + jnp.sum(step * (batch.gram @ step - 2 * batch.gradient))
         # The difference is known to rounding error of what it is taken from, and may be negative.
-        return Fit(jnp.maximum(residual, rounding * batch.square), w.shape[1] * freedom(lambda_))
+        return Fit(jnp.maximum(residual, rounding * batch.square), w.shape[-1] * freedom(lambda_))
 
-    rows = count / w.shape[1] * len(state.grams)  # in memory, once it is full
-    trials = Trials(fit, trace / len(total), trace / rows)
+    rows = count / state.w.shape[1] * len(state.grams)  # in memory, once it is full
+    trials = Trials(fit, jnp.mean(trace) / len(state.w), jnp.mean(trace) / rows)
     chosen = options.selection(trials, count, lambda_sum, lower_bound)
     lambda_, value = (jnp.asarray(x, w.dtype) for x in chosen)
     lambda_ = jnp.maximum(lambda_, lower_bound - lambda_sum)
     found = fit(lambda_)
-    new_w, new_sum = w - change(lambda_), jnp.maximum(lambda_sum + lambda_, lower_bound)
+    step = change(lambda_) if shared else change(lambda_)[:, :, 0].T
+    new_w, new_sum = state.w - step, jnp.maximum(lambda_sum + lambda_, lower_bound)
 
     finite = jnp.isfinite(new_w).all() & jnp.isfinite(new_sum)
     choose = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
     after = State(
-        w=choose(new_w, w),
+        w=choose(new_w, state.w),
         lambda_sum=choose(new_sum, lambda_sum),
         grams=state.grams.at[state.place].set(choose(batch.gram, state.grams[state.place])),
         place=choose((state.place + 1) % len(state.grams), state.place),
@@ -277,12 +288,12 @@ def _in_eigenbasis(total, batch, w, ridge):
     """Functions of Λ: what W loses, and the trace of A B Aᵀ for one output. In the basis of M a
     trial takes no solve, and no rows."""
     eigenvalues, v = jnp.linalg.eigh(total, symmetrize_input=False)
-    eigenvalues = jnp.maximum(eigenvalues, 0)[:, None]  # less is rounding
-    gradient, weights = v.T @ batch.gradient, v.T @ w
+    eigenvalues = jnp.maximum(eigenvalues, 0)[..., None]  # less is rounding
+    gradient, weights = v.mT @ batch.gradient, v.mT @ w
     # Nor has the gradient a part where M is zero to rounding; divided by a small ΣΛ it would drift.
-    zero = eigenvalues <= 4 * jnp.finfo(w.dtype).eps * jnp.trace(total)
+    zero = eigenvalues <= 4 * jnp.finfo(w.dtype).eps * _trace(total)
     gradient = jnp.where(zero, 0, gradient)
-    diagonal = jnp.sum(v * (batch.gram @ v), axis=0)[:, None]
+    diagonal = jnp.sum(v * (batch.gram @ v), axis=-2)[..., None]
 
     def change(lambda_):
         return v @ ((gradient + lambda_ * weights) / (eigenvalues + ridge(lambda_)))
@@ -297,23 +308,30 @@ def _by_cholesky(total, batch, w, ridge):
     """The same by one factorisation for each Λ."""
 
     def solve(lambda_, right):
-        return cho_solve(cho_factor(total + ridge(lambda_) * jnp.eye(len(w), dtype=w.dtype)), right)
+        identity = jnp.eye(total.shape[-1], dtype=w.dtype)
+        return cho_solve(cho_factor(total + ridge(lambda_) * identity), right)
 
     def change(lambda_):
         return solve(lambda_, batch.gradient + lambda_ * w)
 
     def freedom(lambda_):
-        return jnp.trace(solve(lambda_, batch.gram))
+        return jnp.sum(_trace(solve(lambda_, batch.gram)))
 
     return change, freedom
+
+
+def _trace(matrices):
+    """Of a matrix, or of each of several, (outputs, 1, 1)."""
+    trace = jnp.trace(matrices, axis1=-2, axis2=-1)
+    return trace if matrices.ndim == 2 else trace[:, None, None]
 
 
 def centre_and_unit(targets: Targets, bias: bool) -> tuple[jax.Array, jax.Array]:
     """What to subtract from targets, (outputs,), and what to divide them by, a scalar.
 
     The centre is their mean where there is a bias to stand for it, and zero elsewhere. The unit is
-    the root mean square of what is left, both weighted. Targets that are constant but for rounding are in units of
-    their largest entry, and zeros in units of one.
+    the root mean square of what is left, both weighted. Targets that are constant but for rounding
+    are in units of their largest entry, and zeros in units of one.
     """
     largest = jnp.max(jnp.abs(plain(targets)))
     largest = jnp.where(largest > 0, largest, 1)

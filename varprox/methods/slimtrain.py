@@ -19,7 +19,7 @@ from varprox.problem.data import check_data, check_pair, zero_w
 from varprox.problem.heads import has_bias
 from varprox.problem.model import Problem, Separable, check_problem
 from varprox.problem.prediction import predict
-from varprox.problem.weighted import Weighted, counted, mapped
+from varprox.problem.weighted import Weighted, alike, counted, mapped
 
 
 class State(NamedTuple):
@@ -155,8 +155,8 @@ def slimtrain(
 
     Returns:
         A stochastic ``Method`` with three pure functions. ``state = method.init(theta, data, key)``
-        takes a pair (inputs, targets) with any number of samples.
-        ``state, info = method.step(state, batch)`` takes one step.
+        takes data of any number of samples. ``state, info = method.step(state, batch)`` takes one
+        step.
         ``state, infos = method.epoch(state, data, batch_size=32)`` passes over the data in shuffled
         batches; samples that do not fill a batch are left out of this epoch. The state is a
         ``varprox.methods.slimtrain.State``, the info a ``varprox.methods.slimtrain.Info``.
@@ -266,7 +266,7 @@ def _init(static, options, theta, data, key=None):
     return State(
         theta=theta,
         verified=theta,
-        tikhonov=start_tikhonov(tikhonov_options, w),
+        tikhonov=start_tikhonov(tikhonov_options, w, shared=alike(targets)),
         centre=centre,
         unit=unit,
         optimizer=_start_optimizer(static.optimizer, theta),

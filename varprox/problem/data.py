@@ -69,10 +69,12 @@ def check_pair(data: Any) -> tuple[Any, Targets]:
     check_array("targets", plain(targets))
     if not weights:
         return inputs, targets
-    return inputs, _weighted(targets, *weights)
+    return inputs, weighted(targets, *weights)
 
 
-def _weighted(targets, weights):
+def weighted(targets: jax.Array, weights: jax.Array) -> Weighted:
+    """Targets with weights of samples or of entries; TypeError or ValueError where these are no
+    arrays that go together. Looks at no number."""
     check_array("weights", weights)
     targets, weights = jnp.asarray(targets), jnp.asarray(weights)
     of_samples = (len(targets),) if targets.ndim else ()

@@ -14,15 +14,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from varprox.checks import check_integer
-from varprox.problem.weighted import Targets, Weighted, plain, rooted, weighed
+from varprox.problem.weighted import Targets, Weighted, plain, rooted, rooted_rows, weighed
 
 
 class Moments(NamedTuple):
-    """Of a batch with rows A, targets c and r = A w − c."""
+    """Of a batch with rows A, targets c, r = A w − c and weights Ω."""
 
-    gram: jax.Array  # AᵀA
-    gradient: jax.Array  # Aᵀ r
-    square: jax.Array  # ‖r‖²
+    gram: jax.Array  # AᵀΩA; one for each output where they have weights of their own
+    gradient: jax.Array  # AᵀΩr
+    square: jax.Array  # rᵀΩr
 
     def scaled(self, factor) -> "Moments":
         """Those of √factor times the rows and targets."""
@@ -73,12 +73,7 @@ class Head:
 
     def moments(self, z: jax.Array, w: jax.Array, targets: Targets) -> Moments:
         """What a step for W needs to know of a batch at `w`; targets are shaped like
-        predictions.
-
-        Weights of samples multiply the squares. Where the outputs have weights of their own, the
-        Gram matrix is that of the largest weight of each row: it bounds that of each output, so
-        that steps are shorter than they might be and lead to the same W.
-        """
+        predictions."""
         residual = self.apply(z, w) - plain(targets)
         return Moments(
             self._weighted_gram(z, targets) if isinstance(targets, Weighted) else self.gram(z),
@@ -87,10 +82,10 @@ class Head:
         )
 
     def _weighted_gram(self, z, targets):
-        largest = jnp.max(targets.weights, axis=-1, keepdims=True)
-        of_rows = jnp.broadcast_to(largest, (*targets.shape[:-1], 1)).reshape(-1, 1)
-        rows = jnp.sqrt(of_rows) * self.rows(z)
-        return rows.T @ rows
+        each = targets.weights.shape[-1]  # 1, or the number of outputs
+        of_rows = jnp.broadcast_to(targets.weights, (*targets.shape[:-1], each)).reshape(-1, each)
+        rows = rooted_rows(Weighted(of_rows, of_rows), self.rows(z))
+        return rows.mT @ rows
 
 
 @dataclass(frozen=True)

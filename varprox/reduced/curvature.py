@@ -103,7 +103,7 @@ def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
         problem: The `Problem`; its head must not be convolutional.
         theta: The nonlinear weights θ, a pytree of arrays.
         data: The pair (inputs, targets), with inputs as the features take them and targets
-            (batch, outputs).
+            (batch, outputs); or (inputs, targets, weights), as for `fit`.
 
     Returns:
         A `Curvature` whose `matvec` multiplies with H.
@@ -145,7 +145,7 @@ def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
         problem: The `Problem`; its head must not be convolutional.
         theta: The nonlinear weights θ, a pytree of arrays.
         data: The pair (inputs, targets), with inputs as the features take them and targets
-            (batch, outputs).
+            (batch, outputs); or (inputs, targets, weights), as for `fit`.
 
     Returns:
         A `Curvature` whose `matvec` multiplies with the Hessian.

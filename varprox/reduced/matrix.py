@@ -148,7 +148,8 @@ def gauss_newton_matrix(
     if not keep:
         return Formed(gradient, matrix, None)
     rows = jax.tree.map(lambda x: x[0], kept)
-    return Formed(gradient, matrix, _transposed(problem, at, data[1], span, rows, c, kaufman=kaufman))
+    transposed = _transposed(problem, at, data[1], span, rows, c, kaufman=kaufman)
+    return Formed(gradient, matrix, transposed)
 
 
 def gauss_newton_root(

@@ -51,9 +51,9 @@ def _turn(problem, factor, rows, d_rows, w, targets):
     """How the minimum-norm W under least squares turns with the null space of the rows.
 
     This is N d_rowsᵀ Ω rows (rowsᵀ Ω rows)⁺ W with the weights Ω of an output and the projector N
-    onto the null space; it vanishes where the rows have full column rank. Source: Golub and Pereyra, SIAM J. Numer. Anal. 10 (1973),
-    theorem 4.3. Its own derivative leaves out that of N and of the pseudo-inverse, as `factor` has
-    none.
+    onto the null space; it vanishes where the rows have full column rank. Source: Golub and
+    Pereyra, SIAM J. Numer. Anal. 10 (1973), theorem 4.3. Its own derivative leaves out that of N
+    and of the pseudo-inverse, as `factor` has none.
     """
     lifted = d_rows.T @ problem.loss.curvature(rows @ w, targets)(rows @ factor.solve(w))
     # The columns of a block are orthogonal, and zero for the null space.
@@ -106,7 +106,7 @@ def solve_w(problem: Problem, theta: Any, data: tuple) -> jax.Array:
         problem: The `Problem`; its head must not be convolutional.
         theta: The nonlinear weights θ, a pytree of arrays.
         data: The pair (inputs, targets), with inputs as the features take them and targets
-            (batch, outputs).
+            (batch, outputs); or (inputs, targets, weights), as for `fit`.
 
     Returns:
         W(θ), (columns, outputs), in the dtype of θ.

@@ -97,14 +97,19 @@ def fit(
         method: A ``Method`` such as ``vp.gnvpro(problem)``, or a ``Problem``, for which ``fit``
             chooses.
         theta: The initial nonlinear weights θ, a pytree of float32 or float64 arrays.
-        data: A pair (inputs, targets), batch first. Inputs are an array or a pytree of arrays.
-            Targets are (batch, outputs); under a convolutional head, which only ``slimtrain``
-            trains, they are images (batch, height, width, outputs).
+        data: A pair (inputs, targets), or (inputs, targets, weights), batch first. Inputs are an
+            array or a pytree of arrays. Targets are (batch, outputs); under a convolutional head,
+            which only ``slimtrain`` trains, they are images (batch, height, width, outputs).
+            Weights are numbers ≥ 0, or True and False, by which the terms of the loss are
+            multiplied before their mean over all samples is taken: one for each sample, (batch,),
+            or, under ``least_squares`` and ``logistic``, one for each entry, shaped like the
+            targets. A weight of 0 leaves a gap, where the target may be NaN.
         start: The ``Solution`` to go on from, of the same method, problem and data; None begins at
             ``theta``. Budgets count from the beginning of that run, so a larger one is needed to go
             on. For other data see ``method.init``.
-        validation: A pair like ``data``, or None. Its loss is the column ``validation_loss``.
+        validation: Data like ``data``, or None. Their loss is the column ``validation_loss``.
         metrics: A mapping from names to functions ``(predictions, targets) -> scalar``, or None.
+            Data with weights have these, (batch, 1) or shaped like the targets, as a third one.
             Each is evaluated on ``data`` and on ``validation`` and fills the columns
             ``train_<name>`` and ``validation_<name>``. The name ``"loss"`` is taken.
         evaluate_every: The number of steps or epochs between evaluations of the metrics and the

@@ -36,7 +36,7 @@ def fit_levels(
         make: A function ``(level, solution) -> method``. It gets the ``Solution`` of the level
             before, or None on level 0, and returns a ``Method``.
         theta: The initial nonlinear weights θ of level 0, a pytree.
-        data: A pair (inputs, targets), as for ``fit``.
+        data: The data, as for ``fit``.
         levels: The number of levels, an integer ≥ 1.
         prolong: A function that maps the θ of one level to the next, such as
             ``varprox.networks.prolong``, which doubles the time steps of a network.

@@ -42,8 +42,8 @@ def fit_many(
         method: A ``Method``, such as ``vp.gnvpro(problem)``.
         thetas: The initial nonlinear weights of all runs, a pytree whose arrays have one more axis
             in front, of the number of runs.
-        data: A pair (inputs, targets) for all runs, as for ``fit``; if ``own_data``, the arrays
-            have one more axis in front, too.
+        data: The data for all runs, as for ``fit``; if ``own_data``, the arrays have one more axis
+            in front, too.
         own_data: Whether each run has its own data.
         max_work: The budget of each run in work units, a positive number or None.
         epochs: The budget of each run in epochs, or in steps of a full-batch method, a positive

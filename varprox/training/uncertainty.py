@@ -31,9 +31,10 @@ def covariance(problem: Problem, solution: Any, data: tuple) -> Covariance:
     and P the second derivative of the penalties, where it is positive, times the number of samples.
     Without penalties this is what SciPy's ``curve_fit`` returns as ``pcov``. The noise is taken to
     be independent and of the same size in all samples and outputs; s² is the sum of squared
-    residuals, divided by the number of residuals less the number of weights. Outputs with noise of
-    different sizes want to be scaled to the same one first. Where penalties hold weights, or the
-    data leave some open, fewer weights are counted: the trace of J (JᵀJ + P)⁻¹ Jᵀ.
+    residuals, divided by the number of residuals less the number of weights. Where penalties hold
+    weights, or the data leave some open, fewer weights are counted: the trace of J (JᵀJ + P)⁻¹ Jᵀ.
+    Noise of different sizes asks for data with the weights 1 / σ². Residuals and rows of J are then
+    multiplied by the roots of the weights, and gaps are no residuals.
 
     Under another loss it is Laplace's approximation (N ∇²Φ)⁻¹ for N samples, without s²: the loss
     is taken as the negative logarithm of a likelihood, which cross entropies are.
@@ -55,7 +56,7 @@ def covariance(problem: Problem, solution: Any, data: tuple) -> Covariance:
             learn from batches, pass ``solution.problem``, as to `predict`.
         solution: The `Solution`, or anything else with weights ``theta`` and ``w``, such as
             ``solution.best`` or the state of a method.
-        data: The pair (inputs, targets) that the problem was solved for.
+        data: The data that the problem was solved for, with the weights if there are any.
 
     Returns:
         The `Covariance`, infinite where the data leave a weight open. It is infinite throughout
