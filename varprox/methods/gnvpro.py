@@ -360,7 +360,7 @@ def _why(problem, theta, inputs, curvature, allowed):
 def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
     """The first state; `w` is one to start the solve for W from, or None."""
     inputs, targets = data
-    rows = problem.model.rows(theta, inputs)
+    rows = problem.rows(theta, inputs)
     start = start_projection(problem, rows, targets)
     start = start if w is None else start._replace(w=w, rows=rows)
     projection = project(problem, rows, targets, start)
@@ -503,7 +503,7 @@ def _trial(problem, state, data, model, start, rounding, y, found):
     theta, unravel = ravel_pytree(state.theta)
     step = model.root(y)
     trial = unravel(theta + step)
-    rows, along = state.form.rows_at(lambda theta: problem.model.rows(theta, inputs), trial)
+    rows, along = state.form.rows_at(lambda theta: problem.rows(theta, inputs), trial)
     tolerance = ACCURACY * jnp.minimum(found.decrease, state.decrease)
     solved = state.form.trimmed(problem, project(problem, rows, targets, start, tolerance))
     value = solved.value + problem.penalty(trial)

@@ -262,7 +262,7 @@ def _init(problem, theta, data, key=None, projection=None, *, memory, max_bytes)
 
 def _check_reverse(problem, theta, inputs):
     """Refuses features without a reverse rule with a TypeError."""
-    total = lambda theta: jnp.sum(problem.model.rows(theta, inputs))  # noqa: E731
+    total = lambda theta: jnp.sum(problem.rows(theta, inputs))  # noqa: E731
     try:
         jax.eval_shape(jax.grad(total), theta)
     except Exception as error:
@@ -314,7 +314,7 @@ def _start(problem, theta, data, start, *, memory):
 def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
     """What belongs to θ, and the rows, by one forward and one reverse pass of the features."""
     inputs, targets = data
-    rows, pullback = jax.vjp(lambda theta: problem.model.rows(theta, inputs), theta)
+    rows, pullback = jax.vjp(lambda theta: problem.rows(theta, inputs), theta)
     projection = project(problem, rows, targets, start, tolerance, relative)
     projection = without_span(problem, projection)
     w = projection.w

@@ -17,6 +17,7 @@ from varprox.checks import (
 )
 from varprox.problem.heads import ConvHead
 from varprox.problem.model import Problem, Separable, check_problem
+from varprox.problem.traits import treats_samples_alone
 from varprox.problem.weighted import Targets, Weighted, gapless, plain
 
 
@@ -44,9 +45,15 @@ def check_data(
     _check_targets(problem, targets, of_images)
     check_inputs(inputs, targets)
     leaves = jax.tree.leaves((problem.model, theta, data))
-    if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+    concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    if concrete:
         _check_values(problem.model, theta, data, full_batch)
     _check_features(problem, theta, inputs, targets, dtype, of_images)
+    if concrete and problem.chunk is not None and not treats_samples_alone(problem, theta, inputs):
+        raise ValueError(
+            "chunk: expected None for features that depend on the other samples of the batch, got "
+            f"{problem.chunk}"
+        )
     _check_penalties(problem, theta, dtype)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(targets)):
         _check_weights(problem, targets)

@@ -16,11 +16,13 @@ from jax.tree_util import Partial, register_pytree_node
 
 from varprox.checks import (
     apart,
+    check_integer,
     check_number,
     library,
     named,
     shown,
 )
+from varprox.problem.chunks import in_chunks
 from varprox.problem.heads import Head, dense
 from varprox.problem.losses import Loss
 from varprox.problem.penalties import as_penalty
@@ -122,12 +124,17 @@ class Problem:
         w_penalty: A finite number ≥ 0, by default 0. It penalises the bias like the rest of W. It
             may be 0 under least squares: W(θ) is then the minimum-norm solution. Other losses may
             have no minimiser without a penalty on W, and need a positive number.
+        chunk: The number of samples for which full-batch methods evaluate the features at a time,
+            an integer ≥ 1; None, the default, takes all together. Only design rows are kept then,
+            and derivatives compute anew what lies before them: for deep features and many samples
+            this takes far less memory, for one more forward pass with each reverse pass and with
+            each product. It needs features that treat each sample alone.
 
     Raises:
         TypeError: If `model` is not a `Separable`, if `loss` is not a loss, or if a penalty is
             neither a number nor a function.
-        ValueError: If a number is negative or not finite, or if `w_penalty` is 0 under a loss other
-            than least squares.
+        ValueError: If a number is negative or not finite, if `w_penalty` is 0 under a loss other
+            than least squares, or if `chunk` is not an integer ≥ 1.
 
     Example:
         >>> import jax.numpy as jnp
@@ -142,8 +149,9 @@ class Problem:
     loss: Loss
     theta_penalty: tuple
     w_penalty: float
+    chunk: int | None
 
-    def __init__(self, model, loss, theta_penalty=None, w_penalty=0.0):
+    def __init__(self, model, loss, theta_penalty=None, w_penalty=0.0, chunk=None):
         if not isinstance(model, Separable):
             hint = "; varprox.Separable(features) makes one" if callable(model) else ""
             raise TypeError(
@@ -166,17 +174,24 @@ class Problem:
         object.__setattr__(self, "loss", loss)
         object.__setattr__(self, "theta_penalty", as_penalty("theta_penalty", theta_penalty))
         object.__setattr__(self, "w_penalty", w_penalty)
+        chunk = None if chunk is None else check_integer("chunk", chunk, least=1)
+        object.__setattr__(self, "chunk", chunk)
 
     def __repr__(self) -> str:
         penalties = " + ".join(map(named, self.theta_penalty)) or None
+        chunk = f", chunk={self.chunk}" if self.chunk else ""
         return (
             f"Problem({self.model!r}, {type(self.loss).__name__}, theta_penalty={penalties}, "
-            f"w_penalty={self.w_penalty!r})"
+            f"w_penalty={self.w_penalty!r}{chunk})"
         )
 
     def with_model(self, model: Separable) -> "Problem":
         """The same problem for another model."""
-        return Problem(model, self.loss, self.theta_penalty, self.w_penalty)
+        return Problem(model, self.loss, self.theta_penalty, self.w_penalty, self.chunk)
+
+    def rows(self, theta, inputs) -> jax.Array:
+        """Design rows at θ, (batch, columns), of `chunk` samples at a time."""
+        return in_chunks(lambda inputs: self.model.rows(theta, inputs), inputs, self.chunk)
 
     def penalty(self, theta) -> jax.Array:
         """R(θ), a scalar of θ's dtype."""
@@ -217,7 +232,7 @@ def _register(cls, children, static):
 
 
 _register(Separable, ["features"], ["head", "training"])
-_register(Problem, ["model", "theta_penalty", "w_penalty"], ["loss"])
+_register(Problem, ["model", "theta_penalty", "w_penalty"], ["loss", "chunk"])
 
 
 def _partial(fn):
@@ -243,7 +258,7 @@ def _unpacked(value):
 def objective(problem: Problem, theta, w, data) -> jax.Array:
     """Φ(W, θ), a scalar; `data` is (inputs, targets)."""
     inputs, targets = data
-    rows = problem.model.rows(theta, inputs)
+    rows = problem.rows(theta, inputs)
     return problem.w_objective(w, rows, targets) + problem.penalty(theta)
 
 

@@ -192,7 +192,7 @@ def linearise(
     program.
     """
     inputs, targets = data
-    rows_at = lambda theta: problem.model.rows(theta, inputs)  # noqa: E731
+    rows_at = lambda theta: problem.rows(theta, inputs)  # noqa: E731
     rows, forward = jax.linearize(rows_at, theta)
     transposed = jax.linear_transpose(forward, theta)
     pullback = lambda cotangent: transposed(cotangent)[0]  # noqa: E731

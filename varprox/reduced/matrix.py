@@ -250,7 +250,7 @@ def _rows(problem, theta, data, at, span, index, counts, *, kaufman, forward):
         return z[0], jax.vmap(lambda unit: ravel_pytree(pullback(unit[None]))[0])(units)
 
     def together(inputs):
-        rows_at = lambda flat: problem.model.rows(unravel(flat), inputs)  # noqa: E731
+        rows_at = lambda flat: problem.rows(unravel(flat), inputs)  # noqa: E731
         along = lambda unit: jax.jvp(rows_at, (flat,), (unit,))[1] @ units.T  # noqa: E731
         pulled = jax.vmap(along, out_axes=2)(jnp.eye(flat.size, dtype=flat.dtype))
         return rows_at(flat), pulled

@@ -86,7 +86,7 @@ def _envelope_jvp(primals, tangents):
 @full_products
 def _reduced(problem, theta, data):
     inputs, targets = data
-    rows = problem.model.rows(theta, inputs)
+    rows = problem.rows(theta, inputs)
     w = w_of_rows(problem, rows, targets)
     return envelope(problem, rows, w, targets) + problem.penalty(theta), w
 

@@ -113,7 +113,7 @@ def _covariance(problem, theta, w, data, *, forward):
 
     def predictions_at(flat):
         theta, w = unravel(flat)
-        return (problem.model.rows(theta, inputs) @ w).reshape(-1)
+        return (problem.rows(theta, inputs) @ w).reshape(-1)
 
     predictions = predictions_at(flat).reshape(targets.shape)
     jacobian = times_derivative(
