@@ -29,6 +29,7 @@ MODULES = [
     (vp.datasets, vp.datasets.__all__),
     (vp.networks, vp.networks.__all__),
     (vp.nnx, functions(vp.nnx)),
+    (vp.equinox, functions(vp.equinox)),
     (vp.transforms, functions(vp.transforms)),
 ]
 PUBLIC = {

@@ -169,7 +169,7 @@ REFUSED = {
     # what is built
     "features": (lambda: vp.Separable(3), TypeError, "features", "function", "3"),
     "features a flax module": (lambda: vp.Separable(NET), TypeError, "features", "(theta, inputs)", "Linear; theta, model = varprox.nnx.split(net)"),
-    "features an equinox module": (lambda: vp.Separable(BODY), TypeError, "features", "(theta, inputs)", "MLP; leave its last layer out; theta, static = eqx.partition("),
+    "features an equinox module": (lambda: vp.Separable(BODY), TypeError, "features", "(theta, inputs)", "MLP; theta, model = varprox.equinox.split(net) takes it apart"),
     "features a linen module": (lambda: vp.Separable(linen.Dense(3)), TypeError, "features", "(theta, inputs)", "Dense; leave its last layer out; net.init(key, inputs) is theta"),
     "features a class": (lambda: vp.Separable(nnx.Linear), TypeError, "features", "(theta, inputs)", "the class Linear; theta, model = varprox.nnx.split(net)"),
     "features a pair": (lambda: vp.Separable((THETA, vp.Separable(features))), TypeError, "features", "(theta, inputs)", "theta, model = varprox.nnx.split(net) unpacks the pair"),
@@ -252,7 +252,7 @@ REFUSED = {
     "theta a key": (solve(theta={"key": jax.random.key(0)}), TypeError, "theta", "floating", "key<fry>; what is not trained"),
     "theta a flax module": (solve(theta=NET), TypeError, "theta", "arrays of NumPy or JAX", "Linear; theta, model = varprox.nnx.split(net)"),
     "theta has a flax module": (solve(theta={"net": NET}), TypeError, "theta", "arrays of NumPy or JAX", "Linear; theta, model = varprox.nnx.split(net)"),
-    "theta an equinox module": (solve(theta=BODY), TypeError, "theta", "arrays of NumPy or JAX", "MLP; leave its last layer out; theta, static = eqx.partition("),
+    "theta an equinox module": (solve(theta=BODY), TypeError, "theta", "arrays of NumPy or JAX", "MLP; theta, model = varprox.equinox.split(net) takes it apart"),
     "theta a linen module": (solve(theta=linen.Dense(3)), TypeError, "theta", "arrays of NumPy or JAX", "Dense; leave its last layer out; net.init(key, inputs)"),
     "theta a state": (lambda: solve(vp.gnvpro(problem()).init(THETA, DATA))(), TypeError, "theta", "arrays of NumPy or JAX", "State; its field theta"),
     "theta a solution": (lambda: solve(SOLUTION)(), TypeError, "theta", "arrays of NumPy or JAX", "Solution; its field theta"),

@@ -39,7 +39,7 @@ def test_every_public_name_stands_on_a_page_of_the_api_once():
     names = [f"varprox.{name}" for name in vp.__all__]
     for part in (vp.datasets, vp.networks):
         names += [f"{part.__name__}.{name}" for name in part.__all__]
-    for part in (vp.nnx, vp.transforms):
+    for part in (vp.nnx, vp.equinox, vp.transforms):
         names += [f"{part.__name__}.{name}" for name in public_functions(part)]
     assert sorted(set(names) - set(documented())) == []
     assert len(documented()) == len(set(documented()))

@@ -30,7 +30,8 @@ The pieces, for use on their own:
 
 Submodules, loaded when they are first used:
 
-- ``varprox.nnx`` takes flax models apart and puts the trained weights back.
+- ``varprox.nnx`` takes flax models apart and puts the trained weights back, ``varprox.equinox``
+  those of equinox, which has to be installed.
 - ``varprox.transforms`` has slimTik and GNvpro as gradient transformations of optax.
 - ``varprox.networks`` has networks as flax modules, ``varprox.datasets`` the data sets.
 
@@ -72,10 +73,11 @@ __all__ = [
 ]  # fmt: skip
 
 
-_EDGES = ("datasets", "networks", "nnx", "transforms")  # import flax, so only once they are used
+# These import other libraries, so only once they are used.
+_EDGES = ("datasets", "equinox", "networks", "nnx", "transforms")
 
 if TYPE_CHECKING:
-    from varprox import datasets, networks, nnx, transforms  # noqa: F401
+    from varprox import datasets, equinox, networks, nnx, transforms  # noqa: F401
 
 
 def __getattr__(name: str):

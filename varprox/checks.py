@@ -16,8 +16,7 @@ NETWORKS = {
     "flax.nnx": "theta, model = varprox.nnx.split(net) takes it apart",
     "flax.linen": "leave its last layer out; net.init(key, inputs) is theta and net.apply the "
     "features",
-    "equinox": "leave its last layer out; theta, static = eqx.partition(net, eqx.is_inexact_array) "
-    "takes the rest apart, and the features call eqx.combine(theta, static)",
+    "equinox": "theta, model = varprox.equinox.split(net) takes it apart",
 }
 # How to come by numbers, by the kind of a dtype.
 NUMBERS = {
