@@ -198,7 +198,7 @@ REFUSED = {
     "theta_penalty a dict": (lambda: problem(theta_penalty={"layers": 0.1}), TypeError, "theta_penalty", "a function of theta such as varprox.tikhonov(alpha, where)", "{'layers': 0.1}"),
     # data
     "data one array": (solve(data=INPUTS), TypeError, "data", "pair (inputs, targets)", "ndarray"),
-    "data three": (solve(data=(INPUTS, TARGETS, TARGETS)), TypeError, "data", "pair (inputs, targets)", "3"),
+    "data four": (solve(data=(INPUTS, TARGETS, TARGETS, TARGETS)), TypeError, "data", "pair (inputs, targets)", "4"),
     "lengths": (solve(data=(INPUTS, SHORT)), ValueError, "inputs", "15 samples along the first axis, as targets of shape (15, 2)", "(16, 2)"),
     "inputs a list of samples": (solve(data=(list(INPUTS), TARGETS)), ValueError, "inputs", "16 samples", "(2,); jnp.stack(inputs)"),
     "data an array of JAX": (solve(data=jnp.asarray(INPUTS)), TypeError, "data", "pair (inputs, targets)", "Array of shape (16, 2)"),
@@ -236,7 +236,7 @@ REFUSED = {
     "inputs text": (solve(data=(np.array(["a"] * 16), TARGETS)), TypeError, "inputs", "arrays that JAX takes", "<U1"),
     "inputs objects": (solve(data=(INPUTS.astype(object), TARGETS)), TypeError, "inputs", "arrays that JAX takes", "object"),
     "inputs big-endian": (solve(data=(INPUTS.astype(">f4"), TARGETS)), TypeError, "inputs", "arrays that JAX takes", ">f4"),
-    "sample weights": (solve(data=(INPUTS, TARGETS, TARGETS[:, 0])), TypeError, "data", "pair (inputs, targets)", "weights of samples are not supported"),
+    "sample weights": (solve(data=(INPUTS, TARGETS, TARGETS[:, 0])), ValueError, "weights", "finite numbers ≥ 0", "-1.42"),
     "labels": (solve(data=(INPUTS, np.arange(16) % 2), loss=vp.softmax_cross_entropy()), TypeError, "targets", "floating", "jax.nn.one_hot"),
     "floating labels": (solve(data=(INPUTS, np.arange(16, dtype=np.float32) % 2), loss=vp.softmax_cross_entropy()), ValueError, "targets", "(batch, outputs)", "jax.nn.one_hot"),
     # theta

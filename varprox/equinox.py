@@ -99,7 +99,7 @@ def merge(net: eqx.Module, theta: Any, w: jax.Array, head: str | None = None) ->
         >>> trained(jnp.zeros(2)).shape, trained.layers[2].bias.tolist()
         ((1,), [0.5])
     """
-    expected, model = split(net, head)
+    expected, _ = split(net, head)
     path, layer = _find(net, head)
     for leaf in weights(theta):
         check_array("theta", leaf)
@@ -111,7 +111,7 @@ def merge(net: eqx.Module, theta: Any, w: jax.Array, head: str | None = None) ->
     columns = layer.in_features + layer.use_bias
     if jnp.shape(w) != (columns, layer.out_features):
         raise ValueError(f"w: expected shape {(columns, layer.out_features)}, got {jnp.shape(w)}")
-    kernel, bias = model.head.unpack(jnp.asarray(w))
+    kernel, bias = dense(layer.use_bias).unpack(jnp.asarray(w))
     trained = _replaced(layer, ("weight",), kernel.T)
     if bias is not None:
         trained = _replaced(trained, ("bias",), bias)
@@ -195,7 +195,7 @@ class _Features:
         `varprox.problem.data.check_data` asks for this. What answers in the head's place with
         numbers of its own is to be the answer of the network.
         """
-        path, calls = ".".join(self.path), []
+        path, calls = ".".join(self.path), list[None]()
         # Of either sign and many sizes, so that no range of an activation has them all.
         drawn = np.cos(np.arange(1, self.outputs + 1))
         numbers = jnp.asarray((10 ** (3 * np.sin(1e4 * drawn)) * drawn).astype(targets.dtype))
