@@ -188,7 +188,7 @@ def _left(prepared, solution, end):
     value = _value(at.problem, theta, _solved_w(at._replace(theta=theta)), at.data)
     # Large weights lose what they cancel.
     rows = _rows(at.problem, solution.theta, at.data[0])
-    rounding = ULPS * float(rounding_of_predictions(at.problem, rows, solution.w))
+    rounding = ULPS * float(rounding_of_predictions(at.problem, rows, solution.w, at.data[1]))
     floor = max(prepared.floor, 0.5 * rounding**2)
     return (end - value - floor) / max(end, floor)
 
