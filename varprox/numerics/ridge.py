@@ -41,24 +41,38 @@ class Ridge(NamedTuple):
     span: Span
 
 
-def triangular(rows: jax.Array) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """Q (blocks, batch / blocks, k), T (blocks, k, k) and R (k, columns): the rows are the blocks
-    Q · T, stacked, times R. These blocks together are orthonormal, as each one of Q is.
+def _blocks(rows):
+    """The rows (blocks, batch / blocks, columns), with one block for each device, as far as their
+    number divides.
 
-    There is one block for each device (the number of blocks divides both that of the devices and
-    that of the rows), of which it factorises its own, and as all others do the stacked factors of
-    all: `columns` rows for each. Where these are more than half of the rows, little is gained, and
-    there is one block and no T.
+    A device factorises its own block, and as all others do what is left of all: `columns` rows of
+    each. Where these are more than half of the rows, little is gained, and there is one block.
     """
     batch, columns = rows.shape
     blocks = math.gcd(batch, jax.device_count())
-    if blocks == 1 or batch < 2 * blocks * columns:
+    return rows.reshape(1 if batch < 2 * blocks * columns else blocks, -1, columns)
+
+
+def fewer(rows: jax.Array) -> jax.Array:
+    """Rows with the same Gram matrix: the triangular factors of the blocks where there are some."""
+    blocks = _blocks(rows)
+    if len(blocks) == 1:
+        return rows
+    return jnp.linalg.qr(blocks, mode="r").reshape(-1, rows.shape[1])
+
+
+def _factorised(rows):
+    """Q (blocks, batch / blocks, k), T (blocks, k, k) and R (k, columns): the rows are the blocks
+    Q · T, stacked, times R. These blocks together are orthonormal, as each one of Q is. For a
+    single block there is no T."""
+    blocks = _blocks(rows)
+    if len(blocks) == 1:  # which a batch of one would take longer
         q, factor = jnp.linalg.qr(rows)
         return q[None], None, factor
-    q, factors = jnp.linalg.qr(rows.reshape(blocks, -1, columns))
-    stacked = after(jnp.abs(q[0, 0, 0]), factors).reshape(-1, columns)
+    q, factors = jnp.linalg.qr(blocks)
+    stacked = after(jnp.abs(q[0, 0, 0]), factors).reshape(-1, rows.shape[1])
     top, factor = jnp.linalg.qr(stacked)
-    return q, top.reshape(blocks, columns, columns), factor
+    return q, top.reshape(factors.shape), factor
 
 
 @full_products
@@ -67,7 +81,7 @@ def span(rows: jax.Array, alpha) -> Span:
 
     Directions that they do not determine to working precision count as none.
     """
-    q, top, factor = triangular(rows)
+    q, top, factor = _factorised(rows)
     missing = rows.shape[1] - len(factor)
     u, s, vt = jnp.linalg.svd(jnp.pad(factor, ((0, missing), (0, 0))))
     unit = jnp.where(s[0] > 0, s[0], 1)  # in which no square underflows
