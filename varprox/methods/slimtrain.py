@@ -15,7 +15,7 @@ from varprox.methods.selection import proportional
 from varprox.methods.slimtik import State as Tikhonov
 from varprox.methods.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 from varprox.precision import full_products
-from varprox.problem.data import check_data, check_pair, zero_w
+from varprox.problem.data import automatic, check_data, check_pair, zero_w
 from varprox.problem.heads import has_bias
 from varprox.problem.model import Problem, Separable, check_problem
 from varprox.problem.prediction import predict
@@ -257,6 +257,7 @@ def _is_key(leaf):
 
 def _init(static, options, theta, data, key=None):
     problem, tikhonov_options = options
+    theta, data = automatic((theta, data))
     check_data(problem, theta, data, images=True)
     inputs, targets = data
     head = problem.model.head
@@ -307,6 +308,7 @@ def _epoch(static, options, state, data, *, batch_size):
     """`varprox.methods.minibatches.epoch`; where not all of it was finite, or what it ends with is
     not for one more batch, the last θ that a batch has verified comes back."""
     check_state("slimtrain", isinstance(state, State), state)
+    data = automatic(data)
     check_pair(data)
     _check_like(state, data)
     state, infos = epoch(_advance, static, options, state, data, batch_size=batch_size)
@@ -328,6 +330,7 @@ def _verified(options, state, inputs, finite):
 
 def _step(static, options, state, batch):
     check_state("slimtrain", isinstance(state, State), state)
+    batch = automatic(batch)
     check_pair(batch)
     return _advance(static, options, state, batch)
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from varprox.checks import (
     ARRAYS,
@@ -48,6 +49,37 @@ def check_data(
     _check_penalties(problem, theta, dtype)
     if not isinstance(targets, jax.core.Tracer):
         problem.loss.check(np.asarray(targets))
+
+
+def automatic(tree: Any) -> Any:
+    """The tree with arrays over a mesh of explicit axes, JAX's default, labelled as if these were
+    automatic, so that it is the compiler that parts the work. Nothing is moved or copied.
+
+    Refuses what JAX gives no other label with a ValueError: split arrays that are traced, or come
+    under `jax.set_mesh`.
+    """
+    return jax.tree.map(_automatic, tree)
+
+
+def _automatic(leaf):
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
+        return leaf
+    set_here = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    if not (set_here or isinstance(leaf, jax.core.Tracer)):
+        here: Any = leaf.sharding
+        axes = len(mesh.axis_names) * (AxisType.Auto,)
+        like = Mesh(here.mesh.devices, mesh.axis_names, axis_types=axes)
+        return jax.device_put(leaf, NamedSharding(like, here.spec))
+    if any(spec):
+        raise ValueError(
+            "data: expected over a mesh with automatic axes, inside jit and under jax.set_mesh, as "
+            "jax.make_mesh(…, axis_types=(jax.sharding.AxisType.Auto,)) makes one, got over "
+            f"{mesh.axis_types}"
+        )
+    return leaf
 
 
 def check_pair(data: Any) -> tuple:
