@@ -48,7 +48,8 @@ def check_data(
     _check_features(problem, theta, inputs, targets, dtype, of_images)
     _check_penalties(problem, theta, dtype)
     if not isinstance(targets, jax.core.Tracer):
-        problem.loss.check(np.asarray(targets))
+        for _, part in _held(targets):
+            problem.loss.check(part)
 
 
 def automatic(tree: Any) -> Any:
@@ -293,11 +294,22 @@ def _check_finite(name, leaf):
     dtype = jax.typeof(leaf).dtype
     if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
         return
-    with np.errstate(over="ignore"):  # where JAX makes single precision of double
-        finite = np.isfinite(np.asarray(leaf).astype(dtype))
-    if not finite.all():
-        places = np.argwhere(~finite)
-        raise ValueError(
-            f"{name}: expected finite numbers, got {len(places)} NaN or Inf in {dtype}, the first "
-            f"at {places[0].tolist()}"
-        )
+    for begins, part in _held(leaf):
+        with np.errstate(over="ignore"):  # where JAX makes single precision of double
+            finite = np.isfinite(part.astype(dtype))
+        if not finite.all():
+            places = np.argwhere(~finite)
+            raise ValueError(
+                f"{name}: expected finite numbers, got {len(places)} NaN or Inf in {dtype}, the "
+                f"first at {(places[0] + begins).tolist()}"
+            )
+
+
+def _held(leaf):
+    """The parts of an array that this process holds, all of it where there is no other process, and
+    where each of them begins."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        for shard in leaf.addressable_shards:
+            yield [along.start or 0 for along in shard.index], np.asarray(shard.data)
+    else:
+        yield 0, np.asarray(leaf)
