@@ -255,6 +255,7 @@ def _rows(problem, theta, data, at, span, blocks, place, *, kaufman, forward):
     new = blocks.new(place)
     z, pulled = together(inputs) if forward else jax.vmap(alone)(inputs)
     pulled = jnp.where(new[:, None, None], pulled, 0)
+    spanned = jnp.where(new[:, None], spanned, 0)
     size = pulled.shape[-1]
     k = coordinates @ pulled if of_features else pulled
     slope = blocks.samples * jnp.where(new[:, None], slopes, 0)
