@@ -13,7 +13,7 @@ from varprox.methods.method import Method, Status, check_all, check_state
 from varprox.numerics import trust_region
 from varprox.numerics.krylov import norm
 from varprox.precision import full_products
-from varprox.problem.data import check_data, zero_w
+from varprox.problem.data import automatic, check_data, zero_w
 from varprox.problem.model import Problem, check_problem
 from varprox.problem.penalties import tikhonov_weight
 from varprox.problem.traits import derivatives
@@ -304,6 +304,7 @@ def gnvpro(
 
 
 def _init(problem, theta, data, key=None, before=None, *, curvature, rank, kaufman, memory, whiten):
+    theta, data = automatic((theta, data))
     data = check_data(problem, theta, data, full_batch=True)
     static = {"memory": memory, "whiten": whiten, "kaufman": kaufman}
     if before is None:
@@ -401,7 +402,7 @@ def _kaufman(w, kaufman):
 
 def _step(problem, options, state, data, **static):
     check_state("gnvpro", isinstance(state, State), state)
-    data = check_all(state, data)
+    data = check_all(state, automatic(data))
     return _advance(problem, options, state, data, **static)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from varprox.checks import check_integer
 from varprox.methods.method import Status
@@ -24,6 +25,9 @@ def epoch(
     followed by one that is not finite than by one that is: steps that throw a method off, from
     which it goes back.
 
+    Where the data are split over devices, so is every batch, if they divide its size. Its samples
+    come from all devices, so that the batch, and no more, is sent.
+
     The steps are scanned. On CPU, XLA brings convolutions into the form that its fast kernels take
     only outside of loops (JAX issue 12868): there steps with convolutions are called one by one,
     which pays as they take much longer than a call.
@@ -35,12 +39,13 @@ def epoch(
             f"batch_size: expected at most {samples}, the number of samples, got {batch_size}"
         )
     data = jax.tree.map(jnp.asarray, data)  # once, not at every step
+    split = _split(data, batch_size)
     if not steps_one_by_one(step, fixed, options, state, data, batch_size):
-        return _scanned(step, fixed, options, state, data, batch_size)
+        return _scanned(step, fixed, options, state, data, batch_size, split)
     state, order = _begun(state, samples, batch_size)
     infos = []
     for batch in np.arange(len(order), dtype=np.int32):
-        state, info = _chosen(step, fixed, options, state, data, order, batch)
+        state, info = _chosen(step, fixed, options, state, data, order, batch, split)
         infos.append(info)
     infos = jax.tree.map(lambda *leaves: jnp.asarray(np.stack(leaves)), *infos)
     return _ended(state, infos), infos
@@ -65,17 +70,38 @@ def _ended(state, infos):
     return state._replace(objective=jnp.where(finite.any(), mean, state.objective), status=status)
 
 
-@partial(jax.jit, static_argnums=(0, 1))
-def _chosen(step, fixed, options, state, data, order, batch):
-    return step(fixed, options, state, jax.tree.map(lambda x: x[order[batch]], data))
+def _split(data, batch_size):
+    """How each array of a batch is split over devices: as that of the data; None if it is not."""
+    return tuple(_split_array(leaf, batch_size) for leaf in jax.tree.leaves(data))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 5))
-def _scanned(step, fixed, options, state, data, batch_size):
+def _split_array(leaf, batch_size):
+    if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf.sharding, NamedSharding):
+        return None
+    shards = len(leaf) // leaf.sharding.shard_shape(leaf.shape)[0]
+    if shards == 1 or batch_size % shards:
+        return None
+    return NamedSharding(leaf.sharding.mesh, PartitionSpec(leaf.sharding.spec[0]))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 7))
+def _chosen(step, fixed, options, state, data, order, batch, split):
+    leaves, structure = jax.tree.flatten(data)
+
+    def chosen(leaf, sharding):
+        taken = leaf[order[batch]]
+        return taken if sharding is None else jax.lax.with_sharding_constraint(taken, sharding)
+
+    batch = jax.tree.unflatten(structure, map(chosen, leaves, split))
+    return step(fixed, options, state, batch)
+
+
+@partial(jax.jit, static_argnums=(0, 1, 5, 6))
+def _scanned(step, fixed, options, state, data, batch_size, split):
     state, order = _begun(state, len(data[1]), batch_size)
 
     def of_batch(state, batch):
-        return _chosen(step, fixed, options, state, data, order, batch)
+        return _chosen(step, fixed, options, state, data, order, batch, split)
 
     state, infos = jax.lax.scan(of_batch, state, np.arange(len(order), dtype=np.int32))
     return _ended(state, infos), infos
@@ -94,5 +120,6 @@ def _step_convolves(step, fixed, structure, types, batch_size):
     like = (jax.ShapeDtypeStruct(x.shape, x.dtype, weak_type=x.weak_type) for x in types)
     options, state, data = jax.tree.unflatten(structure, like)
     _, order = jax.eval_shape(lambda state: _begun(state, len(data[1]), batch_size), state)
-    traced = _chosen.trace(step, fixed, options, state, data, order, np.int32(0))
+    split = len(jax.tree.leaves(data)) * (None,)
+    traced = _chosen.trace(step, fixed, options, state, data, order, np.int32(0), split)
     return "conv_general_dilated" in str(traced.jaxpr)  # the text has what is nested, too

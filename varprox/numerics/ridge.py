@@ -1,14 +1,18 @@
 """Ridge regression on design rows by orthogonal factors, never by normal equations.
 
 A QR decomposition of the rows gives an orthonormal basis of what they span, and the singular values
-of its small triangular factor the solution.
+of its small triangular factor the solution. Where there are many devices, each factorises a block
+of the rows, and only the triangular factors meet. Source: Demmel, Grigori, Hoemmen, Langou, SIAM J.
+Sci. Comput. 34 (2012).
 """
 
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from varprox.numerics.krylov import after
 from varprox.precision import full_products
 
 
@@ -19,14 +23,15 @@ class Span(NamedTuple):
     of rows and S would not be.
     """
 
-    q: jax.Array  # (batch, columns), orthonormal
-    turn: jax.Array  # (columns, columns), with U = q · turn
+    q: jax.Array  # (blocks, batch / blocks, columns), each block orthonormal
+    turn: jax.Array  # (blocks, columns, columns), with q · turn the blocks of U
     inverse_root: jax.Array  # (columns, columns), S
 
     @property
     def basis(self) -> jax.Array:
         """U (batch, columns); columns that the rows do not determine are zero."""
-        return self.q @ self.turn
+        *each, _, _, columns = self.q.shape
+        return (self.q @ self.turn).reshape(*each, -1, columns)
 
 
 class Ridge(NamedTuple):
@@ -37,20 +42,56 @@ class Ridge(NamedTuple):
     span: Span
 
 
+def _blocks(rows):
+    """The rows (blocks, batch / blocks, columns), with one block for each device, as far as their
+    number divides.
+
+    A device factorises its own block, and as all others do what is left of all: `columns` rows of
+    each. Where these are more than half of the rows, little is gained, and there is one block.
+    """
+    batch, columns = rows.shape
+    blocks = math.gcd(batch, jax.device_count())
+    return rows.reshape(1 if batch < 2 * blocks * columns else blocks, -1, columns)
+
+
+def fewer(rows: jax.Array) -> jax.Array:
+    """Rows with the same Gram matrix: the triangular factors of the blocks where there are some."""
+    blocks = _blocks(rows)
+    if len(blocks) == 1:
+        return rows
+    return jnp.linalg.qr(blocks, mode="r").reshape(-1, rows.shape[1])
+
+
+def _factorised(rows):
+    """Q (blocks, batch / blocks, k), T (blocks, k, k) and R (k, columns): the rows are the blocks
+    Q · T, stacked, times R. These blocks together are orthonormal, as each one of Q is. For a
+    single block there is no T."""
+    blocks = _blocks(rows)
+    if len(blocks) == 1:  # which a batch of one would take longer
+        q, factor = jnp.linalg.qr(rows)
+        return q[None], None, factor
+    q, factors = jnp.linalg.qr(blocks)
+    stacked = after(jnp.abs(q[0, 0, 0]), factors).reshape(-1, rows.shape[1])
+    top, factor = jnp.linalg.qr(stacked)
+    return q, top.reshape(factors.shape), factor
+
+
 @full_products
 def span(rows: jax.Array, alpha) -> Span:
     """What rows (batch, columns) span, fewer or more than there are columns.
 
     Directions that they do not determine to working precision count as none.
     """
-    q, factor = jnp.linalg.qr(rows)
+    q, top, factor = _factorised(rows)
     missing = rows.shape[1] - len(factor)
     u, s, vt = jnp.linalg.svd(jnp.pad(factor, ((0, missing), (0, 0))))
     unit = jnp.where(s[0] > 0, s[0], 1)  # in which no square underflows
     curvature = (s / unit) ** 2 + alpha / unit / unit
     keep = curvature > (len(s) * jnp.finfo(s.dtype).eps) ** 2
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, curvature, 1)) / unit, 0)
-    return Span(jnp.pad(q, ((0, 0), (0, missing))), u * (s * root), vt.T * root)
+    turn = u * (s * root)
+    turn = turn[None] if top is None else top @ turn
+    return Span(jnp.pad(q, ((0, 0), (0, 0), (0, missing))), turn, vt.T * root)
 
 
 @full_products
@@ -63,14 +104,15 @@ def ridge(rows: jax.Array, targets: jax.Array, alpha, offset: jax.Array | float 
     beside the rest of the targets, and known to be spanned by the rows, such as their mean.
     """
     found = span(rows, alpha)
-    inside = found.turn.T @ (found.q.T @ targets)
+    split = targets.reshape(len(found.q), -1, targets.shape[1])
+    inside = jnp.sum(found.turn.mT @ jnp.einsum("bnk,bno->bko", found.q, split), axis=0)
     if jnp.ndim(offset):
         norms = jnp.linalg.norm(found.inverse_root, axis=0)
         axes = found.inverse_root / jnp.where(norms > 0, norms, 1)
         inside = inside - alpha * (found.inverse_root.T @ offset)
         # Of the minimum norm is only what the rows determine.
         offset = jnp.where(jnp.all(norms > 0), offset, axes @ (axes.T @ offset))
-    residual = found.q @ (found.turn @ inside) - targets
+    residual = (found.q @ (found.turn @ inside)).reshape(targets.shape) - targets
     return Ridge(offset + found.inverse_root @ inside, residual, found)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
 
 from varprox.checks import (
     ARRAYS,
@@ -57,8 +58,40 @@ def check_data(
     _check_penalties(problem, theta, dtype)
     if not any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(targets)):
         _check_weights(problem, targets)
-        problem.loss.check(np.asarray(plain(targets)))
+        for _, part in _held(plain(targets)):
+            problem.loss.check(part)
     return data
+
+
+def automatic(tree: Any) -> Any:
+    """The tree with arrays over a mesh of explicit axes, JAX's default, labelled as if these were
+    automatic, so that it is the compiler that parts the work. Nothing is moved or copied.
+
+    Refuses what JAX gives no other label with a ValueError: split arrays that are traced, or come
+    under `jax.set_mesh`.
+    """
+    return jax.tree.map(_automatic, tree)
+
+
+def _automatic(leaf):
+    if not isinstance(leaf, jax.Array):
+        return leaf
+    mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
+    if AxisType.Explicit not in mesh.axis_types:
+        return leaf
+    set_here = AxisType.Explicit in jax.sharding.get_abstract_mesh().axis_types
+    if not (set_here or isinstance(leaf, jax.core.Tracer)):
+        here: Any = leaf.sharding
+        axes = len(mesh.axis_names) * (AxisType.Auto,)
+        like = Mesh(here.mesh.devices, mesh.axis_names, axis_types=axes)
+        return jax.device_put(leaf, NamedSharding(like, here.spec))
+    if any(spec):
+        raise ValueError(
+            "data: expected over a mesh with automatic axes, inside jit and under jax.set_mesh, as "
+            "jax.make_mesh(…, axis_types=(jax.sharding.AxisType.Auto,)) makes one, got over "
+            f"{mesh.axis_types}"
+        )
+    return leaf
 
 
 def check_pair(data: Any) -> tuple[Any, Targets]:
@@ -100,17 +133,19 @@ def _check_weights(problem, targets):
     """Refuses weights that are no numbers ≥ 0, or that leave an output without targets."""
     if not isinstance(targets, Weighted):
         return
-    weights = np.asarray(targets.weights)
-    if not (np.isfinite(weights).all() and (weights >= 0).all()):
-        raise ValueError(
-            f"weights: expected finite numbers ≥ 0, got some from {weights.min():g} to "
-            f"{weights.max():g}"
-        )
-    empty = np.flatnonzero(~np.any(weights > 0, axis=tuple(range(weights.ndim - 1))))
-    if len(empty):
-        where = f" for output {empty[0]}" if weights.shape[-1] > 1 else ""
+    above = np.zeros(targets.weights.shape[-1], bool)
+    for _, part in _held(targets.weights):
+        if not (np.isfinite(part).all() and (part >= 0).all()):
+            raise ValueError(
+                f"weights: expected finite numbers ≥ 0, got some from {part.min():g} to "
+                f"{part.max():g}"
+            )
+        above |= np.any(part > 0, axis=tuple(range(part.ndim - 1)))
+    empty = np.flatnonzero(~above)
+    if len(empty) and targets.weights.is_fully_addressable:
+        where = f" for output {empty[0]}" if len(above) > 1 else ""
         raise ValueError(f"weights: expected some above zero{where}, got none")
-    if weights.shape[-1] > 1 and not problem.loss.by_entry:
+    if len(above) > 1 and not problem.loss.by_entry:
         raise ValueError(
             f"weights: expected one for each sample under {type(problem.loss).__name__}, whose "
             "terms are not those of single outputs, got one for each entry of the targets"
@@ -315,11 +350,22 @@ def _check_finite(name, leaf):
     dtype = jax.typeof(leaf).dtype
     if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
         return
-    with np.errstate(over="ignore"):  # where JAX makes single precision of double
-        finite = np.isfinite(np.asarray(leaf).astype(dtype))
-    if not finite.all():
-        places = np.argwhere(~finite)
-        raise ValueError(
-            f"{name}: expected finite numbers, got {len(places)} NaN or Inf in {dtype}, the first "
-            f"at {places[0].tolist()}"
-        )
+    for begins, part in _held(leaf):
+        with np.errstate(over="ignore"):  # where JAX makes single precision of double
+            finite = np.isfinite(part.astype(dtype))
+        if not finite.all():
+            places = np.argwhere(~finite)
+            raise ValueError(
+                f"{name}: expected finite numbers, got {len(places)} NaN or Inf in {dtype}, the "
+                f"first at {(places[0] + begins).tolist()}"
+            )
+
+
+def _held(leaf):
+    """The parts of an array that this process holds, all of it where there is no other process, and
+    where each of them begins."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        for shard in leaf.addressable_shards:
+            yield [along.start or 0 for along in shard.index], np.asarray(shard.data)
+    else:
+        yield 0, np.asarray(leaf)

@@ -14,7 +14,7 @@ from varprox.checks import (
 )
 from varprox.precision import full_products
 from varprox.problem.covariance import Covariance, deviations, times_derivative
-from varprox.problem.data import weights
+from varprox.problem.data import automatic, weights
 from varprox.problem.model import Problem, check_problem
 from varprox.problem.traits import derivatives
 
@@ -59,6 +59,7 @@ def predict(
         (5, 1)
     """
     check_problem(problem)
+    theta, w, inputs = automatic((theta, w, inputs))
     for name, leaves in ("theta", weights(theta)), ("w", [w]), ("inputs", jax.tree.leaves(inputs)):
         for leaf in leaves:
             check_array(name, leaf)

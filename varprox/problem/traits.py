@@ -41,16 +41,14 @@ def treats_samples_alone(problem: Problem, theta, inputs) -> bool:
     for at in _places(problem.model.features, theta, inputs):
         try:
             with jax.ensure_compile_time_eval():  # a caller's jit may hold all of this as constants
-                both = _features_alone(*at, chosen)
-            z, alone = map(np.asarray, both)
+                found = _features_alone(*at, chosen)
+            together, alone, sizes = map(np.asarray, found)
         except Exception:  # features may raise anything for a shape that they do not expect
             return False
-        together = z[chosen][:, None]
         if alone.shape != together.shape:
             return False
-        sizes = np.where(np.isfinite(z), np.abs(z), 0)
-        eps = float(jnp.finfo(z.dtype).eps)
-        tolerance = eps**0.5 * np.max(sizes, axis=0) + eps**0.75 * np.max(sizes)
+        eps = float(jnp.finfo(sizes.dtype).eps)
+        tolerance = eps**0.5 * sizes + eps**0.75 * np.max(sizes)
         if not np.all(np.isclose(alone, together, rtol=0, atol=tolerance, equal_nan=True)):
             return False
         if np.isfinite(together).all():
@@ -92,10 +90,12 @@ def _made_up(tree, positive):
 @jax.jit
 @full_products
 def _features_alone(features, theta, inputs, chosen):
-    """The features of all samples, and those of the chosen ones alone."""
+    """The features of the chosen samples among all and alone, and the sizes of all columns."""
     samples = jax.tree.map(lambda leaf: jnp.asarray(leaf)[chosen], inputs)
     alone = jax.vmap(lambda x: features(theta, jax.tree.map(lambda leaf: leaf[None], x)))
-    return features(theta, inputs), alone(samples)
+    z = features(theta, inputs)
+    sizes = jnp.max(jnp.where(jnp.isfinite(z), jnp.abs(z), 0), axis=0)
+    return z[chosen][:, None], alone(samples), sizes
 
 
 def _shifted(theta):

@@ -27,8 +27,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from varprox.numerics.ridge import fewer
 from varprox.problem.model import Problem
 from varprox.problem.weighted import Targets, alike, rooted
+from varprox.reduced.blocks import Blocks
 from varprox.reduced.projection import Projection
 from varprox.reduced.w_hessian import Factor, to_flat
 
@@ -98,28 +100,29 @@ def gauss_newton_matrix(
     keep = keeps_rows(flat, samples, w, kaufman=kaufman, forward=forward)
     # Fewer bytes at a time than those of the matrix are multiplied faster than they are added up.
     held = max(BLOCK_BYTES, flat.size * flat.nbytes)
-    blocks = 1 if keep else -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
-    index = np.arange(blocks * -(-samples // blocks), dtype=np.int32).reshape(blocks, -1)
+    count = 1 if keep else -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
+    blocks = Blocks(samples, count)
+    places = np.arange(count, dtype=np.int32)
     span = _span(problem, at)
     compressed: Any = None
     if not kaufman:
         compressed, used = _compressed(problem, w, at.slopes, data[1], flat.size)
 
-    def rows_of(index):
-        # The last block is filled up with repeated samples, which must not count.
-        chosen, counts = jnp.minimum(index, samples - 1), index < samples
-        of = problem, theta, data, at, span, chosen, counts
-        return _rows(*of, kaufman=kaufman, forward=forward), chosen
+    def rows_of(place):
+        of = problem, theta, data, at, span, blocks, place
+        return _rows(*of, kaufman=kaufman, forward=forward)
 
-    def collect(total, index):
-        rows, chosen = rows_of(index)
+    def collect(total, place):
+        rows = rows_of(place)
         (gradient, b), a = total
         sums = gradient + rows.gradient, b + rows.weights.T @ rows.rooted
         if not kaufman:
             a = jax.lax.fori_loop(
                 0,
                 used,
-                lambda part, a: a.at[part].add(_a(compressed[part, chosen], rows.pulled)),
+                lambda part, a: a.at[part].add(
+                    _a(blocks.take(compressed[part], place), rows.pulled)
+                ),
                 a,
             )
         return (sums, a), rows if keep else None
@@ -129,16 +132,16 @@ def gauss_newton_matrix(
 
     no_a: Any = None if kaufman else zeros(len(compressed), compressed.shape[2] * len(w))
     start = (zeros(), zeros(dims * len(w))), no_a
-    ((gradient, b), a), kept = jax.lax.scan(collect, start, index)
+    ((gradient, b), a), kept = jax.lax.scan(collect, start, places)
     c = span.inward(b)
     along = span.outward(c)
 
     def add(matrix, block):
-        rows = block if keep else rows_of(block)[0]
+        rows = block if keep else rows_of(block)
         return matrix + _gram(rows.rooted - rows.weights @ along), None
 
     matrix = _gram(jnp.sqrt(problem.w_penalty_like(c)) * span.rooted(c))
-    matrix, _ = jax.lax.scan(add, matrix, kept if keep else index)
+    matrix, _ = jax.lax.scan(add, matrix, kept if keep else places)
     if not kaufman:
         of_part = lambda part: _gram(span.transposed(a[part] / samples))  # noqa: E731
         matrix = jax.lax.fori_loop(0, used, lambda part, m: m + of_part(part), matrix)
@@ -163,17 +166,16 @@ def gauss_newton_root(
     """The same by rows M, of which the Gauss–Newton matrix is Mᵀ M + ∇²R.
 
     M consists of K without what Z spans of it, of √α₂ H⁻¹ B and, unless `kaufman`, of A times the
-    root of H⁻¹. It is held as a whole.
+    root of H⁻¹. It is held as a whole, but for what many devices have `fewer` rows for.
     """
     flat, unravel = ravel_pytree(theta)
     samples = len(data[1])
     span = _span(problem, at)
-    everything = np.arange(samples)
-    of = problem, theta, data, at, span, everything, everything < samples
+    of = problem, theta, data, at, span, Blocks(samples, 1), np.int32(0)
     rows = _rows(*of, kaufman=kaufman, forward=False)
     c = span.inward(rows.weights.T @ rows.rooted)
     parts = [
-        rows.rooted - rows.weights @ span.outward(c),
+        fewer(rows.rooted - rows.weights @ span.outward(c)),
         jnp.sqrt(problem.w_penalty_like(c)) * span.rooted(c),
         *([] if kaufman else [span.transposed(_a(rows.slope, rows.pulled) / samples)]),
     ]
@@ -192,13 +194,9 @@ class _Span(NamedTuple):
     to rounding; under other losses it is Z, and H says what it spans in the loss's metric.
     """
 
-    z: jax.Array  # (batch, columns), or a basis for each output that has weights of its own
+    z: jax.Array  # (batch, columns), or (batch, outputs, columns)
     factor: Factor
     orthonormal: bool
-
-    def of(self, index):
-        """`z` of some samples, (samples, 1 or outputs, columns)."""
-        return self.z[index][:, None] if self.z.ndim == 2 else self.z[:, index].swapaxes(0, 1)
 
     def rooted(self, rows):
         """S rows, for rows (entries of W, size)."""
@@ -233,9 +231,9 @@ class _Rows(NamedTuple):
     weights: jax.Array  # Lᵀ ⊗ zᵀ, with `_Span.z`: (samples · dimensions, entries)
 
 
-def _rows(problem, theta, data, at, span, index, counts, *, kaufman, forward):
-    """Those of the samples at `index`, all derivatives being zero where they do not count; if
-    `forward` these are all samples."""
+def _rows(problem, theta, data, at, span, blocks, place, *, kaufman, forward):
+    """Those of a block of samples, all derivatives being zero where they have been before; if
+    `forward` there is one block."""
     w, slopes = at.w, at.slopes
     columns = len(w)
     basis, coordinates = _basis(problem, w, data[1])
@@ -262,25 +260,28 @@ def _rows(problem, theta, data, at, span, index, counts, *, kaufman, forward):
         )[0]
         return jax.vmap(of_unit)(identity)
 
-    inputs, targets = jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], data)
+    (inputs, targets), slopes, spanned = blocks.take((data, slopes, span.z), place)
+    new = blocks.new(place)
     z, pulled = together(inputs) if forward else jax.vmap(alone)(inputs)
-    pulled = jnp.where(counts[:, None, None], pulled, 0)
+    pulled = jnp.where(new[:, None, None], pulled, 0)
+    spanned = spanned if spanned.ndim == 3 else spanned[:, None]
+    spanned = jnp.where(new[:, None, None], spanned, 0)
     size = pulled.shape[-1]
     k = coordinates @ pulled if of_features else pulled
-    slope = len(slopes) * jnp.where(counts[:, None], slopes[index], 0)
+    slope = blocks.samples * jnp.where(new[:, None], slopes, 0)
     if problem.loss.quadratic:
         root = jnp.broadcast_to(identity, (len(z), *identity.shape))
         curved = jax.vmap(partial(rooted, targets), 2, 2)(k)
     else:
         root = jax.vmap(root_of)(z @ w, targets)
         curved = root @ k
-    weights = root[:, :, :, None] * span.of(index)[:, None]
+    weights = root[:, :, :, None] * spanned[:, None]
     return _Rows(
         gradient=(slope @ basis).reshape(-1) @ k.reshape(-1, size),
         slope=slope,
         z=z,
         pulled=pulled,
-        rooted=curved.reshape(-1, size) / len(slopes) ** 0.5,
+        rooted=curved.reshape(-1, size) / blocks.samples**0.5,
         weights=weights.reshape(len(z) * len(coordinates), -1),
     )
 

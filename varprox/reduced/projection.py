@@ -38,8 +38,8 @@ class Projection(NamedTuple):
 
     w: jax.Array  # (columns, outputs)
     slopes: jax.Array  # (batch, outputs), of the loss in the predictions, to more digits than W has
-    # (batch, columns), or a basis for each output that has weights of its own; None where no one
-    # needs them.
+    # (batch, columns); (batch, outputs, columns) where each output has weights, and a basis, of its
+    # own; None where no one needs them.
     rows: jax.Array | None
     factor: Factor
     value: jax.Array  # of Φ without R
@@ -49,15 +49,13 @@ class Projection(NamedTuple):
 
 def start_projection(problem: Problem, rows, targets) -> Projection:
     """W = 0 and no factor yet; of rows (batch, columns) only shape and dtype are used."""
-    columns, outputs = rows.shape[1], targets.shape[1]
-    kept, blocks = rows, outputs
-    if problem.loss.quadratic:
-        kept = jax.eval_shape(rooted_rows, targets, rows)
-        blocks = 1 if alike(targets) else outputs
+    (samples, columns), outputs = rows.shape, targets.shape[1]
+    blocks = 1 if problem.loss.quadratic and alike(targets) else outputs
+    each = (outputs,) if problem.loss.quadratic and not alike(targets) else ()
     return Projection(
         jnp.zeros((columns, outputs), rows.dtype),
         jnp.zeros(targets.shape, rows.dtype),
-        jnp.zeros(kept.shape, rows.dtype),
+        jnp.zeros((samples, *each, columns), rows.dtype),
         Factor(
             jnp.zeros((blocks, columns, columns), rows.dtype),
             jnp.zeros((columns, columns), rows.dtype),
@@ -114,11 +112,12 @@ def _ridge(problem, rows, targets):
     alpha = problem.w_penalty_like(rows)
     solve = ridge if alike(targets) else ridge_of_each
     found = solve(weighted, wanted, alpha, offset)
+    basis = found.span.basis
     value = 0.5 * jnp.sum(found.residual**2) + problem.penalty_on_w(found.w)
     return Projection(
         w=found.w,
         slopes=rooted(targets, found.residual) / scale,
-        rows=found.span.basis,
+        rows=basis if basis.ndim == 2 else basis.swapaxes(0, 1),
         factor=ridge_factor(found.span),
         value=value,
         products=jnp.zeros((), jnp.int32),

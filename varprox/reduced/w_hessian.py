@@ -10,8 +10,9 @@ import numpy as np
 from varprox.numerics.ridge import Span, span
 from varprox.problem.model import Problem
 from varprox.problem.weighted import rooted_rows
+from varprox.reduced.blocks import Blocks
 
-CHUNK = 512  # samples
+CHUNK = 512  # samples of a device
 DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
 
 
@@ -133,23 +134,19 @@ def w_hessian(problem: Problem, rows, w, targets, whole: bool) -> jax.Array:
     units = jnp.eye(outputs, dtype=w.dtype)[:, None, :]
     i, j = np.tril_indices(outputs) if whole else (np.arange(outputs),) * 2
     k, l = np.tril_indices(columns)  # noqa: E741
-    chunks = -(-len(rows) // CHUNK)
+    chunks = Blocks(len(rows), 1)
+    chunks = chunks._replace(number=-(-chunks.size // CHUNK))
 
-    def split(x, mode):
-        missing = chunks * CHUNK - len(x)
-        return jnp.pad(x, ((0, missing), (0, 0)), mode).reshape(chunks, CHUNK, -1)
-
-    def add(total, chunk):
-        z, c = chunk
+    def add(total, place):
+        z, c = chunks.take((rows, targets), place)
+        z = jnp.where(chunks.new(place)[:, None], z, 0)
         curved = jax.vmap(problem.loss.curvature(z @ w, c))
-        q = curved(jnp.broadcast_to(units, (outputs, *c.shape)))  # (outputs, CHUNK, outputs)
+        q = curved(jnp.broadcast_to(units, (outputs, *c.shape)))  # (outputs, samples, outputs)
         return total + q[i, :, j] @ (z[:, k] * z[:, l]), None
 
-    # Zeros lengthen the rows, and so add nothing; targets are repeated, which any loss can take.
     total = jnp.zeros((len(i), len(k)), w.dtype)
-    parts = split(rows, "constant"), jax.tree.map(lambda x: split(x, "edge"), targets)
-    total, _ = jax.lax.scan(add, total, parts)
-    total = total * (CHUNK / len(rows))
+    total, _ = jax.lax.scan(add, total, np.arange(chunks.number, dtype=np.int32))
+    total = total * (chunks.devices * chunks.size / len(rows))
     of_columns = _entries(k, l)
     if not whole:
         return total[:, of_columns]

@@ -15,7 +15,7 @@ import numpy as np
 
 from varprox.checks import check_flag, check_integer, check_number
 from varprox.methods.method import Method, Status
-from varprox.problem.data import check_data
+from varprox.problem.data import automatic, check_data
 from varprox.problem.model import Problem
 from varprox.training import storage
 from varprox.training.arguments import (
@@ -165,6 +165,7 @@ def fit(
         [3.] [[2.]] CONVERGED
     """
     check_concrete(theta, data)
+    theta, data, validation = automatic((theta, data, validation))
     methods = default_methods(method, theta, data) if isinstance(method, Problem) else [method]
     if not isinstance(methods[0], Method):
         raise TypeError(

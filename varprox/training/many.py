@@ -9,7 +9,7 @@ import numpy as np
 
 from varprox.checks import check_flag, check_integer
 from varprox.methods.method import Method, Status
-from varprox.problem.data import check_data
+from varprox.problem.data import automatic, check_data
 from varprox.training.arguments import check_concrete, check_limits, epoch_or_step
 from varprox.training.clock import timed
 from varprox.training.evaluation import penalties, problem_at
@@ -79,6 +79,7 @@ def fit_many(
     if not isinstance(method, Method):
         raise TypeError(f"method: expected one such as varprox.gnvpro(problem), got {method!r:.80}")
     check_concrete(thetas, data)
+    thetas, data = automatic((thetas, data))
     own_data = check_flag("own_data", own_data)
     limits = check_limits("fit_many", max_work=max_work, epochs=epochs)
     epoch_or_step(method, batch_size)  # refuses a size of batches that does not suit the method

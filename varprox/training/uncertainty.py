@@ -16,7 +16,7 @@ from varprox.checks import kind
 from varprox.numerics.krylov import after, norm
 from varprox.precision import full_products
 from varprox.problem.covariance import Covariance, deviations, times_derivative
-from varprox.problem.data import check_data, check_w
+from varprox.problem.data import automatic, check_data, check_w
 from varprox.problem.model import Problem
 from varprox.problem.traits import derivatives
 from varprox.problem.weighted import counted, plain, rooted
@@ -95,7 +95,7 @@ def covariance(problem: Problem, solution: Any, data: tuple) -> Covariance:
             "solution: expected a varprox.Solution or something else with theta and w, got "
             f"{kind(solution)}"
         )
-    theta, w = solution.theta, solution.w
+    theta, w, data = automatic((solution.theta, solution.w, data))
     data = check_data(problem, theta, data)
     check_w(problem, theta, w, data)
     forward, reverse = derivatives(problem, theta, data[0])
