@@ -15,6 +15,7 @@ import numpy as np
 import optax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from problems import relative
+from repository import snippets
 
 import varprox as vp
 from varprox.methods import minibatches, slimtrain
@@ -213,8 +214,16 @@ def of_explicit_meshes():
     return found
 
 
+def of_page():
+    """What the page's snippet for one host ends with."""
+    found = {}
+    exec(snippets("devices")[0], found)
+    return found["solution"].history["objective"][[0, -1]].tolist()
+
+
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     found = {name: of_method(method) for name, method in METHODS.items()}
     found |= {"epochs": of_epochs(), "rows": of_rows(), "explicit": of_explicit_meshes()}
-    print(json.dumps(found | {"sizes": of_sizes()}, default=float))
+    found |= {"page": of_page(), "sizes": of_sizes()}
+    print(json.dumps(found, default=float))

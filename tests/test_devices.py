@@ -40,18 +40,23 @@ def start(config, devices, script, *arguments):
     )
 
 
-def ended(process):
+def ended(*processes):
+    """What each of them has printed; where one fails the others would wait for it."""
     try:
-        out, errors = process.communicate(timeout=300)
+        for process in processes:
+            out, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, out + errors
+            yield json.loads(out.splitlines()[-1])
     finally:
-        process.kill()
-    assert process.returncode == 0, out + errors
-    return json.loads(out.splitlines()[-1])
+        for process in processes:
+            process.kill()
+            process.communicate()
 
 
 @pytest.fixture(scope="module")
 def eight(pytestconfig):
-    return ended(start(pytestconfig, 8, "eight_devices.py"))
+    (found,) = ended(start(pytestconfig, 8, "eight_devices.py"))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +65,7 @@ def two(pytestconfig):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [start(pytestconfig, 2, "two_processes.py", rank, port) for rank in range(2)]
-    return [ended(process) for process in processes]
+    return list(ended(*processes))
 
 
 @pytest.mark.parametrize("name", [*FULL_BATCH, "slimtrain"])
@@ -110,13 +115,20 @@ def test_the_default_meshes_of_jax_are_taken(eight):
     assert max(found.values()) < 1e-9
 
 
+def test_the_page_tells_how(eight):
+    begin, end = eight["page"]
+    assert end < 1e-2 * begin
+
+
 def test_two_processes_go_the_way_of_one(two):
+    assert two[0] == two[1] | {"refused": two[0]["refused"]}
     refusals = [found.pop("refused") for found in two]
     for rank, refused in enumerate(refusals):
         assert refused == (
             "targets: expected finite numbers, got 1 NaN or Inf in float64, the first at "
             f"[{5 + 32 * rank}, 0]"
         )
-    assert two[0] == two[1]
+    begin, end = two[0].pop("page")
+    assert end < 1e-2 * begin
     assert set(two[0]) == {"chosen", "lbfgsvpro", "slimtrain"}
     assert max(two[0].values()) < 1e-9

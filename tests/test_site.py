@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
-from repository import ROOT
+from repository import ROOT, snippets
 
 import varprox as vp
 from benchmarks.__main__ import experiments
@@ -99,10 +99,9 @@ def test_links_to_the_repository_are_those_of_the_package():
 
 
 def test_the_tour_runs(tmp_path, pytestconfig):
-    snippets = re.findall(r"^```python\n(.*?)^```", TEXTS["tour.md"], re.DOTALL | re.MULTILINE)
-    assert len(snippets) > 5
+    assert len(snippets("tour")) > 5
     script = tmp_path / "tour.py"
-    script.write_text("\n".join(snippets), encoding="utf-8")
+    script.write_text("\n".join(snippets("tour")), encoding="utf-8")
     quick = {  # as in conftest.py
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(pytestconfig.cache.mkdir("jax")),

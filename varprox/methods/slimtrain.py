@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from varprox.checks import shown, told
 from varprox.methods.method import Method, Status, check_state
@@ -264,7 +265,7 @@ def _init(static, options, theta, data, key=None):
     w = zero_w(problem, jax.eval_shape(problem.model.features, theta, inputs), targets)
     theta, targets = jax.tree.map(jnp.asarray, (theta, targets))
     centre, unit = centre_and_unit(targets, has_bias(head))
-    return State(
+    state = State(
         theta=theta,
         verified=theta,
         tikhonov=start_tikhonov(tikhonov_options, w, shared=alike(targets)),
@@ -278,6 +279,13 @@ def _init(static, options, theta, data, key=None):
         key=_key_data(jax.random.key(0) if key is None else key),
         status=jnp.int32(Status.RUNNING),
         like=jax.tree.map(lambda x: jnp.zeros_like(x[:1]), (inputs, targets)),
+    )
+    split = None if isinstance(targets, jax.core.Tracer) else targets.sharding
+    if not isinstance(split, NamedSharding):
+        return state
+    # Where steps leave it: elsewhere the second epoch would be compiled once more.
+    return jax.jit(lambda state: state, out_shardings=NamedSharding(split.mesh, PartitionSpec()))(
+        state
     )
 
 
