@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from methods import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 from problems import (
     Case,
     dense_reference,
@@ -16,7 +17,6 @@ from problems import (
     relative,
 )
 from scipy.optimize import least_squares, minimize
-from test_method import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 
 import varprox as vp
 from varprox.methods.forms import EVEN, Form, Kernel

@@ -1,102 +1,27 @@
 """The contract of a method, run over every full-batch method: what `init` and `step` promise."""
 
-import functools
-from itertools import product
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas
 import pytest
-from problems import features, initial_theta, make_data, plain_rows, plain_w, relative, w_value
+from methods import (
+    METHODS,
+    PAIRS,
+    finish,
+    make,
+    make_problem,
+    methods,
+    pairs,
+    plain_problem,
+    reference,
+    run,
+    signature,
+)
+from problems import features, initial_theta, relative
 
 import varprox as vp
 from varprox.methods.quasi_newton import ACCURACY
-
-METHODS = {
-    "gnvpro-krylov": functools.partial(vp.gnvpro, curvature="krylov", rank=8),
-    "gnvpro-dense": functools.partial(vp.gnvpro, curvature="dense"),
-    "gnvpro-kernel": functools.partial(vp.gnvpro, curvature="kernel"),
-    "lbfgsvpro": functools.partial(vp.lbfgsvpro, memory=8),
-    "broydenvpro": vp.broydenvpro,
-}
-LOSSES = {"least_squares": vp.least_squares(), "softmax_cross_entropy": vp.softmax_cross_entropy()}
-PENALTY, W_PENALTY = 3e-2, 3e-2
-
-methods = pytest.mark.parametrize("name", METHODS)
-losses = pytest.mark.parametrize("loss", LOSSES)
-# Broydenvpro and LBFGSvpro see the loss through the same lines.
-PAIRS = [*product(METHODS, LOSSES)]
-PAIRS.remove(("broydenvpro", "softmax_cross_entropy"))
-pairs = pytest.mark.parametrize("name, loss", PAIRS)
-traces = []
-
-
-def fenced(centre, radius, theta, inputs):
-    """The features, not a number further than `radius` from `centre`; notes whenever it is traced.
-
-    Centre and radius are numbers of the problem, so that all tests share one compiled step.
-    """
-    traces.append(None)
-    squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), theta, centre)
-    outside = sum(jax.tree.leaves(squares)) > radius * jnp.abs(radius)
-    return features(theta, inputs) * jnp.where(outside, jnp.nan, 1.0).astype(inputs.dtype)
-
-
-def make_problem(
-    loss="least_squares", radius=np.inf, penalty=PENALTY, w_penalty=W_PENALTY, dtype=np.float64
-):
-    fn = jax.tree_util.Partial(fenced, initial_theta(dtype=dtype), np.array(radius, dtype))
-    return vp.Problem(vp.Separable(fn), LOSSES[loss], penalty, w_penalty)
-
-
-def plain_problem(fn, penalty=PENALTY, w_penalty=W_PENALTY):
-    return vp.Problem(vp.Separable(fn), vp.least_squares(), penalty, w_penalty)
-
-
-def make(loss="least_squares", dtype=np.float64):
-    return initial_theta(dtype=dtype), make_data(loss, 2, dtype=dtype)
-
-
-def signature(tree):
-    """Structure, shapes, dtypes and weak types: what decides whether a step is compiled again."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [jax.typeof(leaf) for leaf in leaves]
-
-
-class Run(NamedTuple):
-    """A run to convergence, in NumPy, and how often each call traced the features."""
-
-    loss: str
-    data: tuple
-    states: list
-    infos: list
-    traces: list
-    signatures: list
-
-
-@functools.cache
-def run(name, loss, steps=200, tolerance=1e-13):
-    with jax.enable_x64(True):
-        theta, data = make(loss)
-        method = METHODS[name](make_problem(loss), tolerance=tolerance)
-        states, infos, counts = [method.init(theta, data)], [], []
-        while states[-1].status == vp.Status.RUNNING and len(infos) < steps:
-            traces.clear()
-            state, info = method.step(states[-1], data)
-            counts.append(len(traces))
-            states.append(state)
-            infos.append(info)
-        # Other numbers in the problem and the options, same functions.
-        other = make_problem(loss, np.inf, 2 * PENALTY, 3 * W_PENALTY)
-        traces.clear()
-        METHODS[name](other, tolerance=2 * tolerance).step(states[1], data)
-        counts.append(len(traces))
-        signatures = [signature(state) for state in states], [signature(info) for info in infos]
-        states, infos = jax.tree.map(np.asarray, (states, infos))
-        return Run(loss, data, states, infos, counts, signatures)
-
 
 runs = pytest.fixture(
     scope="module",
@@ -140,15 +65,6 @@ def test_w_and_the_objective_belong_to_theta(runs):
         expected, w = reference(runs.loss, state.theta, runs.data)
         assert -1e-13 <= state.objective - expected <= excess
     assert relative(runs.states[-1].w, w) < 1e-4
-
-
-def reference(loss, theta, data):
-    """Φ_red and W at θ in NumPy."""
-    with jax.enable_x64(True):
-        rows = plain_rows(theta, data[0], bias=True)
-    w = plain_w(loss, rows, data[1], W_PENALTY)
-    squares = sum(float(np.sum(np.square(leaf))) for leaf in theta.values())
-    return w_value(loss, rows, w, data[1], W_PENALTY) + 0.5 * PENALTY * squares, w
 
 
 @methods
@@ -277,14 +193,6 @@ def test_a_step_refuses_what_is_not_its_own(name, x64):
 
 
 # Where the features are not defined
-
-
-def finish(method, theta, data, steps=60):
-    """The states until the status says that the run has ended."""
-    states = [method.init(theta, data)]
-    while states[-1].status == vp.Status.RUNNING and len(states) <= steps:
-        states.append(method.step(states[-1], data)[0])
-    return states
 
 
 @pairs

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-import test_method
 from jax.flatten_util import ravel_pytree
+from methods import METHODS, PAIRS, make_problem, run
 from problems import Case, dense_reference, features, products
-from test_method import METHODS, make_problem, run
 
 import varprox as vp
 from varprox.problem.model import objective
 
 methods = pytest.mark.parametrize("name", ["lbfgsvpro", "broydenvpro"])
-PAIRS = [pair for pair in test_method.PAIRS if pair[0] in ("lbfgsvpro", "broydenvpro")]
-pairs = pytest.mark.parametrize("name, loss", PAIRS)
+pairs = pytest.mark.parametrize(
+    "name, loss", [pair for pair in PAIRS if pair[0] in ("lbfgsvpro", "broydenvpro")]
+)
 
 
 @pairs
