@@ -10,6 +10,7 @@ from jax.flatten_util import ravel_pytree
 import varprox as vp
 from benchmarks import baselines
 from benchmarks.scipy_lbfgs import scipy_lbfgs
+from benchmarks.starts import random_w, solved_w
 from varprox.problem.model import objective
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -38,7 +39,6 @@ def start():
 METHODS = {
     "adam": lambda problem: baselines.adam(problem, 1e-2, batch_size=10),
     "adam, cosine": lambda problem: baselines.adam(problem, 3e-2, horizon=10),
-    "sgd": lambda problem: baselines.sgd(problem, 1e-2, batch_size=8),
     "lbfgs": baselines.lbfgs,
     "gn": lambda problem: baselines.gn(problem, rank=6),
 }
@@ -73,19 +73,19 @@ def test_work_units(name, problem, start):
 def test_starts(problem, start):
     theta, data = start
     key = jax.random.key(0)
-    solved = baselines.solved_w(problem, theta, data, key)
-    drawn = baselines.random_w(problem, theta, data, key)
+    solved = solved_w(problem, theta, data, key)
+    drawn = random_w(problem, theta, data, key)
     np.testing.assert_array_equal(solved, vp.solve_w(problem, theta, data))
     assert drawn.shape == solved.shape
     assert 0.03 < jnp.std(drawn) < 0.3
-    state = baselines.lbfgs(problem, start=baselines.random_w).init(theta, data, key)
+    state = baselines.lbfgs(problem, start=random_w).init(theta, data, key)
     np.testing.assert_array_equal(state.w, drawn)
 
 
 def test_full_batch_adam_is_optax_adam(problem, start, standard_promotion):
     theta, data = start
     # From W(θ) Adam's first steps would be the signs of a gradient that is nothing but rounding.
-    method = baselines.adam(problem, 2e-2, horizon=8, start=baselines.random_w)
+    method = baselines.adam(problem, 2e-2, horizon=8, start=random_w)
     initial = method.init(theta, data, jax.random.key(0))
     weights = initial.theta, initial.w
     rule = optax.adam(optax.cosine_decay_schedule(2e-2, 4))
@@ -139,7 +139,7 @@ def test_each_epoch_shuffles_and_a_seed_fixes_the_run(problem, start):
 
 
 def test_no_step_is_taken_to_where_the_objective_is_not_finite(problem, start):
-    solution = vp.fit(baselines.sgd(problem, 1e200), *start, epochs=5)
+    solution = vp.fit(baselines.adam(problem, 1e200), *start, epochs=5)
     assert solution.status == vp.Status.NON_FINITE
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(solution[:2]))
 
@@ -231,7 +231,7 @@ def test_float32_stays_float32(x64):
     "make, message",
     [
         (lambda p: baselines.adam(p, 0.0), "learning_rate: expected a positive number, got 0.0"),
-        (lambda p: baselines.sgd(p, "fast"), "learning_rate: expected a positive number, got 'f"),
+        (lambda p: baselines.adam(p, "fast"), "learning_rate: expected a positive number, got 'f"),
         (lambda p: baselines.adam(p, 1e-3, horizon=-1), "horizon: expected a positive number"),
         (lambda p: baselines.adam(p, 1e-3, batch_size=0), "batch_size: expected an integer ≥ 1"),
         (lambda p: baselines.gn(p, rank=True), "rank: expected an integer ≥ 1, got True"),
