@@ -69,7 +69,7 @@ def lowest_loss(targets: jax.Array, width: int) -> float:
     It is between those of the best approximations of the targets themselves of rank `width` and
     `width` + 1.
     """
-    singular = np.linalg.svd(targets - targets.mean(axis=0), compute_uv=False)
+    singular = np.linalg.svd(targets - targets.mean(axis=0, keepdims=True), compute_uv=False)
     return float(0.5 * np.sum(singular[width:] ** 2) / len(targets))
 
 

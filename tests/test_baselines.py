@@ -152,7 +152,7 @@ def test_gauss_newton_product_equals_the_dense_matrix(problem, start):
 
     def predictions(x):
         theta, w = unravel(x)
-        return (features(theta, inputs) @ w[:-1] + w[-1]).ravel()
+        return (features(theta, inputs) @ w[:-1] + w[-1:]).ravel()
 
     jacobian = np.asarray(jax.jacobian(predictions)(x))
     probabilities = np.asarray(jax.nn.softmax(predictions(x).reshape(SAMPLES, CLASSES)))

@@ -40,7 +40,7 @@ def plain_units(targets):
 
 def counting(counts, theta, inputs):
     """The first two inputs are features; the third names the sample."""
-    return inputs[:, :2] * theta["scale"]
+    return inputs[:, :2] * theta["scale"][None]
 
 
 def count(fn, theta, inputs):
@@ -519,7 +519,7 @@ def test_steps_with_convolutions_are_not_scanned_on_cpu_and_come_to_the_same(x64
 
     model = vp.Separable(model.features, model.head, training)
     method = vp.slimtrain(vp.Problem(model, vp.least_squares()), optax.sgd(0.01))
-    state = method.init({"scale": np.ones(2)}, data)
+    state = method.init({"scale": np.ones((1, 1, 1, 2))}, data)
     plain, infos = method.epoch(state, data, batch_size=3)
     jitted, expected = jax.jit(functools.partial(method.epoch, batch_size=3))(state, data)
     chex.assert_trees_all_close(plain.theta, jitted.theta, rtol=1e-9)
@@ -533,7 +533,7 @@ def test_steps_with_convolutions_are_not_scanned_on_cpu_and_come_to_the_same(x64
 
 
 def test_constant_features_leave_w_finite(x64):
-    model = vp.Separable(lambda theta, inputs: 0 * inputs + theta["level"])
+    model = vp.Separable(lambda theta, inputs: 0 * inputs + theta["level"][None])
     method = vp.slimtrain(vp.Problem(model, vp.least_squares()), optax.sgd(0.1))
     data = make_data("", 2, SAMPLES)
     state = method.init({"level": np.ones(2)}, data)
@@ -725,7 +725,7 @@ def test_images_of_another_size_are_refused(x64):
     method = vp.slimtrain(vp.Problem(model, vp.least_squares()), optax.sgd(0.1))
     data = np.ones((3, 4, 4, 1)), np.ones((3, 4, 4, 1))
     with pytest.raises(ValueError) as caught:
-        method.init({"scale": np.ones(1)}, data)
+        method.init({"scale": np.ones(())}, data)
     assert str(caught.value) == (
         "targets: expected shape (3, 3, 3, 1), that of the predictions, got (3, 4, 4, 1)"
     )
@@ -735,5 +735,5 @@ def test_full_batch_methods_refuse_images(x64):
     model = vp.Separable(lambda theta, images: theta["scale"] * images, vp.conv((2, 2)))
     problem, data = vp.Problem(model, vp.least_squares()), (np.ones((3, 4, 4, 1)),) * 2
     with pytest.raises(TypeError) as caught:
-        vp.gnvpro(problem).init({"scale": np.ones(1)}, data)
+        vp.gnvpro(problem).init({"scale": np.ones(())}, data)
     assert str(caught.value).startswith("problem: expected a model with a dense head;")

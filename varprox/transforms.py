@@ -156,7 +156,7 @@ def slimtik(
         first, seen = state.batches == 0, state.batches.astype(last.w.dtype)
         centre, _ = centre_and_unit(targets, has_bias(last.layer))
         centre = jnp.where(first, centre, state.centre)
-        centred = targets - centre
+        centred = targets - jnp.broadcast_to(centre, targets.shape)
         unit = jnp.where(jnp.any(centred != 0), centre_and_unit(centred, bias=False)[1], 0)
         unit = jnp.hypot(state.unit * jnp.sqrt(seen), unit) / jnp.sqrt(seen + 1)
         divisor = jnp.where(unit > 0, unit, 1)

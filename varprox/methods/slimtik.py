@@ -318,9 +318,9 @@ def centre_and_unit(targets: jax.Array, bias: bool) -> tuple[jax.Array, jax.Arra
     largest = jnp.where(largest > 0, largest, 1)
     shares = targets.reshape(-1, targets.shape[-1]) / largest  # so that no square overflows
     # The mean of equal numbers is exact this way.
-    mean = shares[0] + jnp.mean(shares - shares[0], axis=0)
+    mean = shares[0] + jnp.mean(shares - shares[:1], axis=0)
     centre = mean if bias else jnp.zeros_like(mean)
-    spread = jnp.sqrt(jnp.mean((shares - centre) ** 2))
+    spread = jnp.sqrt(jnp.mean((shares - centre[None]) ** 2))
     constant = spread <= 4 * jnp.finfo(spread.dtype).eps
     return largest * centre, largest * jnp.where(constant, 1, spread)
 

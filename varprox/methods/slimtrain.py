@@ -346,7 +346,7 @@ def _advance(static, options, state, batch):
             lambda theta: problem.model.train(theta, inputs), state.theta, has_aux=True
         )
     _check_features(head, z, state.tikhonov.w, targets)
-    centred = targets - state.centre
+    centred = targets - jnp.broadcast_to(state.centre, targets.shape)
     moments = head.moments(z, state.tikhonov.w, centred).scaled(1 / len(targets))
     tikhonov, chosen = tikhonov_step(tikhonov_options, state.tikhonov, moments, targets.size)
 

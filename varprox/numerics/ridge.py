@@ -50,7 +50,7 @@ def span(rows: jax.Array, alpha) -> Span:
     curvature = (s / unit) ** 2 + alpha / unit / unit
     keep = curvature > (len(s) * jnp.finfo(s.dtype).eps) ** 2
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, curvature, 1)) / unit, 0)
-    return Span(jnp.pad(q, ((0, 0), (0, missing))), u * (s * root), vt.T * root)
+    return Span(jnp.pad(q, ((0, 0), (0, missing))), u * (s * root)[None], vt.T * root[None])
 
 
 @full_products
@@ -65,7 +65,7 @@ def ridge(rows: jax.Array, targets: jax.Array, alpha, offset: jax.Array | float 
     found = span(rows, alpha)
     inside = found.turn.T @ (found.q.T @ targets)
     if jnp.ndim(offset):
-        norms = jnp.linalg.norm(found.inverse_root, axis=0)
+        norms = jnp.linalg.norm(found.inverse_root, axis=0, keepdims=True)
         axes = found.inverse_root / jnp.where(norms > 0, norms, 1)
         inside = inside - alpha * (found.inverse_root.T @ offset)
         # Of the minimum norm is only what the rows determine.

@@ -57,7 +57,7 @@ def _turn(factor, rows, d_rows, w):
     """
     lifted = d_rows.T @ (rows @ factor.solve(w)) / len(rows)
     (root,) = factor.blocks  # its columns are orthogonal, and zero for the null space
-    norms = jnp.linalg.norm(root, axis=0)
+    norms = jnp.linalg.norm(root, axis=0, keepdims=True)
     span = root / jnp.where(norms > 0, norms, 1)
     return lifted - span @ (span.T @ lifted)
 

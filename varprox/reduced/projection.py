@@ -103,7 +103,7 @@ def _ridge(problem, rows, targets):
     if has_bias(problem.model.head):
         mean = jnp.mean(targets, axis=0)
         offset = jnp.zeros((rows.shape[1], len(mean)), rows.dtype).at[-1].set(mean)
-        targets = targets - mean
+        targets = targets - mean[None]
     found = ridge(rows / scale, targets / scale, problem.w_penalty_like(rows), offset)
     value = 0.5 * jnp.sum(found.residual**2) + problem.penalty_on_w(found.w)
     return Projection(
