@@ -1,4 +1,4 @@
-"""The full-batch methods, the problems that they are run on, and their runs to convergence."""
+"""The methods of the contract suite, the problems that they are run on, and runs of theirs."""
 
 import functools
 from itertools import product
@@ -7,10 +7,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from problems import features, initial_theta, make_data, plain_rows, plain_w, w_value
 
 import varprox as vp
+from benchmarks import baselines
+from benchmarks.starts import random_w
 
 METHODS = {
     "gnvpro-krylov": functools.partial(vp.gnvpro, curvature="krylov", rank=8),
@@ -18,6 +21,23 @@ METHODS = {
     "gnvpro-kernel": functools.partial(vp.gnvpro, curvature="kernel"),
     "lbfgsvpro": functools.partial(vp.lbfgsvpro, memory=8),
     "broydenvpro": vp.broydenvpro,
+}
+RIVALS = {  # which train θ and W together
+    "gn": functools.partial(baselines.gn, rank=8),
+    "lbfgs": baselines.lbfgs,
+    "broyden": baselines.broyden,
+    # From W(θ) its first steps would be signs of rounding.
+    "adam": functools.partial(baselines.adam, learning_rate=1e-2, start=random_w),
+}
+SLIMTRAIN = {"slimtrain": functools.partial(vp.slimtrain, optimizer=optax.sgd(0.1))}
+ALL = METHODS | RIVALS | SLIMTRAIN
+# The options that are numbers.
+NUMBERS = {name: {"tolerance": 1e-13} for name in METHODS} | {
+    "gn": {"flat": 0.03},
+    "lbfgs": {},
+    "broyden": {},
+    "adam": {"learning_rate": 1e-2, "horizon": 1e3},
+    "slimtrain": {"initial": 0.05, "lower_bound": 1e-7},
 }
 LOSSES = {"least_squares": vp.least_squares(), "softmax_cross_entropy": vp.softmax_cross_entropy()}
 PENALTY, W_PENALTY = 3e-2, 3e-2
@@ -27,7 +47,14 @@ losses = pytest.mark.parametrize("loss", LOSSES)
 # Broydenvpro and LBFGSvpro see the loss through the same lines.
 PAIRS = [*product(METHODS, LOSSES)]
 PAIRS.remove(("broydenvpro", "softmax_cross_entropy"))
-pairs = pytest.mark.parametrize("name, loss", PAIRS)
+# Rivals see the loss through its value and slopes alone, but for GN.
+OTHERS = [
+    ("gn", "softmax_cross_entropy"),
+    ("lbfgs", "softmax_cross_entropy"),
+    ("broyden", "least_squares"),
+    ("adam", "softmax_cross_entropy"),
+    ("slimtrain", "least_squares"),
+]
 traces = []
 
 
@@ -64,7 +91,8 @@ def signature(tree):
 
 
 class Run(NamedTuple):
-    """A run to convergence, in NumPy, and how often each call traced the features."""
+    """A run, of full-batch methods to convergence, in NumPy, and how often each call traced the
+    features."""
 
     loss: str
     data: tuple
@@ -74,12 +102,18 @@ class Run(NamedTuple):
     signatures: list
 
 
+def begin(method, theta, data):
+    """With the same random key always, which the rivals do not do without."""
+    return method.init(theta, data, jax.random.key(0))
+
+
 @functools.cache
-def run(name, loss, steps=200, tolerance=1e-13):
+def run(name, loss):
     with jax.enable_x64(True):
         theta, data = make(loss)
-        method = METHODS[name](make_problem(loss), tolerance=tolerance)
-        states, infos, counts = [method.init(theta, data)], [], []
+        method = ALL[name](make_problem(loss), **NUMBERS[name])
+        steps = 200 if name in METHODS else 12
+        states, infos, counts = [begin(method, theta, data)], [], []
         while states[-1].status == vp.Status.RUNNING and len(infos) < steps:
             traces.clear()
             state, info = method.step(states[-1], data)
@@ -89,11 +123,22 @@ def run(name, loss, steps=200, tolerance=1e-13):
         # Other numbers in the problem and the options, same functions.
         other = make_problem(loss, np.inf, 2 * PENALTY, 3 * W_PENALTY)
         traces.clear()
-        METHODS[name](other, tolerance=2 * tolerance).step(states[1], data)
+        twice = {option: 2 * number for option, number in NUMBERS[name].items()}
+        ALL[name](other, **twice).step(states[1], data)
         counts.append(len(traces))
         signatures = [signature(state) for state in states], [signature(info) for info in infos]
         states, infos = jax.tree.map(np.asarray, (states, infos))
         return Run(loss, data, states, infos, counts, signatures)
+
+
+def value(run, state):
+    """Φ at the weights of a state of this run in NumPy."""
+    inputs, targets = run.data
+    with jax.enable_x64(True):
+        rows = plain_rows(state.theta, inputs, bias=True)
+    squares = sum(float(np.sum(np.square(leaf))) for leaf in state.theta.values())
+    of_w = w_value(run.loss, rows, state.w, targets, W_PENALTY)
+    return of_w + 0.5 * PENALTY * squares
 
 
 def reference(loss, theta, data):
@@ -107,7 +152,7 @@ def reference(loss, theta, data):
 
 def finish(method, theta, data, steps=60):
     """The states until the status says that the run has ended."""
-    states = [method.init(theta, data)]
+    states = [begin(method, theta, data)]
     while states[-1].status == vp.Status.RUNNING and len(states) <= steps:
         states.append(method.step(states[-1], data)[0])
     return states

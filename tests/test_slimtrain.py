@@ -1,4 +1,7 @@
-"""slimTrain against its definition, its closed form, and what it promises of an epoch."""
+"""slimTrain against its definition, its closed form, and what it promises of an epoch.
+
+Its contract is in test_method.py.
+"""
 
 import functools
 import pickle
@@ -8,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pandas
 import pytest
 from flax import nnx
 from jax.tree_util import Partial
@@ -474,25 +476,6 @@ def test_it_learns_in_single_precision_with_adam(standard_promotion):
     assert info.finite.all()
 
 
-def test_a_step_traces_once_and_maps(x64):
-    _, method, theta, data = make()
-    chex.clear_trace_counter()
-
-    @jax.jit
-    @chex.assert_max_traces(n=1)
-    def step(state, batch):
-        return method.step(state, batch)
-
-    state = method.init(theta, data)
-    for batch in batches(data)[:2]:
-        state, _ = step(state, batch)
-    thetas = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), theta)
-    first = batches(data)[0]
-    run = lambda theta: method.step(method.init(theta, data), first)[0].w  # noqa: E731
-    mapped = jax.vmap(run)(thetas)
-    np.testing.assert_allclose(mapped[0], run(theta), rtol=1e-9)
-
-
 def test_an_epoch_under_jit_is_the_same(x64):
     problem, theta, data = counting_task()
     method = vp.slimtrain(problem, optax.sgd(0.01))
@@ -585,16 +568,6 @@ def with_batch(inputs=ONES, targets=ONES):
     jax.jit(method.step)(state, (inputs, targets))
 
 
-def with_table():
-    _, method, theta, data = make()
-    method.step(method.init(theta, data), (pandas.DataFrame(ONES), ONES))
-
-
-def with_state_of_another():
-    problem, method, theta, data = make()
-    method.step(vp.lbfgsvpro(problem).init(theta, data), data)
-
-
 def with_features_of_all():
     fixed = lambda theta, _: features(theta, np.ones((4, 2)))  # noqa: E731
     method = vp.slimtrain(vp.Problem(vp.Separable(fixed), vp.least_squares()), optax.sgd(0.1))
@@ -657,11 +630,6 @@ def of_batches(size):
             "targets: expected at least one sample, got shape (0, 2)",
         ),
         (
-            with_state_of_another,
-            TypeError,
-            "state: expected one of slimtrain, got that of another method",
-        ),
-        (
             with_features_of_all,
             ValueError,
             "features: expected those of 1 samples for a batch of as many, with predictions of",
@@ -677,31 +645,11 @@ def of_batches(size):
             TypeError,
             "key: expected a random key, such as jax.random.key(0), got 0",
         ),
-        (
-            with_table,
-            TypeError,
-            "inputs: expected arrays of NumPy or JAX, got DataFrame; .to_numpy() makes one of it",
-        ),
         (lambda: make(memory=-1), ValueError, "memory: expected an integer ≥ 0, got -1"),
         (lambda: make(selection=3), TypeError, "selection: expected one such as"),
         (lambda: make(selection=vp.sgcv), TypeError, "selection: expected one such as"),
         (lambda: of_batches(17), ValueError, "batch_size: expected at most 16, the number of"),
         (lambda: of_batches(0), ValueError, "batch_size: expected an integer ≥ 1, got 0"),
-        (
-            lambda: with_data(np.ones((0, 2)), np.ones((0, 2))),
-            ValueError,
-            "targets: expected at least one sample, got none",
-        ),
-        (
-            lambda: with_data(targets=np.ones(4)),
-            ValueError,
-            "targets: expected shape (batch, outputs), got (4,)",
-        ),
-        (
-            lambda: with_data(targets=np.full((4, 2), np.nan)),
-            ValueError,
-            "targets: expected finite numbers, got 8 NaN or Inf",
-        ),
         (
             lambda: with_data(head=vp.conv((2, 2))),
             ValueError,
