@@ -15,13 +15,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import varprox as vp
 from benchmarks import minibatch, options, plots
 from benchmarks.entrants import Memory
 from benchmarks.experiment import Run, Task, by_method, by_seed, text_table, write
+from benchmarks.minibatch import ADAM, at_rate
 from varprox.methods.selection import minimise
 from varprox.methods.slimtrain import with_learned
 
@@ -32,7 +32,7 @@ VALIDATION = 2000  # of the 10,000 images, since a curve takes many evaluations
 PART = 2000  # images between two evaluations in the full regime
 SPREAD, SPREAD_OF_PYTORCH = 0.0625, 0.25  # of the last layer at Adam's start
 SELECTED = 1000  # images up to which selections are compared
-RATES = {rate: optax.adam(rate) for rate in (1e-3, 3e-3, 1e-2)}
+RATES = (1e-3, 3e-3, 1e-2)
 SUMS = (1e2, 1e3, 1e4)  # ΣΛ of the runs that keep it constant
 NEVER = vp.constant(0.0)
 LABEL = "validation loss, sum of squares an image"
@@ -49,13 +49,13 @@ class Entry(NamedTuple):
 def slim(rate: float, selection=None, initial: float = 0.05) -> Callable:
     """slimTrain with Adam for θ."""
     options = {"selection": selection, "initial": initial}
-    return lambda problem: vp.slimtrain(problem, RATES[rate], MEMORY, **options)
+    return lambda problem: at_rate(rate, vp.slimtrain(problem, ADAM, MEMORY, **options))
 
 
 def adam(rate: float, spread: float) -> Callable:
     """Adam on all weights, those of the last layer being uniform within ±spread at the start."""
     start = partial(uniform_w, spread)
-    return lambda problem: minibatch.jointly(problem, RATES[rate], start)
+    return lambda problem: minibatch.adam(problem, rate, start)
 
 
 def uniform_w(spread, problem, theta, data, key):

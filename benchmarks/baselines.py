@@ -17,7 +17,8 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-import varprox as vp
+from benchmarks import minibatch
+from benchmarks.starts import solved_w
 from varprox import Method, Problem, Status
 from varprox.numerics import trust_region
 from varprox.numerics.inverse_hessian import Broyden, bfgs, self_scaled_broyden, start_broyden
@@ -27,10 +28,8 @@ from varprox.problem.data import check_data
 from varprox.problem.model import objective
 from varprox.problem.prediction import predict
 
-SPREAD = 0.1  # standard deviation of the random W
 MEMORY = 20  # pairs that L-BFGS keeps
 MAX_TRIALS = 10  # of GN's trust region
-ADAM, SGD = optax.scale_by_adam(), optax.trace(decay=0.9, nesterov=True)
 
 
 class State(NamedTuple):
@@ -52,29 +51,20 @@ _value = jax.jit(_phi)
 _value_and_gradient = jax.jit(jax.value_and_grad(_phi, argnums=1))
 
 
-def solved_w(problem: Problem, theta: Any, data: tuple, key: jax.Array) -> jax.Array:
-    """A start for W: W(θ), which has the lowest Φ."""
-    return vp.solve_w(problem, theta, data)
-
-
-def random_w(problem: Problem, theta: Any, data: tuple, key: jax.Array) -> jax.Array:
-    """A start for W: 0.1 · normal, which may lead further."""
-    rows = jax.eval_shape(problem.model.rows, theta, data[0])
-    return SPREAD * jax.random.normal(key, (rows.shape[1], data[1].shape[1]), rows.dtype)
-
-
 def _begin(theta, w, value, memory, work_units):
+    return State(theta, w, value, memory, jnp.full((), work_units, jnp.int32), _status(value))
+
+
+def _status(value):
     status = jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE)
-    return State(
-        theta, w, value, memory, jnp.full((), work_units, jnp.int32), status.astype(jnp.int32)
-    )
+    return status.astype(jnp.int32)
 
 
 def _choose(condition, new, old):
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-# ----------------------------------------------------------------------------- stochastic gradients
+# --------------------------------------------------------------------------------------------- Adam
 
 
 class EpochInfo(NamedTuple):
@@ -92,79 +82,42 @@ def adam(
     horizon: float = math.inf,
     start: Callable = solved_w,
 ) -> Method:
-    """Adam on (θ, W), a step being one epoch over shuffled minibatches of `batch_size` samples.
+    """`minibatch.adam`, a step being one epoch in batches of `batch_size` samples.
 
-    None puts all samples in one batch; samples that do not fill one are left out of the epoch. The
-    learning rate falls along half a cosine to zero at `horizon` work units; with an infinite
-    horizon it is constant. An epoch is 2 work units. The evaluation of Φ at its end is no part of
-    the method and charged no work, but the seconds that `fit` measures contain it:
-    `evaluation_seconds` says how many to subtract.
+    None puts all samples in one batch; samples that do not fill one are left out of the epoch. An
+    epoch is 2 work units. The evaluation of Φ at its end is no part of the method and charged no
+    work, but the seconds that `fit` measures contain it: `evaluation_seconds` says how many to
+    subtract.
     """
-    return _stochastic(problem, ADAM, learning_rate, batch_size, horizon, start)
-
-
-def sgd(
-    problem: Problem,
-    learning_rate: float,
-    *,
-    batch_size: int | None = None,
-    horizon: float = math.inf,
-    start: Callable = solved_w,
-) -> Method:
-    """Stochastic gradient descent with Nesterov momentum 0.9; everything else as in `adam`."""
-    return _stochastic(problem, SGD, learning_rate, batch_size, horizon, start)
-
-
-def _stochastic(problem, rule, learning_rate, batch_size, horizon, start):
     for name, value in {"learning_rate": learning_rate, "horizon": horizon}.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value!r}")
     if batch_size is not None:
         _check_count("batch_size", batch_size)
-    init = partial(_stochastic_init, problem, rule, batch_size, start)
-    step = partial(_epoch, problem, learning_rate, horizon, rule=rule, batch_size=batch_size)
+    init = partial(_adam_init, problem, learning_rate, batch_size, start)
+    step = partial(_epoch, problem, learning_rate, horizon, batch_size=batch_size)
     return Method(init, step, problem)
 
 
-def _stochastic_init(problem, rule, batch_size, start, theta, data, key):
-    check_data(problem, theta, data)
+def _adam_init(problem, learning_rate, batch_size, start, theta, data, key):
+    state = minibatch.adam(problem, learning_rate, start).init(theta, data, key)
     if batch_size is not None and batch_size > len(data[1]):
         raise ValueError(
             f"batch_size: expected at most the number of samples, {len(data[1])}, got {batch_size}"
         )
-    drawing, shuffling = jax.random.split(key)
-    weights = theta, start(problem, theta, data, drawing)
-    memory = rule.init(weights), shuffling
-    return _begin(*weights, _value(problem, weights, data), memory, 0)
+    value = _value(problem, (state.theta, state.w), data)
+    return state._replace(objective=value, status=_status(value))
 
 
-@partial(jax.jit, static_argnames=("rule", "batch_size"))
-def _epoch(problem, learning_rate, horizon, state, data, *, rule, batch_size):
-    samples = len(data[1])
-    size = samples if batch_size is None else batch_size
-    rule_state, key = state.memory
-    key, shuffling = jax.random.split(key)
-    order = jax.random.permutation(shuffling, samples)[: samples // size * size]
-    part = state.work_units.astype(state.w.dtype) / horizon
-    rate = 0.5 * learning_rate * (1 + jnp.cos(jnp.pi * jnp.minimum(part, 1)))
-
-    def descend(carry, chosen):
-        weights, rule_state = carry
-        batch = jax.tree.map(lambda x: x[chosen], data)
-        gradient = jax.grad(_phi, argnums=1)(problem, weights, batch)
-        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and int64 under x64
-            direction, rule_state = rule.update(gradient, rule_state)
-        weights = jax.tree.map(lambda x, d: x - rate * d, weights, direction)
-        return (weights, rule_state), None
-
-    old = state.theta, state.w
-    (weights, rule_state), _ = jax.lax.scan(descend, (old, rule_state), order.reshape(-1, size))
-    value = _phi(problem, weights, data)
-    finite = jnp.isfinite(value)
-    weights, value = _choose(finite, (weights, value), (old, state.objective))
-    status = jnp.where(finite, Status.RUNNING, Status.NON_FINITE).astype(jnp.int32)
-    memory = rule_state, key
-    return State(*weights, value, memory, state.work_units + 2, status), EpochInfo(value, rate)
+@partial(jax.jit, static_argnames="batch_size")
+def _epoch(problem, learning_rate, horizon, state, data, *, batch_size):
+    size = len(data[1]) if batch_size is None else batch_size
+    method = minibatch.adam(problem, learning_rate, horizon=horizon)
+    after, _ = method.epoch(state, data, batch_size=size)
+    value = _phi(problem, (after.theta, after.w), data)
+    chosen = _choose(jnp.isfinite(value), after._replace(objective=value), state)
+    info = EpochInfo(chosen.objective, after.optimizer.hyperparams["learning_rate"])
+    return chosen._replace(work_units=state.work_units + 2, status=_status(value)), info
 
 
 def evaluation_seconds(problem: Problem, theta: Any, w: jax.Array, data: tuple) -> float:

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
-import optax
 from flax import nnx
 
 import varprox as vp
@@ -37,7 +36,7 @@ from benchmarks.experiment import (
     text_table,
     write,
 )
-from benchmarks.levels import ADAM
+from benchmarks.starts import solved_w
 
 BUDGETS, QUICK_BUDGETS = (25, 50, 100, 200), (8, 15, 22)  # work units
 CHANNELS = (3, 32, 64, 10)
@@ -237,27 +236,14 @@ def gn(setting: Setting, size: int, steps: int, rank: int, start: Callable) -> v
     return on_samples(method, setting.task.problem, size, steps, lambda state, sample: state)
 
 
-def adam(problem: vp.Problem, rate: float, horizon: float, w: jax.Array) -> vp.Method:
-    """Adam on θ and W, which begins at `w`. Its rate falls from epoch to epoch along half a cosine,
-    to zero at `horizon` work units; it is constant for an infinite one."""
-    method = minibatch.jointly(problem, ADAM, lambda *_: w)
-
-    def epoch(state, data, *, batch_size):
-        done = jnp.minimum(state.work_units / horizon, 1)
-        falling = 0.5 * rate * (1 + jnp.cos(jnp.pi * done))
-        optimizer = optax.tree.set(state.optimizer, learning_rate=falling)
-        return method.epoch(state._replace(optimizer=optimizer), data, batch_size=batch_size)
-
-    return method._replace(epoch=epoch)
-
-
 # ------------------------------------------------------------------------------------ competition
 
 
 def entrants(setting: Setting, work: float, quick: bool) -> dict[str, dict[str, tuple]]:
     """The variants of every method, and the size of the batches or samples that they see."""
     problem = setting.task.problem
-    starts = {"Kaiming W": lambda *_: setting.w, "W(θ)": baselines.solved_w}
+    starts = {"Kaiming W": lambda *_: setting.w, "W(θ)": solved_w}
+    adam = partial(minibatch.adam, problem, start=starts["Kaiming W"])
     starts = dict(list(starts.items())[: 1 if quick else None])
     rates, batch_size = (QUICK_RATES, QUICK_BATCH_SIZE) if quick else (RATES, BATCH_SIZE)
     schedules = {"constant": math.inf, "cosine": work}
@@ -267,7 +253,7 @@ def entrants(setting: Setting, work: float, quick: bool) -> dict[str, dict[str, 
     }
     return {
         "adam": {
-            f"rate {rate:g}, {schedule}": (adam(problem, rate, horizon, setting.w), batch_size)
+            f"rate {rate:g}, {schedule}": (adam(rate, horizon=horizon), batch_size)
             for rate in rates
             for schedule, horizon in schedules.items()
         },

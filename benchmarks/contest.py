@@ -16,6 +16,7 @@ import varprox as vp
 from benchmarks import baselines
 from benchmarks.experiment import Run, Task, end, reading
 from benchmarks.scipy_lbfgs import scipy_lbfgs
+from benchmarks.starts import STARTS
 from varprox import Method, Solution, Status
 
 METHODS = {
@@ -26,7 +27,6 @@ METHODS = {
     "lbfgs": "L-BFGS",
     "gn": "GN",
 }
-STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
 RATES, SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (128,)  # of Adam's steps and batches
 PILOT_RATES, PILOT_SIZES = (3e-3,), (128,)
 FINALISTS = 2  # settings of Adam that are run from a random W and with shorter cosines, too

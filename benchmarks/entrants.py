@@ -20,9 +20,10 @@ from jax.flatten_util import ravel_pytree
 from scipy.optimize import least_squares
 
 from benchmarks import baselines
-from benchmarks.contest import STARTS, net_of
+from benchmarks.contest import net_of
 from benchmarks.experiment import Task
 from benchmarks.scipy_lbfgs import scipy_lbfgs
+from benchmarks.starts import STARTS
 from varprox import Method, Problem, Solution, Status
 from varprox.problem.penalties import tikhonov_weight
 from varprox.problem.prediction import predict

@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 import varprox as vp
 from benchmarks import baselines, minibatch
 from benchmarks.experiment import Run, end, reading
+from benchmarks.starts import STARTS, solved_w
 from varprox import Method, Problem
 from varprox.training.solution import join
 
@@ -29,9 +29,6 @@ SLIM_SIZE = 16  # of slimTrain's
 EVALUATED = 5  # every so many epochs, which takes about as long as one of large batches
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FINALISTS = 2  # variants of a method that go on to further seeds, for each way to compare them
-FIXED = ("b1", "b2", "eps", "eps_root")  # so that nothing but the rate is in Adam's state
-ADAM = optax.inject_hyperparams(optax.adam, FIXED)(RATES[0])  # one compilation for all rates
-STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
 SETS = ("train", "validation", "test")
 Make = Callable[[Problem, Any], Method]  # of a level's problem and the W before it, None at first
 
@@ -72,7 +69,7 @@ def lowest_loss(targets: jax.Array, width: int) -> float:
     It is between those of the best approximations of the targets themselves of rank `width` and
     `width` + 1.
     """
-    singular = np.linalg.svd(targets - targets.mean(axis=0), compute_uv=False)
+    singular = np.linalg.svd(targets - targets.mean(axis=0, keepdims=True), compute_uv=False)
     return float(0.5 * np.sum(singular[width:] ** 2) / len(targets))
 
 
@@ -144,7 +141,7 @@ def entrants(
         return baselines.broyden(problem, start=going_on(start, w))
 
     def adam(rate, problem, w):
-        return at_rate(rate, minibatch.jointly(problem, ADAM, going_on(baselines.solved_w, w)))
+        return minibatch.adam(problem, rate, going_on(solved_w, w))
 
     return {
         "GNvpro": {name: (partial(gnvpro, *kw), None) for name, kw in curvatures.items()},
@@ -168,24 +165,13 @@ def going_on(start: Callable, w: jax.Array | None) -> Callable:
     return start if w is None else lambda problem, theta, data, key: w
 
 
-def at_rate(rate: float, method: Method) -> Method:
-    """The method, whose optimizer is `ADAM`, with this learning rate."""
-
-    def init(theta, data, key):
-        state = method.init(theta, data, key)
-        rated = optax.tree.set(state.optimizer, learning_rate=jnp.asarray(rate, state.w.dtype))
-        return state._replace(optimizer=rated)
-
-    return method._replace(init=init)
-
-
 def slimtrain(rate: float, problem: Problem, w: jax.Array | None) -> Method:
     """slimTrain beginning at W(θ) or at the W from the level before, as its rivals do."""
-    method = at_rate(rate, vp.slimtrain(problem, ADAM))
+    method = minibatch.at_rate(rate, vp.slimtrain(problem, minibatch.ADAM))
 
     def init(theta, data, key):
         state = method.init(theta, data, key)
-        start = going_on(baselines.solved_w, w)(problem, theta, data, key)
+        start = going_on(solved_w, w)(problem, theta, data, key)
         return state.with_w(start)
 
     return method._replace(init=init)

@@ -3,6 +3,7 @@
 The epochs are those of `varprox.methods.minibatches`, so that nothing but the step differs.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,10 +12,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from benchmarks.starts import solved_w
 from varprox import Method, Problem, Status
 from varprox.methods.minibatches import epoch
 from varprox.methods.slimtrain import learned_by, with_learned
 from varprox.problem.data import check_data
+
+FIXED = ("b1", "b2", "eps", "eps_root")  # so that nothing but the rate is in Adam's state
+ADAM = optax.inject_hyperparams(optax.adam, FIXED)(1e-3)  # one compilation for all rates
 
 
 class State(NamedTuple):
@@ -47,6 +52,37 @@ def jointly(problem: Problem, optimizer: optax.GradientTransformation, start: Ca
         problem=problem,
         epoch=partial(epoch, _step, optimizer, problem),
     )
+
+
+def adam(
+    problem: Problem, rate: float, start: Callable = solved_w, horizon: float = math.inf
+) -> Method:
+    """Adam on θ and W. From epoch to epoch its rate falls along half a cosine, to zero at `horizon`
+    work units; it is constant for an infinite one."""
+    method = at_rate(rate, jointly(problem, ADAM, start))
+
+    def epoch(state, data, *, batch_size):
+        falling = _along_cosine(rate, state.work_units / horizon)
+        optimizer = optax.tree.set(state.optimizer, learning_rate=falling)
+        return method.epoch(state._replace(optimizer=optimizer), data, batch_size=batch_size)
+
+    return method._replace(epoch=epoch)
+
+
+@jax.jit
+def _along_cosine(rate, part):
+    return 0.5 * rate * (1 + jnp.cos(jnp.pi * jnp.minimum(part, 1)))
+
+
+def at_rate(rate: float, method: Method) -> Method:
+    """The method, whose optimizer is `ADAM`, with this learning rate."""
+
+    def init(theta, data, key):
+        state = method.init(theta, data, key)
+        rated = optax.tree.set(state.optimizer, learning_rate=jnp.asarray(rate, state.w.dtype))
+        return state._replace(optimizer=rated)
+
+    return method._replace(init=init)
 
 
 def _init(problem, optimizer, start, theta, data, key):
@@ -82,7 +118,8 @@ def _step(optimizer, problem, state, batch):
 
     weights = state.theta, state.w
     (value, model), gradient = jax.value_and_grad(phi, has_aux=True)(weights)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, weights)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 and int64 under x64
+        updates, optimizer_state = optimizer.update(gradient, state.optimizer, weights)
     theta, w = optax.apply_updates(weights, updates)
     after = state._replace(
         theta=theta,

@@ -7,11 +7,12 @@ and for slimTrain's default and Adam other rates, too.
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import optax
 
 import varprox as vp
-from benchmarks import baselines, minibatch
+from benchmarks import minibatch
 from benchmarks.experiment import Run, Task, by_seed, text_table
+from benchmarks.minibatch import ADAM, at_rate
+from benchmarks.starts import STARTS
 
 BATCH_SIZE, EPOCHS, QUICK_EPOCHS = 5, 50, 5
 RATES = (1e-3, 3e-3, 1e-2)  # the first is that of the paper
@@ -19,27 +20,23 @@ SHOWN = (1, 2, 5, 10, 20, 50)  # epochs
 CONSTANT = 1e-10
 OF_THE_PAPER = {"sGCV": vp.sgcv(), "constant": vp.constant(CONSTANT)}
 DEFAULT = "slimTrain proportional, r = 5"
-STARTS = {"W(θ)": baselines.solved_w, "random W": baselines.random_w}
-ADAM = {rate: optax.adam(rate) for rate in RATES}  # one compilation each
 
 
 def train(task: Task, quick: bool) -> list[Run]:
     """The runs of all methods from one seed; Adam's variants are rates and starts of W."""
     rates = RATES[:1] if quick else RATES
     methods = {
-        (f"slimTrain {name}, r = {memory}", f"rate {rate:g}"): vp.slimtrain(
-            task.problem, ADAM[rate], memory, selection
+        (f"slimTrain {name}, r = {memory}", f"rate {rate:g}"): at_rate(
+            rate, vp.slimtrain(task.problem, ADAM, memory, selection)
         )
         for name, selection in OF_THE_PAPER.items()
         for memory in (0, 5)
         for rate in (rates if name == "sGCV" and memory == 5 else rates[:1])
     }
     for rate in rates:
-        methods[DEFAULT, f"rate {rate:g}"] = vp.slimtrain(task.problem, ADAM[rate], 5)
+        methods[DEFAULT, f"rate {rate:g}"] = at_rate(rate, vp.slimtrain(task.problem, ADAM, 5))
         for start, w in STARTS.items():
-            methods["Adam", f"rate {rate:g}, from {start}"] = minibatch.jointly(
-                task.problem, ADAM[rate], w
-            )
+            methods["Adam", f"rate {rate:g}, from {start}"] = minibatch.adam(task.problem, rate, w)
     runs = []
     for (method, variant), training in methods.items():
         solution = vp.fit(

@@ -17,7 +17,6 @@ import numpy as np
 
 import varprox as vp
 from benchmarks import baselines, cost, indian_pines, options, peaks, plots
-from benchmarks.contest import STARTS
 from benchmarks.entrants import (
     Entrant,
     Limit,
@@ -29,6 +28,7 @@ from benchmarks.entrants import (
 )
 from benchmarks.experiment import Run, Task, by_method, by_seed, text_table, write
 from benchmarks.preconditioning import products_saved
+from benchmarks.starts import STARTS
 
 
 def full_memory(make: Callable) -> dict[str, Entrant]:

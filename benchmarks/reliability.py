@@ -75,7 +75,7 @@ def task() -> tuple:
 
 def features(theta: dict, inputs: jax.Array) -> jax.Array:
     """One layer."""
-    return jnp.tanh(inputs @ theta["kernel"] + theta["bias"])
+    return jnp.tanh(inputs @ theta["kernel"] + theta["bias"][None])
 
 
 def make(name: str) -> tuple[vp.Method, dict]:

@@ -19,6 +19,7 @@ from scipy.optimize import least_squares
 import varprox as vp
 from benchmarks import baselines
 from benchmarks.scipy_lbfgs import scipy_lbfgs
+from benchmarks.starts import random_w
 from benchmarks.zoo_problems import CASES, Case, Start, cast, start
 from varprox.methods.forms import Form
 from varprox.problem.model import objective
@@ -323,7 +324,7 @@ def _of_form(form):
 
 def _at_random_w(method, prepared, budget):
     """`method`, which trains all weights, from a small random W."""
-    w = baselines.random_w(*prepared.start, jax.random.key(0))
+    w = random_w(*prepared.start, jax.random.key(0))
     return method(prepared._replace(w=w), budget)
 
 
@@ -339,6 +340,6 @@ PEERS: dict[str, Callable[[Prepared, Budget], vp.Solution]] = {
     "L-BFGS-B (SciPy)": l_bfgs_b,
     "L-BFGS-B (SciPy), random W": partial(_at_random_w, l_bfgs_b),
     "Broyden": partial(of_library, baselines.broyden),
-    "Broyden, random W": partial(of_library, partial(baselines.broyden, start=baselines.random_w)),
+    "Broyden, random W": partial(of_library, partial(baselines.broyden, start=random_w)),
 }
 METHODS = OURS | PEERS

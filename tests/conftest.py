@@ -1,7 +1,7 @@
-"""What every test runs under: strict dtype promotion, and warnings as errors.
+"""What every test runs under: strict promotion of dtypes, none of ranks, and warnings as errors.
 
-The warnings are pytest's `filterwarnings` in pyproject.toml. JAX's promotion mode is set here,
-before a test module can trace anything under the other one.
+The warnings are pytest's `filterwarnings` in pyproject.toml. JAX's promotion modes are set here,
+before a test module can trace anything under the others.
 """
 
 from pathlib import Path
@@ -13,6 +13,7 @@ from repository import build
 MOST_MAPS = 20_000  # a module may add as many
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 # The tests compile much and compute little.
 jax.config.update("jax_disable_most_optimizations", True)
 
@@ -51,6 +52,14 @@ def standard_promotion():
     optax.adam is such code: it raises a Python float to the power of an integer step count.
     """
     with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def rank_promotion():
+    """Run one test under JAX's usual broadcasting, for features as people write them, such as
+    exp(−t[:, None] · rates)."""
+    with jax.numpy_rank_promotion("allow"):
         yield
 
 

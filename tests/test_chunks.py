@@ -85,7 +85,7 @@ def test_memory_grows_by_rows_alone(name, x64):
 def test_features_that_couple_samples_are_refused(x64):
     def coupled(theta, inputs):
         z = features(theta, inputs)
-        return z - z.mean(axis=0)
+        return z - z.mean(axis=0, keepdims=True)
 
     data = make_data("least_squares", 2)
     with pytest.raises(ValueError, match="chunk: expected None for features that depend on"):

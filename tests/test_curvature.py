@@ -196,7 +196,7 @@ def test_many_outputs_use_blocks_and_give_the_same_curvature(x64):
     projection = rng.normal(size=(WIDTH, width)) / WIDTH**0.5
 
     def wide(theta, inputs):
-        return jnp.tanh(features(theta, inputs) @ projection + jnp.arange(width) / width)
+        return jnp.tanh(features(theta, inputs) @ projection + jnp.arange(width)[None] / width)
 
     targets = np.eye(outputs)[rng.integers(outputs, size=samples)]
     data, u = (rng.normal(size=(samples, 2)), targets), rng.normal(size=targets.shape)
@@ -255,7 +255,7 @@ def test_products_are_finite_where_the_unneeded_half_would_divide_by_zero(x64):
     """Which product it is may be known only when it runs."""
     inputs = np.linspace(0, 1, 20)[:, None]
     data = inputs, np.sin(3 * inputs)
-    bumps = lambda theta, x: jnp.exp(-(((x - theta[0]) / theta[1]) ** 2))  # noqa: E731
+    bumps = lambda theta, x: jnp.exp(-(((x - theta[:1]) / theta[1:]) ** 2))  # noqa: E731
     problem = vp.Problem(vp.Separable(bumps), vp.least_squares(), 1e-3, 1e-3)
     theta, v = np.array([[0.2, 0.8], [0.4, 0.3]]), np.ones((2, 2))
     product = jax.jit(lambda full: curvature.linearise(problem, theta, data, full=full).matvec(v))

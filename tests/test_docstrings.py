@@ -69,7 +69,7 @@ def test_a_docstring_has_its_sections(name):
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_the_examples_run(name, standard_promotion):
+def test_the_examples_run(name, standard_promotion, rank_promotion):
     """As their readers run them, under JAX's usual promotion."""
     tests = doctest.DocTestFinder().find(PUBLIC[name], name, globs={})
     assert any(test.examples for test in tests)

@@ -548,7 +548,7 @@ def test_features_may_need_no_inputs(x64):
     t = np.linspace(0, 5, 30)
     noise = np.random.default_rng(0).normal(size=(30, 1))
     targets = np.exp(-t[:, None] * [0.5, 3.0]) @ [[1.0], [2.0]] + 0.01 * noise
-    decays = lambda rates, _: jnp.exp(-t[:, None] * jnp.exp(rates))  # noqa: E731
+    decays = lambda rates, _: jnp.exp(-t[:, None] * jnp.exp(rates[None]))  # noqa: E731
     model = vp.Separable(decays, vp.dense(bias=False))
     problem, start = vp.Problem(model, vp.least_squares()), np.array([-1.0, 0.5])
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
+from methods import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 from problems import (
     Case,
     dense_reference,
@@ -16,7 +17,6 @@ from problems import (
     relative,
 )
 from scipy.optimize import least_squares, minimize
-from test_method import METHODS, finish, losses, make, make_problem, plain_problem, reference, run
 
 import varprox as vp
 from varprox.methods.forms import EVEN, Form, Kernel
@@ -201,7 +201,7 @@ def test_a_start_next_to_nothing_is_no_end(curvature, tiny):
     that is symmetric up to rounding, as this is, stays so."""
     t = np.linspace(0, 5, 60, dtype=np.float32)
     targets = np.exp(-t[:, None] * [0.5, 3.0]) @ np.array([[1.0], [2.0]])
-    problem = plain_problem(lambda p, t: jnp.exp(-t[:, None] * jnp.exp(p)), None, 0.0)
+    problem = plain_problem(lambda p, t: jnp.exp(-t[:, None] * jnp.exp(p[None])), None, 0.0)
     method = vp.gnvpro(problem, curvature=curvature)
     data = t, targets.astype(np.float32)
     states = finish(method, np.array([0.0, tiny], np.float32), data, 60)
@@ -209,11 +209,11 @@ def test_a_start_next_to_nothing_is_no_end(curvature, tiny):
 
 
 def on_products(theta, t):
-    return jnp.exp(-t[:, None] * theta[:2] * theta[2:])
+    return jnp.exp(-t[:, None] * theta[None, :2] * theta[None, 2:])
 
 
 def with_scales(theta, t):
-    return decays(theta[:2], t) * theta[2:]
+    return decays(theta[:2], t) * theta[None, 2:]
 
 
 def with_unused(theta, t):
@@ -251,7 +251,7 @@ def test_columns_that_become_one_are_an_end(x64):
     decides whether half of the digits are known there, and so which of two statuses tells it."""
     t = np.linspace(0.02, 5, 60)
     waves = lambda theta, t: jnp.concatenate(  # noqa: E731
-        [jnp.sin(t[:, None] * theta), jnp.cos(t[:, None] * theta)], axis=1
+        [jnp.sin(t[:, None] * theta[None]), jnp.cos(t[:, None] * theta[None])], axis=1
     )
     y = np.asarray(waves(np.array([1.3, 2.9]), t)) @ [[1.0], [2.0], [0.5], [1.0]]
     y = y + 0.01 * np.random.default_rng(7).normal(size=(60, 1))
@@ -325,7 +325,7 @@ ELLIPSE = ellipse_data()
 
 def two_layers(theta, inputs):
     for kernel in theta:
-        inputs = jnp.tanh(inputs @ kernel[:-1] + kernel[-1])
+        inputs = jnp.tanh(inputs @ kernel[:-1] + kernel[-1:])
     return inputs
 
 
@@ -417,7 +417,7 @@ def test_another_rank_is_another_program_and_stays_within_it(x64):
 
 
 def decays(theta, time):
-    return jnp.exp(-time[:, None] * jnp.exp(theta))
+    return jnp.exp(-time[:, None] * jnp.exp(theta[None]))
 
 
 def smoothed(theta, time):
@@ -430,7 +430,7 @@ def looped(theta, time):
 
     def body(carry):
         step, z = carry
-        return step + 1, z * jnp.exp(-time[:, None] * jnp.exp(theta) / 4)
+        return step + 1, z * jnp.exp(-time[:, None] * jnp.exp(theta[None]) / 4)
 
     start = 0, jnp.ones((len(time), len(theta)), time.dtype)
     return jax.lax.while_loop(lambda carry: carry[0] < 4, body, start)[1]

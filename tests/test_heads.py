@@ -145,7 +145,7 @@ def test_a_head_of_ones_own_needs_no_more_than_its_rows(x64):
     """It trains and predicts with both methods."""
     rng = np.random.default_rng(0)
     inputs, theta = rng.normal(size=(24, 3)), {"scale": jnp.ones(3)}
-    model = vp.Separable(lambda theta, y: jnp.tanh(theta["scale"] * y), head=Doubled())
+    model = vp.Separable(lambda theta, y: jnp.tanh(theta["scale"][None] * y), head=Doubled())
     w = rng.normal(size=(6, 2))
     data = inputs, np.asarray(model.rows({"scale": jnp.array([1.5, 0.5, 2.0])}, inputs) @ w)
     problem = vp.Problem(model, vp.least_squares(), 1e-12, 1e-12)

@@ -6,26 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from operators import SIZE, never, operator
 
 from varprox.numerics.krylov import lanczos
-
-SIZE = 12
-
-
-def never(tridiagonal, memory):
-    return jnp.array(False), memory
-
-
-def operator(kind, seed=0):
-    rng = np.random.default_rng(seed)
-    q, _ = np.linalg.qr(rng.normal(size=(SIZE, SIZE)))
-    eigenvalues = {
-        "definite": np.linspace(1, 5, SIZE),
-        "indefinite": np.linspace(-3, 5, SIZE),
-        "ill-conditioned": np.logspace(0, -12, SIZE),
-        "clustered": 1 + 1e-6 * np.arange(SIZE),
-    }[kind]
-    return q * eigenvalues @ q.T, rng.normal(size=SIZE)
 
 
 @functools.partial(jax.jit, static_argnames="rank")

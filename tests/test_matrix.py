@@ -205,7 +205,7 @@ def test_memory_is_that_of_the_matrix_and_of_a_pass(x64):
 def nearly_equal(theta, inputs):
     """Columns that hardly differ, so that W and K are large and most of K is spanned by Z."""
     rates = jnp.concatenate([theta, theta * (1 + jnp.asarray(1e-5, theta.dtype))])
-    return jnp.exp(-inputs * rates)
+    return jnp.exp(-inputs * rates[None])
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])

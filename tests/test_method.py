@@ -1,108 +1,52 @@
-"""The contract of a method, run over every full-batch method: what `init` and `step` promise."""
+"""The contract of a method: what `init` and `step` promise.
 
-import functools
+It is run over every full-batch method; and, as far as it is the same, over slimTrain, whose steps
+are given all of the data here, and over the methods that the benchmarks compare with.
+"""
+
 from itertools import product
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pandas
 import pytest
-from problems import features, initial_theta, make_data, plain_rows, plain_w, relative, w_value
+from methods import (
+    ALL,
+    METHODS,
+    NUMBERS,
+    OTHERS,
+    PAIRS,
+    begin,
+    finish,
+    make,
+    make_problem,
+    methods,
+    plain_problem,
+    reference,
+    run,
+    signature,
+    value,
+)
+from problems import features, initial_theta, relative
 
 import varprox as vp
 from varprox.methods.quasi_newton import ACCURACY
 
-METHODS = {
-    "gnvpro-krylov": functools.partial(vp.gnvpro, curvature="krylov", rank=8),
-    "gnvpro-dense": functools.partial(vp.gnvpro, curvature="dense"),
-    "gnvpro-kernel": functools.partial(vp.gnvpro, curvature="kernel"),
-    "lbfgsvpro": functools.partial(vp.lbfgsvpro, memory=8),
-    "broydenvpro": vp.broydenvpro,
-}
-LOSSES = {"least_squares": vp.least_squares(), "softmax_cross_entropy": vp.softmax_cross_entropy()}
-PENALTY, W_PENALTY = 3e-2, 3e-2
-
-methods = pytest.mark.parametrize("name", METHODS)
-losses = pytest.mark.parametrize("loss", LOSSES)
-# Broydenvpro and LBFGSvpro see the loss through the same lines.
-PAIRS = [*product(METHODS, LOSSES)]
-PAIRS.remove(("broydenvpro", "softmax_cross_entropy"))
-pairs = pytest.mark.parametrize("name, loss", PAIRS)
-traces = []
+EVERY = PAIRS + OTHERS
+DESCENDING = [pair for pair in EVERY if pair[0] not in ("adam", "slimtrain")]
+every = pytest.mark.parametrize("name, loss", EVERY)
+# With one loss each.
+once = pytest.mark.parametrize("name, loss", [*product(METHODS, ["least_squares"]), *OTHERS])
 
 
-def fenced(centre, radius, theta, inputs):
-    """The features, not a number further than `radius` from `centre`; notes whenever it is traced.
-
-    Centre and radius are numbers of the problem, so that all tests share one compiled step.
-    """
-    traces.append(None)
-    squares = jax.tree.map(lambda a, b: jnp.sum((a - b) ** 2), theta, centre)
-    outside = sum(jax.tree.leaves(squares)) > radius * jnp.abs(radius)
-    return features(theta, inputs) * jnp.where(outside, jnp.nan, 1.0).astype(inputs.dtype)
+def runs_of(pairs):
+    return pytest.fixture(scope="module", params=pairs, ids="-".join)(
+        lambda request: run(*request.param)
+    )
 
 
-def make_problem(
-    loss="least_squares", radius=np.inf, penalty=PENALTY, w_penalty=W_PENALTY, dtype=np.float64
-):
-    fn = jax.tree_util.Partial(fenced, initial_theta(dtype=dtype), np.array(radius, dtype))
-    return vp.Problem(vp.Separable(fn), LOSSES[loss], penalty, w_penalty)
-
-
-def plain_problem(fn, penalty=PENALTY, w_penalty=W_PENALTY):
-    return vp.Problem(vp.Separable(fn), vp.least_squares(), penalty, w_penalty)
-
-
-def make(loss="least_squares", dtype=np.float64):
-    return initial_theta(dtype=dtype), make_data(loss, 2, dtype=dtype)
-
-
-def signature(tree):
-    """Structure, shapes, dtypes and weak types: what decides whether a step is compiled again."""
-    leaves, structure = jax.tree.flatten(tree)
-    return structure, [jax.typeof(leaf) for leaf in leaves]
-
-
-class Run(NamedTuple):
-    """A run to convergence, in NumPy, and how often each call traced the features."""
-
-    loss: str
-    data: tuple
-    states: list
-    infos: list
-    traces: list
-    signatures: list
-
-
-@functools.cache
-def run(name, loss, steps=200, tolerance=1e-13):
-    with jax.enable_x64(True):
-        theta, data = make(loss)
-        method = METHODS[name](make_problem(loss), tolerance=tolerance)
-        states, infos, counts = [method.init(theta, data)], [], []
-        while states[-1].status == vp.Status.RUNNING and len(infos) < steps:
-            traces.clear()
-            state, info = method.step(states[-1], data)
-            counts.append(len(traces))
-            states.append(state)
-            infos.append(info)
-        # Other numbers in the problem and the options, same functions.
-        other = make_problem(loss, np.inf, 2 * PENALTY, 3 * W_PENALTY)
-        traces.clear()
-        METHODS[name](other, tolerance=2 * tolerance).step(states[1], data)
-        counts.append(len(traces))
-        signatures = [signature(state) for state in states], [signature(info) for info in infos]
-        states, infos = jax.tree.map(np.asarray, (states, infos))
-        return Run(loss, data, states, infos, counts, signatures)
-
-
-runs = pytest.fixture(
-    scope="module",
-    params=PAIRS,
-    ids="-".join,
-)(lambda request: run(*request.param))
+runs, descents, projections = map(runs_of, (EVERY, DESCENDING, PAIRS))
 
 
 def test_a_step_traces_once(runs):
@@ -119,46 +63,42 @@ def test_a_step_keeps_structure_shapes_and_dtypes(runs):
     assert all(np.ndim(field) == 0 for field in runs.infos[0])
 
 
-def test_the_objective_never_increases(runs):
-    objective = np.array([state.objective for state in runs.states])
+def test_the_objective_never_increases(descents):
+    objective = np.array([state.objective for state in descents.states])
     assert (np.diff(objective) <= 1e-14 * np.abs(objective[:-1])).all()
     assert objective[-1] < 0.95 * objective[0]
 
 
-def test_the_run_converges(runs):
-    assert runs.states[-1].status == vp.Status.CONVERGED
-    assert runs.infos[-1].gradient_norm <= 1e-6
-    assert {int(state.status) for state in runs.states[:-1]} == {vp.Status.RUNNING}
+def test_the_objective_is_that_of_the_weights(descents):
+    for state in descents.states:
+        np.testing.assert_allclose(state.objective, value(descents, state), rtol=1e-12)
 
 
-def test_w_and_the_objective_belong_to_theta(runs):
+def test_the_run_converges(projections):
+    assert projections.states[-1].status == vp.Status.CONVERGED
+    assert projections.infos[-1].gradient_norm <= 1e-6
+    assert {int(state.status) for state in projections.states[:-1]} == {vp.Status.RUNNING}
+
+
+def test_w_and_the_objective_belong_to_theta(projections):
     """Φ exceeds Φ_red by no more than promised, a fraction of a step's decrease (an estimate)."""
-    objective = np.array([state.objective for state in runs.states])
+    objective = np.array([state.objective for state in projections.states])
     decrease = np.append(objective[0], -np.diff(objective))
     allowed = 3 * ACCURACY * np.maximum(decrease, np.append(objective[0], decrease[:-1])) + 1e-13
-    for state, excess in zip(runs.states, allowed, strict=True):
-        expected, w = reference(runs.loss, state.theta, runs.data)
+    for state, excess in zip(projections.states, allowed, strict=True):
+        expected, w = reference(projections.loss, state.theta, projections.data)
         assert -1e-13 <= state.objective - expected <= excess
-    assert relative(runs.states[-1].w, w) < 1e-4
+    assert relative(projections.states[-1].w, w) < 1e-4
 
 
-def reference(loss, theta, data):
-    """Φ_red and W at θ in NumPy."""
-    with jax.enable_x64(True):
-        rows = plain_rows(theta, data[0], bias=True)
-    w = plain_w(loss, rows, data[1], W_PENALTY)
-    squares = sum(float(np.sum(np.square(leaf))) for leaf in theta.values())
-    return w_value(loss, rows, w, data[1], W_PENALTY) + 0.5 * PENALTY * squares, w
-
-
-@methods
-def test_permuting_the_batch_gives_the_same_run(name, x64):
-    theta, (inputs, targets) = make()
+@once
+def test_permuting_the_batch_gives_the_same_run(name, loss, x64):
+    theta, (inputs, targets) = make(loss)
     order = np.random.default_rng(0).permutation(len(inputs))
-    method = METHODS[name](make_problem())
+    method = ALL[name](make_problem(loss), **NUMBERS[name])
     states = []
     for data in ((inputs, targets), (inputs[order], targets[order])):
-        state = method.init(theta, data)
+        state = begin(method, theta, data)
         for _ in range(6):
             state, _ = method.step(state, data)
         states.append(state)
@@ -168,50 +108,38 @@ def test_permuting_the_batch_gives_the_same_run(name, x64):
         np.testing.assert_allclose(a, b, atol=1e-8)
 
 
-@methods
-def test_scan_jit_and_a_loop_give_the_same_run(name, x64):
-    """In the caller's own jit, with init and a scan over steps; the loop twice, bit for bit."""
-    theta, data = make()
-    method = METHODS[name](make_problem())
+@once
+def test_scan_vmap_jit_and_a_loop_give_the_same_run(name, loss, x64):
+    """In the caller's own jit, a scan over steps for each of three starts at once; the loop twice,
+    bit for bit."""
+    _, data = make(loss)
+    method = ALL[name](make_problem(loss), **NUMBERS[name])
 
-    @jax.jit
-    def scanned(theta, data):
-        state = method.init(theta, data)
+    def scanned(theta):
+        state = begin(method, theta, data)
         return jax.lax.scan(lambda state, _: method.step(state, data), state, length=5)
 
-    def looped():
-        state, infos = method.init(theta, data), []
+    def looped(theta):
+        state, infos = begin(method, theta, data), []
         for _ in range(5):
             state, info = method.step(state, data)
             infos.append(info)
         return state, infos
 
-    state, infos = looped()
-    again, _ = looped()
-    jax.tree.map(np.testing.assert_array_equal, state, again)
-    in_scan, history = scanned(theta, data)
-    assert in_scan.work_units == state.work_units and in_scan.status == state.status
-    np.testing.assert_allclose(history.objective, [i.objective for i in infos], rtol=1e-9)
-    np.testing.assert_allclose(in_scan.w, state.w, rtol=1e-6)
-
-
-@methods
-def test_vmap_over_starts_equals_a_loop(name, x64):
-    _, data = make()
     starts = [initial_theta(seed) for seed in range(3)]
-    method = METHODS[name](make_problem())
     stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *starts)
-    states = jax.vmap(lambda theta: method.init(theta, data))(stacked)
-    step = jax.jit(jax.vmap(lambda state: method.step(state, data)))
-    for _ in range(3):
-        states, _ = step(states)
+    states, histories = jax.jit(jax.vmap(scanned))(stacked)
     for i, theta in enumerate(starts):
-        state = method.init(theta, data)
-        for _ in range(3):
-            state, _ = method.step(state, data)
-        assert abs(states.objective[i] - state.objective) < 1e-9
-        assert states.work_units[i] == state.work_units
+        state, infos = looped(theta)
+        assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
+        assert states.work_units[i] == state.work_units and states.status[i] == state.status
+        np.testing.assert_allclose(
+            histories.objective[i], [info.objective for info in infos], rtol=1e-9
+        )
+        np.testing.assert_allclose(states.w[i], state.w, rtol=1e-6)
         np.testing.assert_allclose(states.theta["opening"][i], state.theta["opening"], atol=1e-6)
+    again, _ = looped(theta)
+    jax.tree.map(np.testing.assert_array_equal, state, again)
 
 
 @pytest.mark.parametrize("name, loss, enabled", [
@@ -225,33 +153,58 @@ def test_vmap_over_starts_equals_a_loop(name, x64):
     ("lbfgsvpro", "least_squares", True),
     ("lbfgsvpro", "softmax_cross_entropy", True),
     ("broydenvpro", "least_squares", False),
+    ("gn", "softmax_cross_entropy", False),
+    ("lbfgs", "softmax_cross_entropy", False),
+    ("broyden", "least_squares", True),
+    ("adam", "softmax_cross_entropy", True),
 ])  # fmt: skip
 def test_single_precision_is_kept(name, loss, enabled):
     """Also where double precision is enabled."""
     with jax.enable_x64(enabled):
         theta, data = make(loss, np.float32)
-        method = METHODS[name](make_problem(loss, dtype=np.float32))
-        start = state = method.init(theta, data)
+        method = ALL[name](make_problem(loss, dtype=np.float32), **NUMBERS[name])
+        start = state = begin(method, theta, data)
         for _ in range(6):
             state, _ = method.step(state, data)
         assert signature(state) == signature(start)
         floats = [x for x in jax.tree.leaves(state) if jnp.issubdtype(x.dtype, jnp.floating)]
         assert {x.dtype for x in floats} == {jnp.dtype(jnp.float32)}
         assert all(np.isfinite(x).all() for x in jax.tree.leaves((state.theta, state.w)))
+    if name == "adam":  # whose random W is another one
+        return
     exact = [float(s.objective) for s in run(name, loss).states]
     assert abs(float(start.objective) - exact[0]) < 1e-5
     assert float(start.objective) - float(state.objective) > 0.9 * (exact[0] - exact[6])
 
 
-# What a step refuses
+# What is refused
 
 
-@methods
+@pytest.mark.parametrize("name", ALL)
+def test_the_start_refuses_bad_data(name, x64):
+    theta, (inputs, targets) = make()
+    method = ALL[name](make_problem())
+    for given, error, message in (
+        (inputs, TypeError, r"data: expected a pair \(inputs, targets\), got ndarray of shape"),
+        ((pandas.DataFrame(inputs), targets), TypeError, r"inputs: .*DataFrame; \.to_numpy\(\)"),
+        ((inputs, targets[:, 0]), ValueError, r"targets: expected shape .*, got \(16,\)"),
+        ((inputs, np.nan * targets), ValueError, "targets: expected finite numbers, got 32 NaN"),
+        ((inputs[:0], targets[:0]), ValueError, "targets: expected at least one sample, got none"),
+        ((inputs[1:], targets), ValueError, r"inputs: expected 16 samples.*got shape \(15, 2\)"),
+    ):
+        with pytest.raises(error, match=f"^{message}"):
+            begin(method, theta, given)
+
+
+OWN = [*METHODS, "slimtrain"]
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_a_step_refuses_what_is_not_its_own(name, x64):
     """A state that the method has not made, and data that `init` was not given."""
     theta, data = make()
     inputs, targets = data
-    method = METHODS[name](make_problem())
+    method = ALL[name](make_problem())
     state = method.init(theta, data)
     others = (METHODS[other] for other in METHODS if other[:3] != name[:3])
     foreign = next(others)(make_problem()).init(theta, data)
@@ -265,13 +218,16 @@ def test_a_step_refuses_what_is_not_its_own(name, x64):
         with pytest.raises(TypeError) as caught:
             method.step(given, data)
         assert str(caught.value) == f"state: expected one of {own}, got {came}"
-    for given, error, message in (
+    of_any = (
         (inputs, TypeError, r"data: expected a pair \(inputs, targets\), got ndarray of shape"),
         ((pandas.DataFrame(inputs), targets), TypeError, r"inputs: .*DataFrame; \.to_numpy\(\)"),
+    )
+    of_all_samples = (
         ((inputs, targets[:, 0]), ValueError, r"targets: expected shape \(16, 2\).*got \(16,\)"),
         ((inputs[1:], targets[1:]), ValueError, r"targets: expected shape \(16, 2\), that of"),
         ((inputs[1:], targets), ValueError, r"inputs: expected 16 samples.*got shape \(15, 2\)"),
-    ):
+    )
+    for given, error, message in of_any + of_all_samples * (name in METHODS):
         with pytest.raises(error, match=f"^{message}"):
             method.step(state, given)
 
@@ -279,50 +235,47 @@ def test_a_step_refuses_what_is_not_its_own(name, x64):
 # Where the features are not defined
 
 
-def finish(method, theta, data, steps=60):
-    """The states until the status says that the run has ended."""
-    states = [method.init(theta, data)]
-    while states[-1].status == vp.Status.RUNNING and len(states) <= steps:
-        states.append(method.step(states[-1], data)[0])
-    return states
-
-
-@pairs
+@every
 def test_weights_stay_good_at_a_wall_of_nan(name, loss, x64):
     """The minimiser lies where the features are not a number; the run ends this side of it."""
     theta, data = make(loss)
-    problem = make_problem(loss, radius=0.3)
-    states = finish(METHODS[name](problem), theta, data, 30)
-    objective = np.array([float(state.objective) for state in states])
-    assert (np.diff(objective) <= 1e-14).all() and objective[-1] < objective[0]
+    method = ALL[name](make_problem(loss, radius=0.3), **NUMBERS[name])
+    states = finish(method, theta, data, 30)
     last = states[-1]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((last.theta, last.w)))
-    expected, _ = reference(loss, jax.tree.map(np.asarray, last.theta), data)
-    decreases = -np.diff(objective)
-    allowed = 3 * ACCURACY * decreases[decreases > 0][-2:].max()
-    assert -1e-13 <= float(last.objective) - expected <= max(allowed, 1e-6)
     assert last.status in (vp.Status.RUNNING, vp.Status.STALLED, vp.Status.NON_FINITE)
+    objective = np.array([float(state.objective) for state in states])
+    if (name, loss) in DESCENDING:
+        assert (np.diff(objective) <= 1e-14).all() and objective[-1] < objective[0]
+    if name in METHODS:
+        expected, _ = reference(loss, jax.tree.map(np.asarray, last.theta), data)
+        decreases = -np.diff(objective)
+        allowed = 3 * ACCURACY * decreases[decreases > 0][-2:].max()
+        assert -1e-13 <= float(last.objective) - expected <= max(allowed, 1e-6)
 
 
-@pairs
+@every
 def test_where_no_step_is_finite_the_start_comes_back(name, loss, x64):
     theta, data = make(loss)
-    states = finish(METHODS[name](make_problem(loss, radius=0.0)), theta, data)
+    states = finish(ALL[name](make_problem(loss, radius=0.0), **NUMBERS[name]), theta, data)
     last = states[-1]
     assert last.status in (vp.Status.STALLED, vp.Status.NON_FINITE) and len(states) <= 4
     jax.tree.map(np.testing.assert_array_equal, last.theta, theta)
-    # W alone may have been solved for again.
-    assert last.objective <= states[0].objective + 1e-14
-    expected, w = reference(loss, jax.tree.map(np.asarray, theta), data)
-    assert abs(last.objective - expected) < 1e-13 and relative(last.w, w) < 1e-8
+    if (name, loss) in DESCENDING:
+        assert last.objective <= states[0].objective + 1e-14
+    if name in METHODS:  # W alone may have been solved for again
+        expected, w = reference(loss, jax.tree.map(np.asarray, theta), data)
+        assert abs(last.objective - expected) < 1e-13 and relative(last.w, w) < 1e-8
 
 
-@pairs
+@every
 def test_a_start_that_is_not_finite_says_so(name, loss, x64):
+    """slimTrain, which looks at no batch before its first step, after this."""
     theta, data = make(loss)
-    states = finish(METHODS[name](make_problem(loss, radius=-1.0)), theta, data)
-    assert [int(state.status) for state in states] == [vp.Status.NON_FINITE]
-    jax.tree.map(np.testing.assert_array_equal, states[0].theta, theta)
+    states = finish(ALL[name](make_problem(loss, radius=-1.0), **NUMBERS[name]), theta, data)
+    before = [vp.Status.RUNNING] * (name == "slimtrain")
+    assert [int(state.status) for state in states] == [*before, vp.Status.NON_FINITE]
+    jax.tree.map(np.testing.assert_array_equal, states[-1].theta, theta)
 
 
 @methods

@@ -10,8 +10,8 @@ from problems import features, initial_theta, make_data
 
 import varprox as vp
 from benchmarks import autoencoder, minibatch, peaks_minibatches
-from benchmarks.baselines import solved_w
 from benchmarks.experiment import Run
+from benchmarks.starts import solved_w
 from varprox.problem.model import objective
 
 PROBLEM = vp.Problem(vp.Separable(features), vp.least_squares(), 1e-2, 1e-2)

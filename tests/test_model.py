@@ -496,7 +496,7 @@ RATES = np.array([0.3, 1.1], np.float32)
 
 
 def decays(rates, t):
-    return jnp.exp(-t[:, None] * rates)
+    return jnp.exp(-t[:, None] * rates[None])
 
 
 def convolved(rates, t):
@@ -514,11 +514,11 @@ def solved(rates, t):
 
 def normalised(rates, t):
     z = decays(rates, t)
-    return (z - z.mean(0)) / z.std(0)
+    return (z - z.mean(0, keepdims=True)) / z.std(0, keepdims=True)
 
 
 def attention(rates, t):
-    return jax.nn.softmax(-((t[:, None] - t) ** 2)) @ decays(rates, t)
+    return jax.nn.softmax(-((t[:, None] - t[None]) ** 2)) @ decays(rates, t)
 
 
 def gated(theta, t):
@@ -605,7 +605,7 @@ def test_features_that_treat_samples_alone_are_taken(name, dtype):
 
 def test_a_start_next_to_where_features_are_undefined_is_looked_at_itself():
     """√θ from zero: half of the shifted weights are negative."""
-    fn = lambda theta, t: jnp.sqrt(theta) * t[:, None]  # noqa: E731
+    fn = lambda theta, t: jnp.sqrt(theta[None]) * t[:, None]  # noqa: E731
     start = np.zeros(4, np.float32)
     assert treats_samples_alone(problem(fn), start, TIMES) is True
     summed = lambda theta, t: jnp.cumsum(1 + fn(theta, t), 0)  # noqa: E731
@@ -659,7 +659,7 @@ def test_what_is_made_up_may_have_to_be_positive(coupled):
     def scaled(variance, theta, x):
         z = decays(theta, x)
         last = jnp.cumsum(z[:, 1:], 0) if coupled else z[:, 1:]
-        return jnp.concatenate([z[:, :1], last], 1) / jnp.sqrt(variance)
+        return jnp.concatenate([z[:, :1], last], 1) / jnp.sqrt(variance)[None]
 
     assert seen_by(jax.jit, scaled, np.ones(2, np.float32)) == [not coupled]
 
@@ -667,7 +667,7 @@ def test_what_is_made_up_may_have_to_be_positive(coupled):
 @pytest.mark.parametrize("fn", [decays, normalised])
 def test_random_keys_under_trace_are_made_up(fn):
     def noisy(keys, theta, x):
-        return fn(theta, x) + jax.random.normal(keys[1], (2,))
+        return fn(theta, x) + jax.random.normal(keys[1], (1, 2))
 
     assert seen_by(jax.jit, noisy, jax.random.split(jax.random.key(1))) == [fn is decays]
 
@@ -703,7 +703,7 @@ one_way.defvjp(lambda x: (jnp.tanh(x), x), lambda x, g: (g / jnp.cosh(x) ** 2,))
 def looped(rates, t):
     """A loop whose length is a value."""
     y = jax.lax.while_loop(lambda y: y.max() > 10, lambda y: y / 2, jnp.exp(rates))
-    return t[:, None] * y
+    return t[:, None] * y[None]
 
 
 def called_back(rates, t):

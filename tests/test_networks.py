@@ -185,7 +185,7 @@ def test_tanh_has_the_derivatives_of_tanh(x64):
 
 def test_kernels_are_antisymmetric_but_for_gamma(x64):
     kernels = randomised(antisymmetric()).kernels()
-    without = kernels + GAMMA * np.eye(WIDTH)
+    without = kernels + GAMMA * np.eye(WIDTH)[None]
     np.testing.assert_array_equal(without, -without.swapaxes(1, 2))
     np.testing.assert_allclose(np.linalg.eigvals(kernels).real, -GAMMA, rtol=1e-12)
 

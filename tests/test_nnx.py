@@ -24,7 +24,7 @@ class Nested(nnx.Module):
         )
 
     def __call__(self, y):
-        return self.decoder.out(jnp.tanh(self.decoder.hidden(y - self.mean[...])))
+        return self.decoder.out(jnp.tanh(self.decoder.hidden(y - self.mean[None])))
 
 
 class Tied(nnx.Module):
@@ -131,7 +131,7 @@ def test_state_that_is_no_weight_is_used_and_stays(x64):
     net = Nested(nnx.Rngs(0))
     theta, model = split(net, "decoder.out")
     z = model.features(theta, inputs())
-    expected = np.tanh(np.asarray(net.decoder.hidden(inputs() - jnp.array([0.5, -0.5]))))
+    expected = np.tanh(np.asarray(net.decoder.hidden(inputs() - jnp.array([[0.5, -0.5]]))))
     np.testing.assert_allclose(z, expected, rtol=1e-13)
     merged = merge(net, theta, initial_w(net, "decoder.out"), "decoder.out")
     np.testing.assert_array_equal(merged.mean[...], [0.5, -0.5])

@@ -234,7 +234,7 @@ def test_the_ellipse_problem_is_solved_to_the_stated_accuracy(seed, solve_in_jit
 
     def network(theta, inputs):
         for kernel in theta:
-            inputs = jnp.tanh(inputs @ kernel[:-1] + kernel[-1])
+            inputs = jnp.tanh(inputs @ kernel[:-1] + kernel[-1:])
         return inputs
 
     z = np.asarray(network(theta, inputs))

@@ -10,17 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.optimize
-import test_method
 from jax.flatten_util import ravel_pytree
+from methods import METHODS, PAIRS, make_problem, run
 from problems import Case, dense_reference, features, products
-from test_method import METHODS, make_problem, run
 
 import varprox as vp
 from varprox.problem.model import objective
 
 methods = pytest.mark.parametrize("name", ["lbfgsvpro", "broydenvpro"])
-PAIRS = [pair for pair in test_method.PAIRS if pair[0] in ("lbfgsvpro", "broydenvpro")]
-pairs = pytest.mark.parametrize("name, loss", PAIRS)
+pairs = pytest.mark.parametrize(
+    "name, loss", [pair for pair in PAIRS if pair[0] in ("lbfgsvpro", "broydenvpro")]
+)
 
 
 @pairs
@@ -114,7 +114,7 @@ def test_more_weights_than_memory_allows_are_refused(x64):
 
 
 def decays(theta, t):
-    return jnp.exp(-t[:, None] * jnp.exp(theta))
+    return jnp.exp(-t[:, None] * jnp.exp(theta[None]))
 
 
 def curve(seed=3, samples=60, dtype=np.float64):
@@ -277,8 +277,8 @@ def convolved(theta, t):
 
 def normalised(theta, x):
     """Not a number on a single sample."""
-    z = jnp.tanh(x[:, None] * theta[:2] + theta[2:])
-    return (z - z.mean(axis=0)) / z.std(axis=0)
+    z = jnp.tanh(x[:, None] * theta[None, :2] + theta[None, 2:])
+    return (z - z.mean(axis=0, keepdims=True)) / z.std(axis=0, keepdims=True)
 
 
 @both
@@ -303,7 +303,7 @@ def test_features_with_only_a_reverse_rule(x64):
         return jnp.exp(theta)
 
     rates.defvjp(lambda theta: (jnp.exp(theta),) * 2, lambda rate, g: (rate * g,))
-    fn = lambda theta, t: jnp.exp(-t[:, None] * rates(theta))  # noqa: E731
+    fn = lambda theta, t: jnp.exp(-t[:, None] * rates(theta)[None])  # noqa: E731
     start = np.array([-1.0, 0.5])
     state = solver(of_curve(fn))(start, curve())
     np.testing.assert_allclose(state.objective, solver(of_curve())(start, curve()).objective)
@@ -314,7 +314,7 @@ def test_features_without_a_reverse_rule_are_refused(x64):
         return jax.lax.while_loop(
             lambda at: at[1] < 3,
             lambda at: (at[0] * decays(theta, t), at[1] + 1),
-            (1.0 + 0 * t[:, None] * theta, 0),
+            (1.0 + 0 * t[:, None] * theta[None], 0),
         )[0]
 
     with pytest.raises(TypeError, match=r"^features: expected .*curvature=\"forward\".*while_loop"):

@@ -12,6 +12,8 @@ from benchmarks.experiment import Run
 from varprox.numerics.recycling import nothing_yet
 from varprox.problem.model import objective
 
+pytestmark = pytest.mark.usefixtures("rank_promotion")  # optimistix needs it, and the features
+
 ENTRANTS = {
     "GNvpro": entrants.of_method(vp.gnvpro),
     "Adam": entrants.adam(1e-2, 100),

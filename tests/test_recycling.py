@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_krylov import SIZE, never, operator
+from operators import SIZE, never, operator
 
 from varprox.numerics.krylov import lanczos
 from varprox.numerics.recycling import nothing_yet, recycle

@@ -237,10 +237,10 @@ def test_what_batches_have_taught_is_kept(tmp_path):
         return jnp.tanh((inputs - mean) @ theta)
 
     def training(bound, theta, inputs):
-        mean = 0.5 * bound.args[0] + 0.5 * inputs.mean(axis=0)
+        mean = 0.5 * bound.args[0] + 0.5 * inputs.mean(axis=0, keepdims=True)
         return bound(theta, inputs), jax.tree_util.Partial(features, mean)
 
-    start = jax.tree_util.Partial(features, jnp.zeros(2))
+    start = jax.tree_util.Partial(features, jnp.zeros((1, 2)))
     model = vp.Separable(start, training=training)
     problem = vp.Problem(model, vp.least_squares())
     method = vp.slimtrain(problem, optax.sgd(0.05, momentum=0.9))

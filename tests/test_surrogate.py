@@ -11,6 +11,7 @@ import pytest
 import varprox as vp
 from benchmarks import baselines, cdr, dcr, levels, minibatch, surrogate
 from benchmarks.experiment import Run, by_method
+from benchmarks.starts import solved_w
 
 WORK = 20
 
@@ -68,7 +69,7 @@ def run(small, floor):
     """Trains by GN, which compiles fastest, for at least so many seconds."""
 
     def make(problem, w):
-        return baselines.gn(problem, rank=4, start=levels.going_on(baselines.solved_w, w))
+        return baselines.gn(problem, rank=4, start=levels.going_on(solved_w, w))
 
     return partial(levels.train, small, make, None, WORK, floor)
 

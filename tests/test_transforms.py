@@ -33,7 +33,7 @@ def params_with_head(dtype=np.float64):
 def loss(params, batch):
     inputs, targets = batch
     last = params["net"]["head"]
-    predictions = features(params["body"], inputs) @ last["kernel"] + last["bias"]
+    predictions = features(params["body"], inputs) @ last["kernel"] + last["bias"][None]
     return 0.5 * jnp.sum((predictions - targets) ** 2) / len(targets)
 
 

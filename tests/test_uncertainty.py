@@ -15,11 +15,11 @@ import varprox as vp
 
 
 def decays(theta, times):
-    return jnp.exp(-jnp.exp(theta) * times)
+    return jnp.exp(-jnp.exp(theta[None]) * times)
 
 
 def peak(theta, x):
-    return jnp.exp(-(((x - theta["centre"]) / theta["width"]) ** 2))
+    return jnp.exp(-(((x - theta["centre"][None]) / theta["width"][None]) ** 2))
 
 
 def at(theta, w):
@@ -87,7 +87,7 @@ def test_without_penalties_it_is_that_of_curve_fit(curve, x64):
     np.testing.assert_allclose(deviations, np.sqrt(np.diag(expected)), rtol=1e-6)
     assert jax.tree.structure(found.theta_std) == jax.tree.structure(theta)
     assert found.w_std.shape == w.shape
-    scaled = found.axes * found.spreads
+    scaled = found.axes * found.spreads[None]
     np.testing.assert_allclose(scaled @ scaled.T, found.matrix, rtol=1e-10)
     assert 0.03 < found.noise_std < 0.07
 
@@ -108,7 +108,9 @@ def test_intervals_cover_the_truth(x64):
     inputs, fine = np.linspace(0, 5, samples)[:, None], np.linspace(-0.5, 8, 7)[:, None]
     truth, unravel = ravel_pytree((theta, w))
     exact = vp.predict(problem, theta, w, inputs)
-    targets = exact + noise * np.random.default_rng(0).normal(size=(repeats, *exact.shape))
+    targets = np.asarray(exact) + noise * np.random.default_rng(0).normal(
+        size=(repeats, *exact.shape)
+    )
 
     @jax.jit
     @jax.vmap
@@ -222,7 +224,7 @@ def test_what_the_data_leave_open_is_infinite_and_nothing_else_is(dtype, x64):
 
     def doubled(theta, x):
         z = decays(theta["rate"], x)
-        return jnp.concatenate([z, 1000 * z], axis=1) + 0 * theta["idle"]
+        return jnp.concatenate([z, 1000 * z], axis=1) + 0 * theta["idle"][None]
 
     inputs = np.linspace(0, 3, 25, dtype=dtype)[:, None]
     rate = np.log([0.7]).astype(dtype)
@@ -311,7 +313,7 @@ backwards.defvjp(
 def forwards(theta, x):
     """A loop whose length depends on the inputs."""
     rounds = jnp.where(jnp.max(x) > 1e9, 1, 2)
-    once = lambda state: (state[0] + 1, state[1] * jnp.exp(-jnp.exp(theta) * x / 2))  # noqa: E731
+    once = lambda state: (state[0] + 1, state[1] * jnp.exp(-jnp.exp(theta[None]) * x / 2))  # noqa: E731
     state = jnp.zeros((), rounds.dtype), jnp.ones((len(x), len(theta)), x.dtype)
     return jax.lax.while_loop(lambda state: state[0] < rounds, once, state)[1]
 

@@ -89,7 +89,7 @@ def test_the_minimum_norm_w_turns_with_weights_too(x64):
 
 
 def decays(theta, times):
-    return jnp.exp(-jnp.exp(theta) * times)
+    return jnp.exp(-jnp.exp(theta)[None] * times)
 
 
 TIMES = np.linspace(0.05, 3, 30)[:, None]

@@ -139,7 +139,7 @@ def test_single_precision_is_kept():
 def coupled(theta, inputs):
     """Not a number for a single sample."""
     z = linear(theta, inputs)
-    return (z - z.mean(axis=0)) / z.std(axis=0)
+    return (z - z.mean(axis=0, keepdims=True)) / z.std(axis=0, keepdims=True)
 
 
 def only_whole(theta, inputs):

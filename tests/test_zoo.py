@@ -18,6 +18,8 @@ from benchmarks.zoo_problems import CASES, start
 from benchmarks.zoo_runs import BY_NAME, METHODS, Budget, Job, Record
 from varprox.problem.model import objective
 
+pytestmark = pytest.mark.usefixtures("rank_promotion")  # its features are written as in the papers
+
 # Profiles.
 
 SCALE = Scale(start=100.0, best=1.0, floor=1e-3)

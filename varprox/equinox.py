@@ -207,7 +207,7 @@ class _Features:
             raise ValueError(
                 f"head: expected a network that calls its layer {path!r} once, got {came}"
             )
-        if answers.shape[1:] != numbers.shape or not (answers == numbers).all():
+        if answers.shape[1:] != numbers.shape or not (answers == numbers[None]).all():
             raise ValueError(
                 f"head: expected a network whose last operation is its layer {path!r}, got one "
                 "that changes the output of this layer; leave out of the network what comes after "

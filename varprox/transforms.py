@@ -31,7 +31,7 @@ from varprox.precision import full_products
 from varprox.problem.data import weighted
 from varprox.problem.heads import ConvHead, DenseHead, dense, has_bias
 from varprox.problem.model import Problem
-from varprox.problem.weighted import alike, counted, mapped, plain, weighed
+from varprox.problem.weighted import alike, counted, plain, shifted, weighed
 
 
 class SlimTikState(NamedTuple):
@@ -166,7 +166,7 @@ def slimtik(
         first, seen = state.batches == 0, state.batches.astype(last.w.dtype)
         centre, _ = centre_and_unit(targets, has_bias(last.layer))
         centre = jnp.where(first, centre, state.centre)
-        centred = mapped(lambda values: values - centre, targets)
+        centred = shifted(targets, centre)
         unit = jnp.where(jnp.any(plain(centred) != 0), centre_and_unit(centred, bias=False)[1], 0)
         unit = jnp.hypot(state.unit * jnp.sqrt(seen), unit) / jnp.sqrt(seen + 1)
         divisor = jnp.where(unit > 0, unit, 1)

@@ -398,7 +398,7 @@ def _matrix_model(form, problem, theta, formed, work):
     if learnt is not None:
         learnt = secant.learn(learnt, formed.gradient)
         hessian = hessian + jnp.where(learnt.trusted, learnt.matrix, 0)
-    matrix = hessian * scale * scale[:, None]
+    matrix = hessian * scale[None] * scale[:, None]
     weights, unravel = ravel_pytree(theta)
 
     def product(s):

@@ -19,7 +19,7 @@ from varprox.methods.method import check_state
 from varprox.methods.selection import Fit, Trials, sgcv, tries
 from varprox.precision import full_products
 from varprox.problem.heads import Moments, dense
-from varprox.problem.weighted import Targets, mapped, means, plain
+from varprox.problem.weighted import Targets, mapped, means, plain, shifted
 
 
 class State(NamedTuple):
@@ -338,9 +338,9 @@ def centre_and_unit(targets: Targets, bias: bool) -> tuple[jax.Array, jax.Array]
     shares = mapped(lambda values: values / largest, targets)  # so that no square overflows
     # The mean of equal numbers is exact this way.
     first = plain(shares).reshape(-1, targets.shape[-1])[0]
-    mean = first + means(mapped(lambda values: values - first, shares))
+    mean = first + means(shifted(shares, first))
     centre = mean if bias else jnp.zeros_like(mean)
-    squares = mapped(lambda values: (values - centre) ** 2, shares)
+    squares = mapped(jnp.square, shifted(shares, centre))
     spread = jnp.sqrt(jnp.mean(means(squares)))
     constant = spread <= 4 * jnp.finfo(spread.dtype).eps
     return largest * centre, largest * jnp.where(constant, 1, spread)

@@ -20,7 +20,7 @@ from varprox.problem.data import automatic, check_data, check_pair, zero_w
 from varprox.problem.heads import has_bias
 from varprox.problem.model import Problem, Separable, check_problem
 from varprox.problem.prediction import predict
-from varprox.problem.weighted import Weighted, alike, counted, mapped
+from varprox.problem.weighted import Weighted, alike, counted, mapped, plain, shifted
 
 
 class State(NamedTuple):
@@ -280,7 +280,8 @@ def _init(static, options, theta, data, key=None):
         status=jnp.int32(Status.RUNNING),
         like=jax.tree.map(lambda x: jnp.zeros_like(x[:1]), (inputs, targets)),
     )
-    split = None if isinstance(targets, jax.core.Tracer) else targets.sharding
+    values = plain(targets)
+    split = None if isinstance(values, jax.core.Tracer) else values.sharding
     if not isinstance(split, NamedSharding):
         return state
     # Where steps leave it: elsewhere the second epoch would be compiled once more.
@@ -354,7 +355,7 @@ def _advance(static, options, state, batch):
             lambda theta: problem.model.train(theta, inputs), state.theta, has_aux=True
         )
     _check_features(head, z, state.tikhonov.w, targets)
-    centred = mapped(lambda values: values - state.centre, targets)
+    centred = shifted(targets, state.centre)
     moments = head.moments(z, state.tikhonov.w, centred).scaled(1 / len(targets))
     count = counted(targets)
     tikhonov, chosen = tikhonov_step(tikhonov_options, state.tikhonov, moments, count)

@@ -198,7 +198,7 @@ class AntisymmetricResNet(_Flow):
         place[np.arange(rows.size), rows, columns] = 1
         place = (place - place.mT).reshape(rows.size, -1).astype(lower.dtype)
         kernels = (lower @ place).reshape(-1, width, width)
-        return kernels - self.gamma * jnp.eye(width, dtype=lower.dtype)
+        return kernels - self.gamma * jnp.eye(width, dtype=lower.dtype)[None]
 
     def flow(self, z: jax.Array) -> jax.Array:
         """States (width, samples) at time zero to states at `final_time`."""

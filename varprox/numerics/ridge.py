@@ -89,9 +89,9 @@ def span(rows: jax.Array, alpha) -> Span:
     curvature = (s / unit) ** 2 + alpha / unit / unit
     keep = curvature > (len(s) * jnp.finfo(s.dtype).eps) ** 2
     root = jnp.where(keep, jax.lax.rsqrt(jnp.where(keep, curvature, 1)) / unit, 0)
-    turn = u * (s * root)
+    turn = u * (s * root)[None]
     turn = turn[None] if top is None else top @ turn
-    return Span(jnp.pad(q, ((0, 0), (0, 0), (0, missing))), turn, vt.T * root)
+    return Span(jnp.pad(q, ((0, 0), (0, 0), (0, missing))), turn, vt.T * root[None])
 
 
 @full_products
@@ -107,7 +107,7 @@ def ridge(rows: jax.Array, targets: jax.Array, alpha, offset: jax.Array | float 
     split = targets.reshape(len(found.q), -1, targets.shape[1])
     inside = jnp.sum(found.turn.mT @ jnp.einsum("bnk,bno->bko", found.q, split), axis=0)
     if jnp.ndim(offset):
-        norms = jnp.linalg.norm(found.inverse_root, axis=0)
+        norms = jnp.linalg.norm(found.inverse_root, axis=0, keepdims=True)
         axes = found.inverse_root / jnp.where(norms > 0, norms, 1)
         inside = inside - alpha * (found.inverse_root.T @ offset)
         # Of the minimum norm is only what the rows determine.

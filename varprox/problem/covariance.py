@@ -63,6 +63,7 @@ def deviations(spreads: jax.Array, along: jax.Array) -> jax.Array:
     They are infinite where a function changes along an axis without a finite spread, by more than
     rounding may make of none: eps^½ of its change along all of them.
     """
+    spreads = jnp.broadcast_to(spreads, along.shape)
     known = jnp.isfinite(spreads)
     open_part = jnp.linalg.norm(jnp.where(known, 0, along), axis=-1)
     small = open_part <= jnp.finfo(along.dtype).eps ** 0.5 * jnp.linalg.norm(along, axis=-1)

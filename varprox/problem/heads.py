@@ -150,7 +150,7 @@ class ConvHead(Head):
             lhs_dilation=dilation,
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return images if bias is None else images + bias
+        return images if bias is None else images + jnp.broadcast_to(bias, images.shape)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def _curvatures(fn, targets):
         along = jax.vmap(along, axes)
     second, values = (jnp.where(jnp.isfinite(x), x, 0) for x in along(targets, lines, places))
     # Second derivatives may be sums of much larger terms, hence not eps itself.
-    rounding = jnp.abs(values) / places**2
+    rounding = jnp.abs(values) / (places**2)[None, None]
     tolerance = jnp.finfo(second.dtype).eps ** 0.5 * jnp.maximum(jnp.max(second), rounding)
     return jnp.all(second >= -tolerance), jnp.min(second), jnp.max(second)
 

@@ -54,6 +54,11 @@ def mapped(fn: Callable, targets: Targets) -> Targets:
     return fn(targets)
 
 
+def shifted(targets: Targets, centre: jax.Array) -> Targets:
+    """The targets less a centre (outputs,)."""
+    return mapped(lambda values: values - jnp.broadcast_to(centre, values.shape), targets)
+
+
 def weighed(targets: Targets, x: jax.Array) -> jax.Array:
     """What is shaped like the targets, times their weights."""
     return x * targets.weights if isinstance(targets, Weighted) else x
@@ -71,7 +76,7 @@ def rooted_rows(targets: Targets, rows: jax.Array) -> jax.Array:
         return rows
     if alike(targets):
         return jnp.sqrt(targets.weights) * rows
-    return jnp.sqrt(targets.weights).T[:, :, None] * rows
+    return jnp.sqrt(targets.weights).T[:, :, None] * rows[None]
 
 
 def alike(targets: Targets) -> bool:
@@ -86,7 +91,7 @@ def means(targets: Targets) -> jax.Array:
     if not isinstance(targets, Weighted):
         return jnp.mean(values, axis=axes)
     weights = jnp.broadcast_to(targets.weights, values.shape)
-    largest = jnp.max(weights, axis=axes)  # so that no sum overflows
+    largest = jnp.max(weights, axis=axes, keepdims=True)  # so that no sum overflows
     weights = weights / jnp.where(largest > 0, largest, 1)
     total = jnp.sum(weights, axis=axes)
     return jnp.sum(weights * values, axis=axes) / jnp.where(total > 0, total, 1)

@@ -316,7 +316,7 @@ def _compressed(problem, w, slopes, targets, size):
         slopes = slopes @ axes
     else:
         squares, axes = jnp.linalg.eigh(slopes @ slopes.T)
-        slopes = axes * jnp.sqrt(jnp.maximum(squares, 0))
+        slopes = axes * jnp.sqrt(jnp.maximum(squares, 0))[None]
     # Axes are left out whose weight in G Gᵀ is below eps^¾ of the first one's, 2e-12 in float64.
     rank = jnp.sum(squares > jnp.finfo(w.dtype).eps ** 0.75 * squares[-1], dtype=jnp.int32)
     parts = -(-least // OUTPUTS)

@@ -14,7 +14,7 @@ from varprox.numerics import trust_region
 from varprox.numerics.ridge import ridge, ridge_of_each
 from varprox.problem.heads import has_bias
 from varprox.problem.model import Problem
-from varprox.problem.weighted import Targets, alike, mapped, means, plain, rooted, rooted_rows
+from varprox.problem.weighted import Targets, alike, means, plain, rooted, rooted_rows, shifted
 from varprox.reduced.w_hessian import (
     Factor,
     factorise,
@@ -107,7 +107,7 @@ def _ridge(problem, rows, targets):
     if has_bias(problem.model.head):
         mean = means(targets)
         offset = jnp.zeros((rows.shape[1], len(mean)), rows.dtype).at[-1].set(mean)
-        targets = mapped(lambda values: values - mean, targets)
+        targets = shifted(targets, mean)
     weighted, wanted = rooted_rows(targets, rows) / scale, rooted(targets, plain(targets)) / scale
     alpha = problem.w_penalty_like(rows)
     solve = ridge if alike(targets) else ridge_of_each

@@ -110,7 +110,7 @@ def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Fac
     size = blocks.shape[-1]
     scale = jnp.max(jnp.diagonal(blocks, axis1=1, axis2=2), axis=1)[:, None, None]
     floor = problem.w_penalty_like(w) + size * jnp.finfo(w.dtype).eps * scale
-    identity = jnp.eye(size, dtype=w.dtype)
+    identity = jnp.eye(size, dtype=w.dtype)[None]
     lower = jnp.linalg.cholesky(blocks + floor * identity)
     # In single precision rounding may leave no definite matrix; any preconditioner will do then.
     lower = jax.lax.cond(

@@ -165,4 +165,4 @@ def _root(square, axes):
     mean = jnp.trace(square) / len(square)
     eigenvalues, q = jnp.linalg.eigh(square / jnp.where(mean > 0, mean, 1))
     raised = (jnp.maximum(eigenvalues, 0) + DAMPING) ** (-0.5 / axes)
-    return q * raised @ q.T, raised[0]
+    return (q * raised[None]) @ q.T, raised[0]

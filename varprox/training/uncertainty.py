@@ -125,7 +125,7 @@ def _covariance(problem, theta, w, data, *, forward):
     known = jnp.isfinite(inverse)
     noise = jnp.ones((), flat.dtype)
     if problem.loss.quadratic:
-        held = norm(penalties @ (axes * jnp.where(known, inverse, 0))) ** 2
+        held = norm(penalties @ (axes * jnp.where(known, inverse, 0)[None])) ** 2
         freedom = counted(targets) - (jnp.sum(known, dtype=flat.dtype) - held)
         enough = freedom > size * jnp.finfo(flat.dtype).eps
         residual = rooted(targets, predictions - plain(targets))
@@ -134,13 +134,13 @@ def _covariance(problem, theta, w, data, *, forward):
     spreads = jnp.where(known, noise * inverse, jnp.inf)
 
     std = deviations(spreads, axes)
-    scaled = axes * jnp.where(jnp.isfinite(spreads), spreads, 0)
+    scaled = axes * jnp.where(jnp.isfinite(spreads), spreads, 0)[None]
     unknown = ~jnp.isfinite(std)
     theta_std, w_std = unravel(std)
     return Covariance(
         theta_std=theta_std,
         w_std=w_std,
-        matrix=jnp.where(unknown[:, None] | unknown, jnp.inf, scaled @ scaled.T),
+        matrix=jnp.where(unknown[:, None] | unknown[None], jnp.inf, scaled @ scaled.T),
         noise_std=noise,
         axes=axes,
         spreads=spreads,
@@ -183,7 +183,7 @@ def _axes(rows):
     size, eps = rows.shape[1], jnp.finfo(rows.dtype).eps
     largest = jnp.max(jnp.abs(rows), axis=0)
     units = jnp.where(largest > 0, largest, 1)
-    factor = jnp.linalg.qr(rows / units, mode="r")
+    factor = jnp.linalg.qr(rows / units[None], mode="r")
     _, lengths, vt = jnp.linalg.svd(jnp.pad(factor, ((0, size - len(factor)), (0, 0))))
     known = lengths > size * eps * lengths[0]
     return vt.T / units[:, None], jnp.where(known, 1 / jnp.where(known, lengths, 1), jnp.inf)
