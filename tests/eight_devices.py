@@ -214,6 +214,20 @@ def of_explicit_meshes():
     return found
 
 
+def of_padding():
+    """How far samples of weight zero, which make their number divisible, lead from the others."""
+    method, start = METHODS["dense"], theta()
+    inputs, targets = data_for(method, SAMPLES - 3)
+    weights = np.append(np.full(SAMPLES - 3, SAMPLES / (SAMPLES - 3)), 3 * [0.0])
+    padded = np.vstack([inputs, inputs[:3]]), np.vstack([targets, 3 * [2 * [np.nan]]]), weights
+    solutions = [
+        vp.fit(method, start, data, epochs=STEPS)
+        for data in ((inputs, targets), over(8, padded), over(8, padded, AxisType.Explicit))
+    ]
+    one, *eight = (solution.history["objective"] for solution in solutions)
+    return [relative(found, one) for found in eight]
+
+
 def of_page():
     """What the page's snippet for one host ends with."""
     found = {}
@@ -225,5 +239,5 @@ if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     found = {name: of_method(method) for name, method in METHODS.items()}
     found |= {"epochs": of_epochs(), "rows": of_rows(), "explicit": of_explicit_meshes()}
-    found |= {"page": of_page(), "sizes": of_sizes()}
+    found |= {"page": of_page(), "sizes": of_sizes(), "padding": of_padding()}
     print(json.dumps(found, default=float))

@@ -308,7 +308,7 @@ def _by_cholesky(total, batch, w, ridge):
     """The same by one factorisation for each Λ."""
 
     def solve(lambda_, right):
-        identity = jnp.eye(total.shape[-1], dtype=w.dtype)
+        identity = jnp.broadcast_to(jnp.eye(total.shape[-1], dtype=w.dtype), total.shape)
         return cho_solve(cho_factor(total + ridge(lambda_) * identity), right)
 
     def change(lambda_):

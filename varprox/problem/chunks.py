@@ -14,8 +14,7 @@ def in_chunks(fn: Callable[[Any], jax.Array], inputs: Any, chunk: int | None) ->
     What lies between the inputs and the result is not kept for derivatives: they compute it anew,
     also for so many samples at a time.
     """
-    samples = len(jax.tree.leaves(inputs)[0])
-    if chunk is None or samples <= chunk:
+    if chunk is None or (samples := len(jax.tree.leaves(inputs)[0])) <= chunk:
         return fn(inputs)
     chunks, rest = divmod(samples, chunk)
     whole = samples - rest
