@@ -10,7 +10,6 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from flax import nnx
 
 import varprox as vp
 from benchmarks import minibatch, options, plots
+from benchmarks.competitors import Competitor
 from benchmarks.entrants import Memory
 from benchmarks.experiment import Run, Task, by_method, by_seed, text_table, write
 from benchmarks.minibatch import ADAM, at_rate
@@ -36,14 +36,6 @@ RATES = (1e-3, 3e-3, 1e-2)
 SUMS = (1e2, 1e3, 1e4)  # ΣΛ of the runs that keep it constant
 NEVER = vp.constant(0.0)
 LABEL = "validation loss, sum of squares an image"
-
-
-class Entry(NamedTuple):
-    """A method, what distinguishes this variant of it, and how it is made for a problem."""
-
-    method: str
-    variant: str
-    make: Callable[[vp.Problem], vp.Method]
 
 
 def slim(rate: float, selection=None, initial: float = 0.05) -> Callable:
@@ -71,17 +63,17 @@ def sgcv_of_images(fit, count):
 
 
 ENTRIES = {
-    "slimtrain": [Entry("slimTrain", f"rate {rate:g}", slim(rate)) for rate in RATES],
+    "slimtrain": [Competitor("slimTrain", f"rate {rate:g}", slim(rate)) for rate in RATES],
     "adam": [
-        *(Entry("Adam", f"rate {rate:g}", adam(rate, SPREAD)) for rate in RATES),
-        Entry("Adam, PyTorch's start", "rate 0.001", adam(1e-3, SPREAD_OF_PYTORCH)),
+        *(Competitor("Adam", f"rate {rate:g}", adam(rate, SPREAD)) for rate in RATES),
+        Competitor("Adam, PyTorch's start", "rate 0.001", adam(1e-3, SPREAD_OF_PYTORCH)),
     ],
     "selections": [
-        Entry("slimTrain, sGCV", "rate 0.001", slim(1e-3, vp.sgcv())),
-        Entry("slimTrain, sGCV, N = 32", "rate 0.001", slim(1e-3, minimise(sgcv_of_images))),
-        Entry("slimTrain, Λ = 0", "rate 0.001", slim(1e-3, NEVER, 0.0)),
+        Competitor("slimTrain, sGCV", "rate 0.001", slim(1e-3, vp.sgcv())),
+        Competitor("slimTrain, sGCV, N = 32", "rate 0.001", slim(1e-3, minimise(sgcv_of_images))),
+        Competitor("slimTrain, Λ = 0", "rate 0.001", slim(1e-3, NEVER, 0.0)),
         *(
-            Entry("slimTrain, constant ΣΛ", f"rate 0.001, {total:g}", slim(1e-3, NEVER, total))
+            Competitor("slimTrain, constant ΣΛ", f"rate 0.001, {total:g}", slim(1e-3, NEVER, total))
             for total in SUMS
         ),
     ],
@@ -172,10 +164,10 @@ def limited_regime(
     entries = [e for name in methods if few or name != "selections" for e in ENTRIES[name]]
     for seed in seeds:
         task = make_task(size, seed)
-        for method, variant, make in entries:
-            print(f"{size} images, seed {seed}: {method}, {variant}", flush=True)
+        for one in entries:
+            print(f"{size} images, seed {seed}: {one}", flush=True)
             solution = vp.fit(
-                make(task.problem),
+                one.make(task.problem),
                 task.theta,
                 task.train,
                 validation=task.validation,
@@ -183,7 +175,7 @@ def limited_regime(
                 batch_size=min(BATCH_SIZE, size),
                 seed=seed,
             )
-            runs.append(Run(method, variant, seed, solution, doubled(solution.history)))
+            runs.append(Run(one.method, one.variant, seed, solution, doubled(solution.history)))
     return runs
 
 
@@ -196,10 +188,10 @@ def full_regime(methods: Sequence[str], seeds: Sequence[int], epochs: int) -> li
     for seed in seeds:
         task = make_task(50_000, seed)
         first = seed % len(entries)
-        for method, variant, make in entries[first:] + entries[:first]:
-            print(f"50,000 images, seed {seed}: {method}, {variant}", flush=True)
-            solution = by_parts(make(task.problem), task, epochs)
-            runs.append(Run(method, variant, seed, solution, doubled(solution.history)))
+        for one in entries[first:] + entries[:first]:
+            print(f"50,000 images, seed {seed}: {one}", flush=True)
+            solution = by_parts(one.make(task.problem), task, epochs)
+            runs.append(Run(one.method, one.variant, seed, solution, doubled(solution.history)))
     return sorted(runs, key=lambda run: (run.method, run.seed))
 
 

@@ -21,7 +21,8 @@ from flax import nnx
 
 import varprox as vp
 from benchmarks import baselines, minibatch, options, plots
-from benchmarks.contest import METHODS, compiled_once, equal_seconds
+from benchmarks.competitors import METHODS, Competitor
+from benchmarks.contest import compiled_once, equal_seconds
 from benchmarks.experiment import (
     PROJECTED,
     Run,
@@ -220,7 +221,7 @@ def sample(key: jax.Array, count: jax.Array, data: tuple, size: int) -> tuple:
     return jax.tree.map(lambda x: x[chosen], data)
 
 
-def gnvpro(setting: Setting, size: int, steps: int, rank: int) -> vp.Method:
+def gnvpro(size: int, steps: int, rank: int, setting: Setting) -> vp.Method:
     """GNvpro, which takes W, its radius and the curvature along from sample to sample."""
     method = vp.gnvpro(setting.in_loops, curvature="krylov", rank=rank)
 
@@ -230,7 +231,17 @@ def gnvpro(setting: Setting, size: int, steps: int, rank: int) -> vp.Method:
     return on_samples(method, setting.task.problem, size, steps, take_up)
 
 
-def gn(setting: Setting, size: int, steps: int, rank: int, start: Callable) -> vp.Method:
+def adam(rate: float, horizon: float, setting: Setting) -> vp.Method:
+    """Adam on θ and W, which begins at the W that the network has at the start."""
+    return minibatch.adam(setting.task.problem, rate, lambda *_: setting.w, horizon)
+
+
+def lbfgsvpro(setting: Setting) -> vp.Method:
+    """LBFGSvpro on all of the data."""
+    return vp.lbfgsvpro(setting.in_loops)._replace(problem=setting.task.problem)
+
+
+def gn(size: int, steps: int, rank: int, start: Callable, setting: Setting) -> vp.Method:
     """GN on θ and W, which keeps both from sample to sample."""
     method = baselines.gn(setting.in_loops, rank=rank, start=start)
     return on_samples(method, setting.task.problem, size, steps, lambda state, sample: state)
@@ -239,11 +250,9 @@ def gn(setting: Setting, size: int, steps: int, rank: int, start: Callable) -> v
 # ------------------------------------------------------------------------------------ competition
 
 
-def entrants(setting: Setting, work: float, quick: bool) -> dict[str, dict[str, tuple]]:
-    """The variants of every method, and the size of the batches or samples that they see."""
-    problem = setting.task.problem
+def entrants(setting: Setting, work: float, quick: bool) -> dict[str, list[Competitor]]:
+    """The variants of every method, which are made of the setting."""
     starts = {"Kaiming W": lambda *_: setting.w, "W(θ)": solved_w}
-    adam = partial(minibatch.adam, problem, start=starts["Kaiming W"])
     starts = dict(list(starts.items())[: 1 if quick else None])
     rates, batch_size = (QUICK_RATES, QUICK_BATCH_SIZE) if quick else (RATES, BATCH_SIZE)
     schedules = {"constant": math.inf, "cosine": work}
@@ -252,18 +261,22 @@ def entrants(setting: Setting, work: float, quick: bool) -> dict[str, dict[str, 
         for size, steps, rank in (QUICK_SAMPLES if quick else SAMPLES)
     }
     return {
-        "adam": {
-            f"rate {rate:g}, {schedule}": (adam(rate, horizon=horizon), batch_size)
+        "adam": [
+            Competitor(
+                "Adam", f"rate {rate:g}, {schedule}", partial(adam, rate, horizon), batch_size
+            )
             for rate in rates
             for schedule, horizon in schedules.items()
-        },
-        "gnvpro": {name: (gnvpro(setting, *of), of[0]) for name, of in samples.items()},
-        "gn": {
-            f"{name}, from {start}": (gn(setting, *of, w), of[0])
+        ],
+        "gnvpro": [
+            Competitor("GNvpro", name, partial(gnvpro, *of), of[0]) for name, of in samples.items()
+        ],
+        "gn": [
+            Competitor("GN", f"{name}, from {start}", partial(gn, *of, w), of[0])
             for name, of in samples.items()
             for start, w in starts.items()
-        },
-        "lbfgsvpro": {"": (vp.lbfgsvpro(setting.in_loops)._replace(problem=problem), None)},
+        ],
+        "lbfgsvpro": [Competitor("LBFGSvpro", "", lbfgsvpro)],
     }
 
 
@@ -281,10 +294,7 @@ def compete(
     for name, variants in entrants(setting, budgets[-1], quick).items():
         if name not in methods:
             continue
-        found = [
-            train(setting.task, METHODS[name], variant, *how, budgets[-1], seconds)
-            for variant, how in variants.items()
-        ]
+        found = [train(setting, one, budgets[-1], seconds) for one in variants]
         if name == "adam":
             found = compiled_once(found)
             seconds = equal_seconds(finished(found), budgets[-1])
@@ -293,24 +303,17 @@ def compete(
     return sorted(runs, key=lambda run: order.index(run.method))
 
 
-def train(
-    task: Task,
-    name: str,
-    variant: str,
-    method: vp.Method,
-    batch_size: int | None,
-    work: float,
-    seconds: float,
-) -> Run:
+def train(setting: Setting, competitor: Competitor, work: float, seconds: float) -> Run:
     """One run for `work` units; if these take less than `seconds`, its history goes on to there.
 
     The `objective` in the history of the run is the validation loss, by which tables choose among
     the variants of a method; its entries are those that were evaluated.
     """
-    print(" ".join(filter(None, (name, variant))), flush=True)
+    print(competitor, flush=True)
+    task, method = setting.task, competitor.make(setting)
     every = 1
-    if name in ("GNvpro", "GN"):
-        every = max(1, len(task.train[1]) // (EVALUATED * batch_size))
+    if competitor.method in ("GNvpro", "GN"):
+        every = max(1, len(task.train[1]) // (EVALUATED * competitor.batch_size))
 
     def fit(budget, start=None):
         return vp.fit(
@@ -322,7 +325,7 @@ def train(
             metrics=task.metrics,
             evaluate_every=every,
             max_work=budget,
-            batch_size=batch_size,
+            batch_size=competitor.batch_size,
             seed=task.seed,
             progress=True,
         )
@@ -335,7 +338,7 @@ def train(
     evaluated = np.isfinite(found.history["validation_accuracy"])
     history = {column: values[evaluated] for column, values in found.history.items()}
     history["objective"] = np.nan_to_num(history["validation_loss"], nan=np.inf)
-    return Run(name, variant, task.seed, solution, history)
+    return Run(competitor.method, competitor.variant, task.seed, solution, history)
 
 
 def stopped_early(run: Run) -> Run:

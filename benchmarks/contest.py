@@ -7,6 +7,7 @@ tried of Adam, chosen with hindsight and anew at every budget.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 
 import jax
@@ -14,19 +15,12 @@ import numpy as np
 
 import varprox as vp
 from benchmarks import baselines
+from benchmarks.competitors import METHODS, Competitor, full_batch
 from benchmarks.experiment import Run, Task, end, reading
 from benchmarks.scipy_lbfgs import scipy_lbfgs
 from benchmarks.starts import STARTS
 from varprox import Method, Solution, Status
 
-METHODS = {
-    "gnvpro": "GNvpro",
-    "broydenvpro": "Broydenvpro",
-    "lbfgsvpro": "LBFGSvpro",
-    "adam": "Adam",
-    "lbfgs": "L-BFGS",
-    "gn": "GN",
-}
 RATES, SIZES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2), (128,)  # of Adam's steps and batches
 PILOT_RATES, PILOT_SIZES = (3e-3,), (128,)
 FINALISTS = 2  # settings of Adam that are run from a random W and with shorter cosines, too
@@ -47,30 +41,16 @@ def compete(
     where one is through with its work earlier, its history goes on to then. The weights in a
     solution are always those at the end of the work. `quick` tries only a few settings of Adam.
     """
-    problem, work = task.problem, budgets[-1]
+    work, entered = budgets[-1], full_batch(rank)
     runs, seconds = [], 0.0
     if "lbfgs" in methods:
-        in_optax = [
-            train(task, "L-BFGS", f"optax from {name}", baselines.lbfgs(problem, start=start), work)
-            for name, start in STARTS.items()
-        ]
+        in_optax = [train(task, one, work) for one in entered.pop("lbfgs")]
         in_scipy = [train_scipy(task, name, work) for name in STARTS]
         runs += compiled_once(in_optax) + compiled_once(in_scipy)
         seconds = equal_seconds(runs, work) if equal_time else 0.0
-    if "gnvpro" in methods:
-        gnvpro = vp.gnvpro(problem, curvature="krylov", rank=rank)
-        runs.append(train(task, "GNvpro", "", gnvpro, work, seconds))
-    if "broydenvpro" in methods:
-        runs.append(train(task, "Broydenvpro", "", vp.broydenvpro(problem), work, seconds))
-    if "lbfgsvpro" in methods:
-        runs.append(train(task, "LBFGSvpro", "", vp.lbfgsvpro(problem), work, seconds))
-    if "gn" in methods:
-        gns = {
-            name: baselines.gn(problem, rank=rank, start=start) for name, start in STARTS.items()
-        }
-        runs += compiled_once(
-            [train(task, "GN", f"from {name}", gn, work, seconds) for name, gn in gns.items()]
-        )
+    for name, variants in entered.items():
+        if name in methods:
+            runs += compiled_once([train(task, one, work, seconds) for one in variants])
     if "adam" in methods:
         runs += tune_adam(task, budgets, seconds, quick)
     order = list(METHODS.values())
@@ -83,29 +63,22 @@ def equal_seconds(lbfgs_runs: Sequence[Run], work: float) -> float:
     return min(row["seconds"] for row in readings)
 
 
-def train(
-    task: Task, name: str, variant: str, method: Method, work: float, seconds: float = 0.0
-) -> Run:
+def train(task: Task, competitor: Competitor, work: float, seconds: float = 0.0) -> Run:
     """One run for `work` units; if these take less than `seconds`, its history goes on to there."""
-    solution = fit(task, name, variant, method, work)
+    method = competitor.make(task.problem)
+    print(competitor, flush=True)
+    solution = fit(task, method, work)
     history = solution.history
     spent = history["seconds"][-1]
     if solution.status == Status.BUDGET and spent < seconds:
         more = 1.1 * work * seconds / spent
-        history = fit(task, name, f"{variant} on to equal time", method, more, solution).history
-    return Run(name, variant, task.seed, solution, history)
+        print(competitor, "on to equal time", flush=True)
+        history = fit(task, method, more, solution).history
+    return Run(competitor.method, competitor.variant, task.seed, solution, history)
 
 
-def fit(
-    task: Task,
-    name: str,
-    variant: str,
-    method: Method,
-    work: float,
-    start: Solution | None = None,
-) -> Solution:
-    """`vp.fit` for `work` units in all, announced by one line and with a progress bar."""
-    print(" ".join(filter(None, (name, variant))), flush=True)
+def fit(task: Task, method: Method, work: float, start: Solution | None = None) -> Solution:
+    """`vp.fit` for `work` units in all, with a progress bar."""
     return vp.fit(
         method,
         task.theta,
@@ -154,11 +127,9 @@ def tune_adam(task: Task, budgets: Sequence[float], seconds: float, quick: bool)
         constant = math.isinf(horizon)
         schedule = "constant" if constant else f"cosine to {horizon:g}"
         variant = f"rate {rate:g}, batch {size}, {schedule}, from {start}"
-        method = baselines.adam(
-            task.problem, rate, batch_size=size, horizon=horizon, start=STARTS[start]
-        )
-        work = min(horizon, last)
-        run = train(task, "Adam", variant, method, work, seconds if constant else 0.0)
+        options = {"batch_size": size, "horizon": horizon, "start": STARTS[start]}
+        adam = Competitor("Adam", variant, partial(baselines.adam, learning_rate=rate, **options))
+        run = train(task, adam, min(horizon, last), seconds if constant else 0.0)
         solution = run.solution._replace(
             history=net_of(evaluation, run.solution.history),
             # The first run with a batch size compiles for all.

@@ -13,7 +13,8 @@ from flax import nnx
 
 import varprox as vp
 from benchmarks import options, plots
-from benchmarks.contest import METHODS, compete
+from benchmarks.competitors import METHODS
+from benchmarks.contest import compete
 from benchmarks.experiment import (
     PROJECTED,
     Run,

@@ -76,9 +76,9 @@ def best(runs: Iterable[Run], axis: str, limit: float) -> dict | None:
     return min(readings, key=lambda row: row["objective"], default=None)
 
 
-def by_method(runs: Iterable[Run]) -> dict[str, list[Run]]:
-    """The runs of each method, in the order they come in."""
-    groups: dict[str, list[Run]] = {}
+def by_method(runs: Iterable) -> dict[str, list]:
+    """The runs, or competitors, of each method, in the order they come in."""
+    groups: dict[str, list] = {}
     for run in runs:
         groups.setdefault(run.method, []).append(run)
     return groups

@@ -12,7 +12,8 @@ from flax import nnx
 
 import varprox as vp
 from benchmarks import cost, options, plots, remedies
-from benchmarks.contest import METHODS, compete, equal_seconds
+from benchmarks.competitors import METHODS
+from benchmarks.contest import compete, equal_seconds
 from benchmarks.experiment import (
     PROJECTED,
     Task,

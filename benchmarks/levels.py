@@ -17,8 +17,9 @@ from flax import nnx
 
 import varprox as vp
 from benchmarks import baselines, minibatch
-from benchmarks.experiment import Run, end, reading
-from benchmarks.starts import STARTS, solved_w
+from benchmarks.competitors import Competitor, from_starts
+from benchmarks.experiment import Run, by_method, end, reading
+from benchmarks.starts import solved_w
 from varprox import Method, Problem
 from varprox.training.solution import join
 
@@ -30,7 +31,6 @@ EVALUATED = 5  # every so many epochs, which takes about as long as one of large
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 FINALISTS = 2  # variants of a method that go on to further seeds, for each way to compare them
 SETS = ("train", "validation", "test")
-Make = Callable[[Problem, Any], Method]  # of a level's problem and the W before it, None at first
 
 
 class Surrogate(NamedTuple):
@@ -80,7 +80,7 @@ def error(predicted: jax.Array, targets: jax.Array) -> jax.Array:
 
 def compete(
     surrogates: Sequence[Surrogate],
-    entered: Mapping,
+    entered: Sequence[Competitor],
     work: float,
     floor: float,
     levels: int = LEVELS,
@@ -89,18 +89,19 @@ def compete(
     others of those that were among the best there. The first method sets the time for the others,
     which have at least as long as the fastest of its variants took."""
     runs: list[Run] = []
-    finals: dict[str, list[str]] = {}
+    groups = by_method(entered)
     for surrogate in surrogates:
         seconds = 0.0
-        for method, variants in entered.items():
+        for method, variants in groups.items():
             found = []
-            for variant in finals.get(method, variants):
-                print(f"seed {surrogate.seed}: {method} {variant}".rstrip(), flush=True)
-                trained = train(surrogate, *variants[variant], work, floor, seconds, levels)
-                found.append(Run(method, variant, surrogate.seed, *trained))
+            for one in variants:
+                print(f"seed {surrogate.seed}: {one}", flush=True)
+                trained = train(surrogate, one, work, floor, seconds, levels)
+                found.append(Run(method, one.variant, surrogate.seed, *trained))
             seconds = seconds or time_of(found)
-            if method not in finals:
-                finals[method] = finalists(found, levels * work, seconds)
+            if surrogate is surrogates[0]:
+                of = {one.variant: one for one in variants}
+                groups[method] = [of[name] for name in finalists(found, levels * work, seconds)]
             runs += found
     return runs
 
@@ -123,41 +124,39 @@ def time_of(runs: Sequence[Run]) -> float:
     return min(end(run)["seconds"] for run in runs)
 
 
-def entrants(
-    curvatures: Mapping[str, tuple[dict, dict]], quick: bool
-) -> dict[str, dict[str, tuple]]:
-    """The variants of every method: how it is made, and the size of its batches if it has such. If
-    `quick` one for each, and what compiles once for two."""
+def entrants(curvatures: Mapping[str, tuple[dict, dict]], quick: bool) -> list[Competitor]:
+    """The variants of every method, which are made of a level's problem and the W before it, None
+    at first. If `quick` one for each, and what compiles once for two."""
     rates, sizes = (RATES[1:2], SIZES[:1]) if quick else (RATES, SIZES)
     curvatures = dict(list(curvatures.items())[:1]) if quick else curvatures
 
     def gnvpro(first, after, problem, w):
         return vp.gnvpro(problem, **(first if w is None else after))
 
-    def gn(start, problem, w):
-        return baselines.gn(problem, start=going_on(start, w))
+    def jointly(make, problem, w, start=solved_w):
+        return make(problem, start=going_on(start, w))
 
-    def broyden(start, problem, w):
-        return baselines.broyden(problem, start=going_on(start, w))
-
-    def adam(rate, problem, w):
-        return minibatch.adam(problem, rate, going_on(solved_w, w))
-
-    return {
-        "GNvpro": {name: (partial(gnvpro, *kw), None) for name, kw in curvatures.items()},
-        "Broydenvpro": {"": (lambda problem, w: vp.broydenvpro(problem), None)},
-        "LBFGSvpro": {"": (lambda problem, w: vp.lbfgsvpro(problem), None)},
-        "GN": {f"from {name}": (partial(gn, start), None) for name, start in STARTS.items()},
-        "Broyden": {
-            f"from {name}": (partial(broyden, start), None) for name, start in STARTS.items()
-        },
-        "slimTrain": {f"rate {rate:g}": (partial(slimtrain, rate), SLIM_SIZE) for rate in rates},
-        "Adam": {
-            f"rate {rate:g}, batch {size}": (partial(adam, rate), size)
+    return [
+        *(Competitor("GNvpro", name, partial(gnvpro, *kw)) for name, kw in curvatures.items()),
+        Competitor("Broydenvpro", "", lambda problem, w: vp.broydenvpro(problem)),
+        Competitor("LBFGSvpro", "", lambda problem, w: vp.lbfgsvpro(problem)),
+        *from_starts("GN", partial(jointly, baselines.gn)),
+        *from_starts("Broyden", partial(jointly, baselines.broyden)),
+        *(
+            Competitor("slimTrain", f"rate {rate:g}", partial(slimtrain, rate), SLIM_SIZE)
+            for rate in rates
+        ),
+        *(
+            Competitor(
+                "Adam",
+                f"rate {rate:g}, batch {size}",
+                partial(jointly, partial(minibatch.adam, rate=rate)),
+                size,
+            )
             for rate in rates
             for size in sizes
-        },
-    }
+        ),
+    ]
 
 
 def going_on(start: Callable, w: jax.Array | None) -> Callable:
@@ -179,8 +178,7 @@ def slimtrain(rate: float, problem: Problem, w: jax.Array | None) -> Method:
 
 def train(
     surrogate: Surrogate,
-    make_method: Make,
-    batch_size: int | None,
+    competitor: Competitor,
     work: float,
     floor: float,
     seconds: float,
@@ -194,15 +192,15 @@ def train(
     options = {
         "validation": surrogate.sets["validation"],
         "metrics": {"error": jax.jit(error)},
-        "evaluate_every": 1 if batch_size is None else EVALUATED,
-        "batch_size": batch_size,
+        "evaluate_every": 1 if competitor.batch_size is None else EVALUATED,
+        "batch_size": competitor.batch_size,
         "seed": surrogate.seed,
     }
 
     def level(k, before):
         penalty = PENALTY / 2**k
         problem = Problem(surrogate.model, vp.least_squares(), vp.tikhonov(penalty), penalty)
-        return make_method(problem, None if before is None else before.w)
+        return competitor.make(problem, None if before is None else before.w)
 
     prolong, last = vp.networks.prolong, levels - 1
     before = vp.fit_levels(

@@ -5,14 +5,15 @@ and for slimTrain's default and Adam other rates, too.
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 import varprox as vp
 from benchmarks import minibatch
+from benchmarks.competitors import Competitor, from_starts
 from benchmarks.experiment import Run, Task, by_seed, text_table
 from benchmarks.minibatch import ADAM, at_rate
-from benchmarks.starts import STARTS
 
 BATCH_SIZE, EPOCHS, QUICK_EPOCHS = 5, 50, 5
 RATES = (1e-3, 3e-3, 1e-2)  # the first is that of the paper
@@ -22,25 +23,35 @@ OF_THE_PAPER = {"sGCV": vp.sgcv(), "constant": vp.constant(CONSTANT)}
 DEFAULT = "slimTrain proportional, r = 5"
 
 
-def train(task: Task, quick: bool) -> list[Run]:
-    """The runs of all methods from one seed; Adam's variants are rates and starts of W."""
-    rates = RATES[:1] if quick else RATES
-    methods = {
-        (f"slimTrain {name}, r = {memory}", f"rate {rate:g}"): at_rate(
-            rate, vp.slimtrain(task.problem, ADAM, memory, selection)
-        )
+def competitors(rates: Sequence[float]) -> list[Competitor]:
+    """slimTrain with Λ chosen in three ways, and Adam, whose variants are rates and starts of W."""
+    found = [
+        slim(f"slimTrain {name}, r = {memory}", rate, memory, selection)
         for name, selection in OF_THE_PAPER.items()
         for memory in (0, 5)
         for rate in (rates if name == "sGCV" and memory == 5 else rates[:1])
-    }
+    ]
     for rate in rates:
-        methods[DEFAULT, f"rate {rate:g}"] = at_rate(rate, vp.slimtrain(task.problem, ADAM, 5))
-        for start, w in STARTS.items():
-            methods["Adam", f"rate {rate:g}, from {start}"] = minibatch.adam(task.problem, rate, w)
+        found.append(slim(DEFAULT, rate, 5))
+        found += from_starts("Adam", partial(minibatch.adam, rate=rate), f"rate {rate:g}, ")
+    return found
+
+
+def slim(name: str, rate: float, *options) -> Competitor:
+    """slimTrain with Adam for θ."""
+    return Competitor(
+        name,
+        f"rate {rate:g}",
+        lambda problem: at_rate(rate, vp.slimtrain(problem, ADAM, *options)),
+    )
+
+
+def train(task: Task, quick: bool) -> list[Run]:
+    """The runs of all methods from one seed."""
     runs = []
-    for (method, variant), training in methods.items():
+    for one in competitors(RATES[:1] if quick else RATES):
         solution = vp.fit(
-            training,
+            one.make(task.problem),
             task.theta,
             task.train,
             validation=task.validation,
@@ -48,7 +59,7 @@ def train(task: Task, quick: bool) -> list[Run]:
             batch_size=BATCH_SIZE,
             seed=task.seed,
         )
-        runs.append(Run(method, variant, task.seed, solution, solution.history))
+        runs.append(Run(one.method, one.variant, task.seed, solution, solution.history))
     return runs
 
 

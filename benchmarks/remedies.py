@@ -3,6 +3,7 @@
 from functools import partial
 
 import varprox as vp
+from benchmarks.competitors import Competitor
 from benchmarks.contest import train
 from benchmarks.experiment import Run, Task
 
@@ -23,6 +24,8 @@ def compare(task: Task, work: float) -> list[Run]:
         "+ recycled Krylov spaces": {"rank": 50},
         "+ whitening": {"rank": 50, "whiten": True},
     }
-    gnvpro = partial(vp.gnvpro, task.problem, curvature="krylov")
-    methods = {name: gnvpro(**chosen) for name, chosen in options.items()}
-    return [train(task, name, "", method, work) for name, method in methods.items()]
+    gnvpro = partial(vp.gnvpro, curvature="krylov")
+    return [
+        train(task, Competitor(name, "", partial(gnvpro, **chosen)), work)
+        for name, chosen in options.items()
+    ]

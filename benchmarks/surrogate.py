@@ -86,7 +86,7 @@ def run(
         surrogates = [levels.make(data, width, s) for s in drawn]
         floor = levels.lowest_loss(surrogates[0].sets["train"][1], width)
         entered = levels.entrants(setting.curvatures, quick)
-        entered = {name: entered[name] for name in entered if name.lower() in methods}
+        entered = [one for one in entered if one.method.lower() in methods]
         found = levels.compete(surrogates, entered, work, floor, trained)
         title = f"{setting.name}, width {width}"
         panels[title] = by_method(found)

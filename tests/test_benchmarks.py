@@ -13,7 +13,7 @@ import pytest
 from repository import ROOT
 
 from benchmarks.__main__ import experiments, main
-from benchmarks.contest import METHODS
+from benchmarks.competitors import METHODS
 from benchmarks.experiment import spend, text_table
 
 

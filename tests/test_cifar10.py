@@ -484,10 +484,10 @@ def test_a_method_goes_on_from_sample_to_sample(name, small):
         return small.w
 
     if name == "gnvpro":
-        method = cifar10.gnvpro(small, size, steps, rank)
+        method = cifar10.gnvpro(size, steps, rank, small)
         inner = vp.gnvpro(task.problem, curvature="krylov", rank=rank)
     else:
-        method = cifar10.gn(small, size, steps, rank, start)
+        method = cifar10.gn(size, steps, rank, start, small)
         inner = baselines.gn(task.problem, rank=rank, start=start)
     state = method.init(task.theta, task.train, jax.random.key(1))
     key = jax.random.wrap_key_data(state.key)

@@ -10,6 +10,7 @@ import pytest
 
 import varprox as vp
 from benchmarks import baselines, cdr, dcr, levels, minibatch, surrogate
+from benchmarks.competitors import Competitor
 from benchmarks.experiment import Run, by_method
 from benchmarks.starts import solved_w
 
@@ -71,7 +72,7 @@ def run(small, floor):
     def make(problem, w):
         return baselines.gn(problem, rank=4, start=levels.going_on(solved_w, w))
 
-    return partial(levels.train, small, make, None, WORK, floor)
+    return partial(levels.train, small, Competitor("GN", "", make), WORK, floor)
 
 
 @pytest.fixture
@@ -94,10 +95,17 @@ def test_training_goes_through_the_levels_and_on_to_equal_time(trained):
     assert len(longer["objective"]) > len(level) and set(longer["level"][len(level) :]) == {2}
 
 
+def entrant(method, variant):
+    """The one of this name."""
+    entered = levels.entrants({}, quick=False)
+    (found,) = (one for one in entered if (one.method, one.variant) == (method, variant))
+    return found
+
+
 def test_rare_evaluations_leave_out_epochs_not_levels(small, floor, standard_promotion):
     """Of 11 epochs a level, each of 2 work units, every fifth, and the last."""
-    make, _ = levels.entrants({}, quick=True)["Adam"]["rate 0.003, batch 16"]
-    solution, history = levels.train(small, make, 20, 22, floor, 0.0, 2)
+    adam = entrant("Adam", "rate 0.003, batch 16")._replace(batch_size=20)
+    solution, history = levels.train(small, adam, 22, floor, 0.0, 2)
     np.testing.assert_array_equal(history["work_units"], [0, 10, 20, 22, 22, 32, 42, 44])
     np.testing.assert_array_equal(history["level"], [0, 0, 0, 0, 1, 1, 1, 1])
     assert all(np.isfinite(history[name]).all() for name in ("objective", "validation_error"))
@@ -195,7 +203,6 @@ def test_rates_that_share_a_compilation_are_those_of_adam(small, standard_promot
     """Three steps are those of an Adam that is made with this rate."""
     problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
     train, w, rate = small.sets["train"], np.ones((3, 5)), 1e-2
-    make, _ = levels.entrants({}, quick=False)[name][f"rate {rate:g}{variant}"]
     if name == "Adam":
         plain = minibatch.jointly(problem, optax.adam(rate), lambda *_: w)
         expected = plain.init(small.theta, train, jax.random.key(0))
@@ -203,7 +210,7 @@ def test_rates_that_share_a_compilation_are_those_of_adam(small, standard_promot
         plain = vp.slimtrain(problem, optax.adam(rate))
         expected = plain.init(small.theta, train, jax.random.key(0))
         expected = expected.with_w(w)
-    method = make(problem, w)
+    method = entrant(name, f"rate {rate:g}{variant}").make(problem, w)
     state = method.init(small.theta, train, jax.random.key(0))
     for _ in range(3):
         state, _ = method.step(state, train)
@@ -225,8 +232,9 @@ def test_the_best_of_the_first_seed_go_on_to_the_others(small, monkeypatch):
     lower validation error the nearer k is to 3."""
     monkeypatch.setattr(levels, "FINALISTS", 2)
 
-    def train(surrogate, k, batch_size, work, floor, seconds, levels):
-        assert seconds == {"first": 0, "second": 3}[batch_size]
+    def train(surrogate, competitor, work, floor, seconds, levels):
+        assert seconds == {"first": 0, "second": 3}[competitor.method]
+        k = competitor.make
         history = {
             "work_units": np.array([0, 3 * WORK]),
             "seconds": np.array([0.0, k + 1]),
@@ -236,10 +244,11 @@ def test_the_best_of_the_first_seed_go_on_to_the_others(small, monkeypatch):
         return vp.Solution(None, None, history, vp.Status.BUDGET, 0.0, None), history
 
     monkeypatch.setattr(levels, "train", train)
-    entered = {
-        "first": {"a": (2, "first"), "b": (3, "first")},
-        "second": {f"{k}": (k, "second") for k in range(8)},
-    }
+    entered = [
+        Competitor("first", "a", 2),
+        Competitor("first", "b", 3),
+        *(Competitor("second", f"{k}", k) for k in range(8)),
+    ]
     other = small._replace(seed=1)
     runs = levels.compete([small, other], entered, WORK, 0.0)
     tried = {seed: [r.variant for r in runs if r.seed == seed] for seed in (0, 1)}
@@ -251,8 +260,7 @@ def test_the_best_of_the_first_seed_go_on_to_the_others(small, monkeypatch):
 def test_every_variant_of_a_method_makes_one(small):
     problem = vp.Problem(small.model, vp.least_squares(), 1e-10, 1e-10)
     for setting in (cdr.SETTING, dcr.SETTING):
-        for variants in levels.entrants(setting.curvatures, quick=False).values():
-            for make, batch_size in variants.values():
-                method = make(problem, None)
-                assert isinstance(method, vp.Method)
-                assert (method.epoch is None) == (batch_size is None)
+        for one in levels.entrants(setting.curvatures, quick=False):
+            method = one.make(problem, None)
+            assert isinstance(method, vp.Method)
+            assert (method.epoch is None) == (one.batch_size is None)
