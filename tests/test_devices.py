@@ -13,6 +13,8 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
+pytestmark = pytest.mark.xdist_group("devices")  # whose processes take long, and run once
+
 HERE = Path(__file__).parent
 FULL_BATCH = ("krylov", "dense", "kernel", "forward", "lbfgsvpro", "broydenvpro", "entropy")
 
@@ -105,6 +107,10 @@ def test_samples_need_not_be_divisible_by_anything(eight):
     for distance, gathers in eight["sizes"].values():
         assert distance < 1e-9
         assert gathers == []
+
+
+def test_samples_of_weight_zero_make_their_number_divisible(eight):
+    assert max(eight["padding"]) < 1e-9
 
 
 def test_the_default_meshes_of_jax_are_taken(eight):
