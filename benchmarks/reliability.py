@@ -1,9 +1,12 @@
-"""Runs that are killed, taken up again, long, or many: what is lost, and what it costs.
+"""Runs that are killed, taken up again, long, many, or of more data than one device holds: what is
+lost, and what it costs.
 
 Every run here fits a function of two variables with a small network. `python -m
-benchmarks.reliability METHOD FOLDER` is one that keeps every step in a folder until it is killed.
+benchmarks.reliability METHOD FOLDER` is one that keeps every step in a folder until it is killed,
+`python -m benchmarks.reliability METHOD` one that is split over all devices of the process.
 """
 
+import json
 import os
 import statistics
 import subprocess
@@ -11,7 +14,7 @@ import sys
 import tempfile
 import time
 from argparse import ArgumentParser
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
@@ -20,7 +23,7 @@ import numpy as np
 import optax
 
 import varprox as vp
-from benchmarks import options
+from benchmarks import devices, options
 from benchmarks.experiment import text_table, write
 
 METHODS = ("krylov", "dense", "broydenvpro", "lbfgsvpro", "slimtrain")
@@ -33,6 +36,8 @@ MANY, MANY_STEPS, REPEATS = 16, 60, 5
 DATA_SETS, QUICK_DATA_SETS = 1000, 100
 NOISE = 0.05
 BATCH_SIZE = 10
+DEVICES, SPLIT_SAMPLES, SPLIT_STEPS = 8, 2**16, 10
+DEEP_SAMPLES, WIDTH, LAYERS, CHUNKS = 100_000, 32, 4, (None, 16384, 1024)
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -52,6 +57,8 @@ def run(*, quick: bool, seed: int, methods: Sequence[str], output: Path) -> None
             if name in methods
         },
         "coverage": coverage(QUICK_DATA_SETS if quick else DATA_SETS, seed),
+        "devices": {name: over_devices(name) for name in methods},
+        "chunks": {name: in_chunks(name) for name in methods if name in ("krylov", "lbfgsvpro")},
     }
     settings = {
         "quick": quick,
@@ -60,14 +67,16 @@ def run(*, quick: bool, seed: int, methods: Sequence[str], output: Path) -> None
         "units": UNITS,
         "steps": STEPS,
         "many": MANY,
+        "split samples": SPLIT_SAMPLES,
+        "deep network": [DEEP_SAMPLES, WIDTH, LAYERS],
     }
     write(output, "reliability", tables(results), settings, results, [])
 
 
-def task() -> tuple:
+def task(samples: int = SAMPLES) -> tuple:
     """θ, and the data."""
     rng = np.random.default_rng(0)
-    inputs = rng.uniform(-1, 1, (SAMPLES, 2))
+    inputs = rng.uniform(-1, 1, (samples, 2))
     targets = np.sin(3 * inputs[:, :1]) * inputs[:, 1:]
     theta = {"kernel": rng.normal(size=(2, UNITS)), "bias": rng.normal(size=UNITS)}
     return jax.tree.map(jnp.asarray, (theta, (inputs, targets)))
@@ -78,9 +87,9 @@ def features(theta: dict, inputs: jax.Array) -> jax.Array:
     return jnp.tanh(inputs @ theta["kernel"] + theta["bias"][None])
 
 
-def make(name: str) -> tuple[vp.Method, dict]:
+def make(name: str, fn: Callable = features, **more) -> tuple[vp.Method, dict]:
     """A method, and the options that `fit` needs with it."""
-    problem = vp.Problem(vp.Separable(features), vp.least_squares(), PENALTY)
+    problem = vp.Problem(vp.Separable(fn), vp.least_squares(), PENALTY, **more)
     if name == "slimtrain":
         return vp.slimtrain(problem, optax.adam(1e-2)), {"batch_size": BATCH_SIZE}
     if name in ("krylov", "dense"):
@@ -250,6 +259,54 @@ def coverage(data_sets: int, seed: int) -> dict:
     }
 
 
+# --------------------------------------------------------------------------------------- more data
+
+
+def over_devices(name: str) -> dict:
+    """`devices.compare` for so many devices, in a process that has as many."""
+    print(f"{name}: {DEVICES} devices", flush=True)
+    environment = os.environ | {
+        "JAX_ENABLE_X64": "1",
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "64",  # threads, so that devices do not wait for one another for ever
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
+    }
+    command = [sys.executable, "-m", "benchmarks.reliability", name]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def deep(theta: dict, inputs: jax.Array) -> jax.Array:
+    """Several layers."""
+    z = jnp.tanh(inputs @ theta["opening"])
+    for kernel in theta["layers"]:
+        z = z + 0.5 * jnp.tanh(z @ kernel)
+    return z
+
+
+def in_chunks(name: str) -> dict:
+    """The memory that a compiled step takes beside its arguments, and how far its objective leads
+    from that of all samples together."""
+    print(f"{name}: chunks", flush=True)
+    rng = np.random.default_rng(0)
+    inputs = rng.uniform(-1, 1, (DEEP_SAMPLES, 2))
+    data = jax.tree.map(jnp.asarray, (inputs, np.sin(3 * inputs[:, :1]) * inputs[:, 1:]))
+    theta = {
+        "opening": jnp.asarray(rng.normal(size=(2, WIDTH))),
+        "layers": jnp.asarray(0.3 * rng.normal(size=(LAYERS, WIDTH, WIDTH))),
+    }
+    found, values = {}, []
+    for chunk in CHUNKS:
+        method, _ = make(name, deep, chunk=chunk)
+        state, step = devices.compiled(method, theta, data)
+        values.append(float(step(state, data)[0].objective))
+        found[str(chunk)] = {
+            "megabytes": step.memory_analysis().temp_size_in_bytes / 1e6,
+            "difference": abs(values[-1] / values[0] - 1),
+        }
+    return found
+
+
 def tables(results: dict) -> list[str]:
     """What is printed."""
     lines = [
@@ -273,9 +330,27 @@ def tables(results: dict) -> list[str]:
     if lines:
         found.append(text_table("Long runs: change per 100 steps", columns, lines))
     lines = [[name, f"{100 * share:.1f} %"] for name, share in results["coverage"].items()]
-    columns = ["", "hold the truth"]
-    return [*found, text_table("Intervals of 1.96 standard errors", columns, lines)]
+    found.append(text_table("Intervals of 1.96 standard errors", ["", "hold the truth"], lines))
+    lines = [
+        [name, f"{row['speed_up']:.1f} of {row['devices']}", f"{row['difference']:.0e}"]
+        for name, row in results["devices"].items()
+    ]
+    columns = ["", "operations shared", "objectives differ by"]
+    found.append(text_table("A step over devices, and ten steps", columns, lines))
+    lines = [
+        [name, chunk, f"{row['megabytes']:.0f} MB", f"{row['difference']:.0e}"]
+        for name, rows in results["chunks"].items()
+        for chunk, row in rows.items()
+    ]
+    columns = ["", "chunk", "memory of a step", "objectives differ by"]
+    if lines:
+        found.append(text_table("Samples that are taken at a time", columns, lines))
+    return found
 
 
 if __name__ == "__main__":
-    keep(*sys.argv[1:], callback=lambda *_: print("entry", flush=True))
+    if len(sys.argv) == 3:
+        keep(*sys.argv[1:], callback=lambda *_: print("entry", flush=True))
+    else:
+        method, _ = make(sys.argv[1])
+        print(json.dumps(devices.compare(method, *task(SPLIT_SAMPLES), SPLIT_STEPS)))

@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from problems import relative
 from repository import snippets
 
 import varprox as vp
+from benchmarks.devices import compiled, gathered, operations, over
 from varprox.methods import minibatches, slimtrain
 from varprox.numerics.ridge import span
 from varprox.reduced import matrix, w_hessian
@@ -55,39 +56,8 @@ def data_for(method, samples=SAMPLES):
     return inputs, score
 
 
-def over(devices, tree, axis_type=AxisType.Auto):
-    mesh = Mesh(np.array(jax.devices()[:devices]), ("batch",), axis_types=(axis_type,))
-    return jax.device_put(tree, NamedSharding(mesh, PartitionSpec("batch")))
-
-
 def theta():
     return np.random.default_rng(1).normal(size=(2, 3))
-
-
-def compiled(method, data):
-    """The state at the start and a compiled step."""
-    state = method.init(theta(), data)
-    return state, jax.jit(method.step).lower(state, data).compile()
-
-
-def sizes(shape):
-    return [int(size) for size in shape.split(",") if size]
-
-
-def gathers(text):
-    """The shapes of what is gathered from all devices, where that is as large as the batch."""
-    found = re.findall(r"= (.*?) all-gather(?:-start)?\(", text)
-    shapes = [sizes(shape) for result in found for shape in re.findall(r"\[([\d,]*)\]", result)]
-    return [shape for shape in shapes if math.prod(shape) >= SAMPLES]
-
-
-def operations(step):
-    """Those of one device, with the factorisations, which XLA does not count."""
-    factorisations = 0
-    for shape in re.findall(r"= \(?f64\[([\d,]*)\].* custom-call\(.*lapack", step.as_text()):
-        *batch, rows, columns = sizes(shape)
-        factorisations += 2 * math.prod(batch) * rows * columns * min(rows, columns)
-    return step.cost_analysis()["flops"] + factorisations
 
 
 def trajectory(state, step, data):
@@ -101,14 +71,14 @@ def trajectory(state, step, data):
 def of_method(method):
     """How far eight devices lead from one, what they send, and their share of the operations."""
     here, there = over(1, data_for(method)), over(8, data_for(method))
-    (one, step), (eight, parted) = compiled(method, here), compiled(method, there)
+    (one, step), (eight, parted) = compiled(method, theta(), here), compiled(method, theta(), there)
     values, end = trajectory(one, step, here)
     theirs, their_end = trajectory(eight, parted, there)
     return {
         "values": relative(theirs[1:], values[1:]),
         "theta": relative(their_end, np.asarray(end)),
         "decrease": values[1] - values[-1],
-        "gathers": gathers(parted.as_text()),
+        "gathers": gathered(parted.as_text(), SAMPLES),
         "speed_up": operations(step) / operations(parted),
     }
 
@@ -167,12 +137,12 @@ def of_sizes():
                 ):
                     jax.clear_caches()
                     given = over(devices, data) if split else data
-                    state, step = compiled(method, given)
+                    state, step = compiled(method, theta(), given)
                     ended.append(step(state, given)[0])
             name = f"{samples} {type(problem.loss).__name__}"
             found[name] = (
                 relative(ended[1].theta, np.asarray(ended[0].theta)),
-                gathers(step.as_text()),
+                gathered(step.as_text(), SAMPLES),
             )
     return found
 

@@ -28,6 +28,9 @@ def start(config, devices, script, *arguments):
         "JAX_COMPILATION_CACHE_DIR": str(config.cache.mkdir("jax")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
         "JAX_PLATFORMS": "cpu",
+        # Threads: each device blocks as many as it has collectives in flight, and JAX by default
+        # has one for each device, so that they may wait for one another for ever.
+        "NPROC": "64",
         "PYTHONPATH": str(ROOT),
         "XLA_FLAGS": flags,
     }
