@@ -10,7 +10,7 @@ from jax.flatten_util import ravel_pytree
 from problems import Case, dense_reference, features, initial_theta, projection_at, relative
 
 import varprox as vp
-from varprox.methods import forms
+from varprox.methods import form_choice
 from varprox.methods.forms import EVEN, FORMS, Form, Settings
 from varprox.numerics import trust_region
 
@@ -136,7 +136,7 @@ def choose(samples, size, outputs=1, columns=9, penalty=1e-10, allowed=tuple(For
             (samples, outputs),
         )
     )
-    return forms.choose(allowed, problem, theta, (inputs, targets), w, rank=20, kaufman=True)
+    return form_choice.choose(allowed, problem, theta, (inputs, targets), w, rank=20, kaufman=True)
 
 
 def test_the_cheapest_form_is_chosen():
@@ -158,7 +158,7 @@ def test_features_are_known_where_a_penalty_is_traced(fn, transform, x64):
 
     def traced(alpha):
         problem = vp.Problem(vp.Separable(fn), CASE.problem.loss, alpha, alpha)
-        seen.append(forms.usable(problem, theta, data[0]))
+        seen.append(form_choice.usable(problem, theta, data[0]))
         if fn is coupled:
             with pytest.raises(ValueError, match="that depend on the other samples of the batch"):
                 vp.gnvpro(problem, curvature="dense").init(theta, data)
@@ -172,11 +172,11 @@ def test_features_are_known_where_a_penalty_is_traced(fn, transform, x64):
 def test_without_inputs_samples_cannot_be_taken_apart(inputs, x64):
     theta, (given, _) = initial_theta(), CASE.data
     problem = vp.Problem(vp.Separable(lambda theta, _: features(theta, given)), vp.least_squares())
-    assert forms.usable(problem, theta, inputs) == (Form.KRYLOV, Form.FORWARD)
+    assert form_choice.usable(problem, theta, inputs) == (Form.KRYLOV, Form.FORWARD)
 
 
 def test_no_matrix_is_formed_that_is_too_large(monkeypatch):
-    monkeypatch.setattr(forms, "LARGEST", 10**4)
+    monkeypatch.setattr(form_choice, "LARGEST", 10**4)
     assert choose(2000, 556) is Form.KRYLOV
 
 

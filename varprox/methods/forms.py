@@ -1,4 +1,4 @@
-"""The four forms that GNvpro's model comes in, and which of them suits a problem.
+"""The four forms that GNvpro's model comes in.
 
 A form is what the trust region remembers from step to step: the variables in which it is a ball.
 `ModelForm` says what all forms answer to.
@@ -22,11 +22,9 @@ from varprox.numerics.recycling import Recycled, nothing_yet, recycle
 from varprox.numerics.secant import Secant
 from varprox.problem.model import Problem
 from varprox.problem.penalties import tikhonov_weight
-from varprox.problem.traits import derivatives, treats_samples_alone
 from varprox.reduced.curvature import linearise
 from varprox.reduced.matrix import (
     KEPT_BYTES,
-    dimensions,
     gauss_newton_matrix,
     gauss_newton_root,
     keeps_rows,
@@ -41,7 +39,6 @@ WORTH = 2  # steps in a Krylov space for one of a formed model: on networks 1.2 
 # How many times the mean curvature is added to that of a weight in the norm of steps. On the zoo 1,
 # 10 and 100 solve 52, 57 and 55 % of the problems to 1e-6 of the known decrease.
 EVEN = 10
-LARGEST = 2**28  # entries of a matrix that is formed unasked
 
 
 class Form(IntEnum):
@@ -442,33 +439,7 @@ def elsewhere(form: Any) -> Any:
     return form if learnt is None else replace(form, secant=secant.elsewhere(learnt))
 
 
-def usable(problem: Problem, theta: Any, inputs: Any) -> tuple[Form, ...]:
-    """The forms that these features allow."""
-    forward, reverse = derivatives(problem, theta, inputs)
-    alone = reverse and treats_samples_alone(problem, theta, inputs)
-    allowed = {
-        Form.KRYLOV: forward and reverse,
-        Form.DENSE: alone,
-        Form.KERNEL: alone and tikhonov_weight(problem.theta_penalty) is not None,
-        Form.FORWARD: forward,
-    }
-    return tuple(form for form in Form if allowed[form])
-
-
-def choose(
-    forms: tuple[Form, ...], problem: Problem, theta: Any, data: tuple, w: Any, *, rank, kaufman
-) -> Form:
-    """Of the forms the one that takes the fewest operations for what its steps are worth.
-
-    Only the shapes of the arrays matter.
-    """
-    samples = len(data[1])
-    sizes = Sizes(
-        samples=samples,
-        weights=sum(leaf.size for leaf in jax.tree.leaves(theta)),
-        rows=(samples + len(w)) * dimensions(problem, w, data[1]) + (0 if kaufman else w.size),
-        passes=passes(w, kaufman=kaufman),
-        rank=rank,
-    )
-    small = [form for form in forms if FORMS[form].entries(sizes) <= LARGEST]
-    return min(small or forms, key=lambda form: FORMS[form].operations(sizes))
+def takes_kaufman(w: Any, kaufman: bool | None) -> bool:
+    """Is A left out of the matrix? None stands for fewer outputs than columns."""
+    columns, outputs = w.shape
+    return outputs < columns if kaufman is None else kaufman

@@ -8,15 +8,15 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from varprox.checks import check_flag, check_integer, check_number, named
-from varprox.methods.forms import FORMS, Form, Settings, choose, elsewhere, usable
+from varprox.methods.form_choice import select_form
+from varprox.methods.forms import FORMS, Form, Settings, elsewhere, takes_kaufman
 from varprox.methods.method import Method, Status, check_all, check_state
 from varprox.numerics import trust_region
 from varprox.numerics.krylov import norm
 from varprox.precision import full_products
-from varprox.problem.data import automatic, check_data, zero_w
+from varprox.problem.data import automatic, check_data
 from varprox.problem.model import Problem, check_problem
 from varprox.problem.penalties import tikhonov_weight
-from varprox.problem.traits import derivatives
 from varprox.reduced.projection import (
     Projection,
     is_exact,
@@ -320,42 +320,6 @@ def _init(problem, theta, data, key=None, before=None, *, curvature, rank, kaufm
     )
 
 
-def select_form(
-    problem: Problem, theta: Any, data: tuple, curvature: str = "auto", *, rank=20, kaufman=None
-) -> Form:
-    """The form that this `curvature` of `gnvpro` stands for.
-
-    Raises ValueError, with those that work, where the features do not allow it.
-    """
-    inputs, targets = data
-    allowed = usable(problem, theta, inputs)
-    asked = Form if curvature == "auto" else (Form[curvature.upper()],)
-    forms = tuple(form for form in allowed if form in asked)
-    if not forms:
-        names = [repr(form.name.lower()) for form in allowed]
-        instead = f"curvature={' or '.join(names)}" if names else "varprox.broydenvpro"
-        why = _why(problem, theta, inputs, curvature, allowed)
-        raise ValueError(f"curvature: expected {instead} for features {why}, got {curvature!r}")
-    z = jax.eval_shape(problem.model.features, theta, inputs)
-    w = jax.eval_shape(lambda: zero_w(problem, z, targets))
-    kaufman = _kaufman(w, kaufman)
-    return choose(forms, problem, theta, data, w, rank=rank, kaufman=kaufman)
-
-
-def _why(problem, theta, inputs, curvature, allowed):
-    """What the features are like, where a form cannot be had."""
-    forward, reverse = derivatives(problem, theta, inputs)
-    if not forward and not reverse:
-        return "that cannot be differentiated"
-    if not reverse and curvature != "forward":
-        return "without a derivative in reverse mode"
-    if curvature == "kernel" and Form.DENSE in allowed:
-        return "whose penalty on theta is not Tikhonov's"
-    if curvature in ("krylov", "forward"):
-        return "without a derivative in forward mode"
-    return "that depend on the other samples of the batch"
-
-
 @partial(jax.jit, static_argnames=("form", "memory", "whiten", "kaufman"))
 @full_products
 def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
@@ -385,7 +349,7 @@ def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
             data,
             memory=memory,
             whiten=whiten,
-            kaufman=_kaufman(projection.w, kaufman),
+            kaufman=takes_kaufman(projection.w, kaufman),
         ),
         low=jnp.zeros((), jnp.int32),
         idle=jnp.zeros((), jnp.int32),
@@ -393,11 +357,6 @@ def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
         work_units=jnp.int32(3 if form is Form.KRYLOV and whiten else 1),
         status=jnp.where(jnp.isfinite(value), Status.RUNNING, Status.NON_FINITE).astype(jnp.int32),
     )
-
-
-def _kaufman(w, kaufman):
-    columns, outputs = w.shape
-    return outputs < columns if kaufman is None else kaufman
 
 
 def _step(problem, options, state, data, **static):
@@ -413,7 +372,7 @@ def _advance(problem, options, state, data, *, rank, kaufman, w_curvature):
     form, at = state.form, state.projection
     if not problem.loss.quadratic:
         at = at._replace(factor=form.factor(problem, at.rows, at.w, data[1]))
-    settings = Settings(rank, options.flat, w_curvature, _kaufman(state.w, kaufman))
+    settings = Settings(rank, options.flat, w_curvature, takes_kaufman(state.w, kaufman))
     model = form.model(problem, state.theta, data, at, settings, state.radius, state.newton)
 
     # ... is minimised in smaller and smaller balls, until the objective follows.

@@ -4,8 +4,9 @@ from typing import Any
 
 import jax
 
-from varprox.methods.forms import Form, usable
-from varprox.methods.gnvpro import gnvpro, select_form
+from varprox.methods.form_choice import select_form, usable
+from varprox.methods.forms import Form
+from varprox.methods.gnvpro import gnvpro
 from varprox.methods.method import Method
 from varprox.methods.quasi_newton import MAX_BYTES, broydenvpro, bytes_of_inverse, lbfgsvpro
 from varprox.problem.data import check_data
