@@ -18,7 +18,7 @@ from flax import nnx
 from problems import features, initial_theta, loss_value, make_data, plain_rows
 
 import varprox as vp
-from varprox.methods import forms
+from varprox.methods import form_choice
 from varprox.training import choice
 
 loop = importlib.import_module("varprox.training.fit")
@@ -448,7 +448,7 @@ def test_without_a_method_the_curvature_is_formed_where_it_can_be(x64, monkeypat
     expected = vp.fit(vp.gnvpro(problem, curvature="dense"), theta, data, epochs=2)
     np.testing.assert_array_equal(solution.history["objective"], expected.history["objective"])
 
-    monkeypatch.setattr(forms, "LARGEST", 10)
+    monkeypatch.setattr(form_choice, "LARGEST", 10)
     jax.clear_caches()  # the choice is made when a method is compiled
     for build in (vp.broydenvpro, vp.lbfgsvpro):
         solution = vp.fit(problem, theta, data, epochs=2)

@@ -302,6 +302,17 @@ def test_validation_and_metrics_see_weights(x64):
     np.testing.assert_allclose(history["objective"][-1], objective, rtol=1e-10)
 
 
+def test_validation_data_without_weights_have_weights_of_one(x64):
+    times, observed, weights = curves()
+    validation = times[::2], np.nan_to_num(observed)[::2]
+    solution = vp.fit(
+        vp.lbfgsvpro(CURVES), START, (times, observed, weights), epochs=1, validation=validation,
+        metrics={"error": lambda p, c, weights: jnp.mean(weights * (p - c) ** 2)},
+    )  # fmt: skip
+    error, loss = (solution.history[f"validation_{name}"][-1] for name in ("error", "loss"))
+    np.testing.assert_allclose(3 * error / 2, loss, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["dense", "slimtrain"])
 def test_runs_with_weights_are_kept_and_taken_up(name, tmp_path, x64):
     data, batch_size = curves(), None
@@ -336,6 +347,7 @@ ONES = np.ones((16, 2))
 WRONG = {
     "a list": (wrong([1.0] * 16), TypeError, "weights: expected arrays"),
     "a shape": (wrong(np.ones(15)), ValueError, r"weights: expected shape \(16,\), one for each s"),
+    "complex": (wrong(np.ones(16) * 1j), TypeError, "weights: expected real numbers, got dtype c"),
     "text": (wrong(np.array(["a"] * 16)), TypeError, "weights: expected arrays that JAX takes"),
     "below zero": (wrong(-np.ones(16)), ValueError, "weights: expected finite numbers ≥ 0"),
     "nan": (wrong(np.full(16, np.nan)), ValueError, "weights: expected finite numbers ≥ 0"),
@@ -364,6 +376,29 @@ def test_what_are_no_weights_is_refused(name, x64):
     (loss, data), error, message = WRONG[name]
     with pytest.raises(error, match=message):
         vp.solve_w(problem_of(loss), initial_theta(), data)
+
+
+def test_weights_of_none_are_no_weights(x64):
+    inputs, targets = make_data("least_squares", 2)
+    found, expected = (
+        vp.solve_w(problem_of("least_squares"), initial_theta(), data)
+        for data in ((inputs, targets, None), (inputs, targets))
+    )
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("name", ["dense", "lbfgsvpro"])
+def test_a_step_of_a_full_batch_method_is_refused_other_weights_than_init(name, x64):
+    times, observed, weights = curves()
+    complete = np.nan_to_num(observed)
+    method = METHODS[name](CURVES)
+    state = method.init(START, (times, observed, weights))
+    with pytest.raises(ValueError, match="weights: expected one for each entry"):
+        method.step(state, (times, complete))
+    state = method.init(START, (times, complete, weights[:, 0]))
+    with pytest.raises(ValueError, match="weights: expected one for each entry"):
+        method.step(state, (times, observed, weights))
+    assert method.step(state, (times, complete, weights[:, 0]))[1].objective < state.objective
 
 
 def test_a_step_is_refused_other_data_than_init(x64):

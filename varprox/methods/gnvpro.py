@@ -361,7 +361,7 @@ def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
 
 def _step(problem, options, state, data, **static):
     check_state("gnvpro", isinstance(state, State), state)
-    data = check_all(state, automatic(data))
+    data = check_all(problem, state, automatic(data))
     return _advance(problem, options, state, data, **static)
 
 

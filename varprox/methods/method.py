@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from varprox.checks import is_result, kind
 from varprox.problem.data import check_inputs, check_pair
+from varprox.problem.model import Problem
+from varprox.problem.weighted import alike
 
 
 class Status(IntEnum):
@@ -118,7 +120,7 @@ def check_state(name: str, own: bool, state: Any) -> None:
         raise TypeError(f"state: expected one of {name}, got {came}{hint}")
 
 
-def check_all(state: Any, data: Any) -> tuple:
+def check_all(problem: Problem, state: Any, data: Any) -> tuple:
     """Inputs and targets, as `check_pair` has them. Refuses data that are not shaped like those
     that `init` of a full-batch method was given with a TypeError or ValueError. Looks at no
     number."""
@@ -130,4 +132,9 @@ def check_all(state: Any, data: Any) -> tuple:
             f"step takes all of them, got {targets.shape}"
         )
     check_inputs(inputs, targets)
+    if problem.loss.quadratic and alike(targets) != (len(state.projection.factor.blocks) == 1):
+        raise ValueError(
+            "weights: expected one for each entry of the targets if, and only if, the data that "
+            "init was given had these, got others"
+        )
     return inputs, targets

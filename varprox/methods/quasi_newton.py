@@ -342,7 +342,7 @@ def _size(at):
 def _step(problem, tolerance, kind, state, data):
     own = isinstance(state, State) and isinstance(state.inverse, kind)
     check_state({Pairs: "lbfgsvpro", Broyden: "broydenvpro"}[kind], own, state)
-    data = check_all(state, automatic(data))
+    data = check_all(problem, state, automatic(data))
     new, info = _advance(problem, tolerance, state, data)
     return new._replace(inverse=new.inverse.after(state.inverse)), info
 

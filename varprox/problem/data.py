@@ -107,7 +107,7 @@ def check_pair(data: Any) -> tuple[Any, Targets]:
     for leaf in jax.tree.leaves(inputs):
         check_array("inputs", leaf)
     check_array("targets", plain(targets))
-    if not weights:
+    if not weights or weights[0] is None:
         return inputs, targets
     return inputs, weighted(targets, *weights)
 
@@ -123,8 +123,8 @@ def weighted(targets: jax.Array, weights: jax.Array) -> Weighted:
             f"weights: expected shape {of_samples}, one for each sample, or {targets.shape}, one "
             f"for each entry of the targets, got {weights.shape}"
         )
-    if not (weights.dtype == bool or jnp.issubdtype(weights.dtype, jnp.number)):
-        raise TypeError(f"weights: expected numbers, got dtype {weights.dtype}")
+    if jnp.issubdtype(weights.dtype, jnp.complexfloating):
+        raise TypeError(f"weights: expected real numbers, got dtype {weights.dtype}")
     weights = weights.astype(targets.dtype)
     return gapless(targets, weights.reshape(*weights.shape, *[1] * (targets.ndim - weights.ndim)))
 

@@ -47,6 +47,13 @@ def plain(targets: Targets) -> jax.Array:
     return targets.values if isinstance(targets, Weighted) else targets
 
 
+def weights_of(targets: Targets) -> jax.Array:
+    """The weights, which are ones where there are none."""
+    if isinstance(targets, Weighted):
+        return targets.weights
+    return jnp.ones((len(targets), *(targets.ndim - 1) * (1,)), targets.dtype)
+
+
 def mapped(fn: Callable, targets: Targets) -> Targets:
     """`fn` of the targets, with the same weights."""
     if isinstance(targets, Weighted):

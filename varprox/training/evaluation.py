@@ -11,7 +11,7 @@ from varprox.methods.slimtrain import with_learned
 from varprox.precision import full_products
 from varprox.problem.model import Problem
 from varprox.problem.prediction import predict
-from varprox.problem.weighted import Targets, Weighted, plain
+from varprox.problem.weighted import Targets, Weighted, plain, weights_of
 
 
 def problem_at(method: Method, state: Any) -> Problem:
@@ -34,6 +34,7 @@ def evaluations(
     problem: Problem, state: Any, sets: Mapping[str, tuple], metrics: Mapping[str, Callable]
 ) -> dict[str, float]:
     """The columns for which the network is evaluated, on each of the sets of data."""
+    weighted = any(isinstance(targets, Weighted) for _, targets in sets.values())
     row = {}
     for name, (inputs, targets) in sets.items():
         if name == "train" and not metrics:
@@ -42,7 +43,7 @@ def evaluations(
         if name == "validation":
             row["validation_loss"] = float(loss_of(problem, predictions, targets))
         for metric, fn in metrics.items():
-            given = (targets.weights,) if isinstance(targets, Weighted) else ()
+            given = (weights_of(targets),) if weighted else ()
             row[f"{name}_{metric}"] = _scalar(metric, fn(predictions, plain(targets), *given))
     return row
 

@@ -109,7 +109,8 @@ def fit(
             on. For other data see ``method.init``.
         validation: Data like ``data``, or None. Their loss is the column ``validation_loss``.
         metrics: A mapping from names to functions ``(predictions, targets) -> scalar``, or None.
-            Data with weights have these, (batch, 1) or shaped like the targets, as a third one.
+            If the data have weights, they are a third argument, (batch, 1) or shaped like the
+            targets.
             Each is evaluated on ``data`` and on ``validation`` and fills the columns
             ``train_<name>`` and ``validation_<name>``. The name ``"loss"`` is taken.
         evaluate_every: The number of steps or epochs between evaluations of the metrics and the
