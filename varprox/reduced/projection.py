@@ -25,7 +25,7 @@ from varprox.reduced.w_hessian import (
 )
 
 LIFETIME = 20  # products that a factor serves for, which take about as long as making it
-NO_FACTOR = 10**6  # products spent on a factor that is none
+WORN = LIFETIME + 1  # products after which it is made anew, as is one that is none
 RANK, FLAT, ITERATIONS = 24, 1e-2, 50  # of the Newton–Krylov iterations
 
 
@@ -62,7 +62,7 @@ def start_projection(problem: Problem, rows, targets) -> Projection:
         ),
         jnp.array(jnp.inf, rows.dtype),
         jnp.zeros((), jnp.int32),
-        jnp.int32(NO_FACTOR),
+        jnp.int32(WORN),
     )
 
 
@@ -200,7 +200,7 @@ def _newton(problem, rows, targets, start, tolerance, relative):
 def _life_of_a_factor(task, carry):
     """Iterations with one factor, which is made anew where it is worn."""
     at, factor, products, spent, _ = carry
-    worn = spent > LIFETIME
+    worn = spent >= WORN
 
     def anew():
         w = to_w(at.point.x, task.columns)
@@ -209,7 +209,7 @@ def _life_of_a_factor(task, carry):
     factor = jax.lax.cond(worn, anew, lambda: factor)
     spent = jnp.where(worn, 0, spent)
     at = jax.lax.while_loop(
-        lambda at: ~task.done(at) & at.accepted & (spent + at.products <= LIFETIME),
+        lambda at: ~task.done(at) & at.accepted & (spent + at.products < WORN),
         partial(_iteration, task, factor),
         at._replace(
             preconditioned=factor.transposed_root(at.point.gradient),
@@ -219,7 +219,7 @@ def _life_of_a_factor(task, carry):
     )
     # With a new factor, a step that is not accepted has met rounding.
     done = task.done(at) | (worn & ~at.accepted)
-    spent = jnp.where(at.accepted, spent + at.products, NO_FACTOR)
+    spent = jnp.where(at.accepted, spent + at.products, WORN)
     return at, factor, products + at.products, spent, done
 
 
