@@ -22,6 +22,8 @@ METHODS = {
     "lbfgsvpro": functools.partial(vp.lbfgsvpro, memory=8),
     "broydenvpro": vp.broydenvpro,
 }
+FORWARD = {"gnvpro-forward": functools.partial(vp.gnvpro, curvature="forward")}
+FULL_BATCH = METHODS | FORWARD
 RIVALS = {  # which train θ and W together
     "gn": functools.partial(baselines.gn, rank=8),
     "lbfgs": baselines.lbfgs,

@@ -4,30 +4,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from methods import FULL_BATCH
 from problems import LOSSES, assert_taylor, direction, features, initial_theta, make_data, move
 
 import varprox as vp
-
-METHODS = {
-    "krylov": lambda problem: vp.gnvpro(problem, curvature="krylov", rank=4),
-    "dense": lambda problem: vp.gnvpro(problem, curvature="dense"),
-    "kernel": lambda problem: vp.gnvpro(problem, curvature="kernel"),
-    "forward": lambda problem: vp.gnvpro(problem, curvature="forward"),
-    "lbfgsvpro": vp.lbfgsvpro,
-    "broydenvpro": vp.broydenvpro,
-}
 
 
 def problem_of(loss, chunk, fn=features):
     return vp.Problem(vp.Separable(fn), LOSSES[loss], 1e-2, 1e-2, chunk=chunk)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", FULL_BATCH)
 def test_a_run_in_chunks_is_the_run(name, x64):
     """17 samples: chunks of 5, and two samples that are left."""
     data = make_data("least_squares", 2, samples=17)
     whole, parts = (
-        vp.fit(METHODS[name](problem_of("least_squares", chunk)), initial_theta(), data, epochs=4)
+        vp.fit(
+            FULL_BATCH[name](problem_of("least_squares", chunk)), initial_theta(), data, epochs=4
+        )
         for chunk in (None, 5)
     )
     objective = whole.history["objective"]
@@ -61,7 +55,7 @@ def deep(theta, inputs):
     return z
 
 
-@pytest.mark.parametrize("name", ["krylov", "lbfgsvpro"])
+@pytest.mark.parametrize("name", ["gnvpro-krylov", "lbfgsvpro"])
 def test_memory_grows_by_rows_alone(name, x64):
     """Ten layers of 16 units: without chunks a step holds all of them, for 8 kB of rows a hundred
     samples. With chunks each further sample takes some copies of its row and nothing else."""
@@ -69,7 +63,7 @@ def test_memory_grows_by_rows_alone(name, x64):
     row = 17 * 8
 
     def bytes_of(samples, chunk):
-        method = METHODS[name](problem_of("least_squares", chunk, deep))
+        method = FULL_BATCH[name](problem_of("least_squares", chunk, deep))
         data = np.ones((samples, 16)), np.ones((samples, 1))
         state = jax.eval_shape(method.init, theta, data)
         compiled = jax.jit(method.step).lower(state, data).compile()

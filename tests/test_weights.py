@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import scipy.optimize
+from methods import FULL_BATCH
 from problems import LOSSES, features, initial_theta, make_data, relative
 
 import varprox as vp
@@ -124,22 +125,12 @@ def solved_by_scipy(data):
     return found.x, found.cost / len(times)
 
 
-METHODS = {
-    "krylov": lambda problem: vp.gnvpro(problem, curvature="krylov", rank=2),
-    "dense": lambda problem: vp.gnvpro(problem, curvature="dense"),
-    "kernel": lambda problem: vp.gnvpro(problem, curvature="kernel"),
-    "forward": lambda problem: vp.gnvpro(problem, curvature="forward"),
-    "lbfgsvpro": vp.lbfgsvpro,
-    "broydenvpro": vp.broydenvpro,
-    "default": lambda problem: problem,
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*FULL_BATCH, "default"])
 def test_every_full_batch_method_fits_curves_with_gaps(name, x64):
     data = curves()
     theta, objective = solved_by_scipy(data)
-    solution = vp.fit(METHODS[name](CURVES), START, data, max_work=300)
+    method = CURVES if name == "default" else FULL_BATCH[name](CURVES)
+    solution = vp.fit(method, START, data, max_work=300)
     assert solution.status == vp.Status.CONVERGED
     assert abs(solution.history["objective"][-1] / objective - 1) < 1e-9
     np.testing.assert_allclose(solution.theta, theta, atol=1e-5)
@@ -387,11 +378,11 @@ def test_weights_of_none_are_no_weights(x64):
     np.testing.assert_array_equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["dense", "lbfgsvpro"])
+@pytest.mark.parametrize("name", ["gnvpro-dense", "lbfgsvpro"])
 def test_a_step_of_a_full_batch_method_is_refused_other_weights_than_init(name, x64):
     times, observed, weights = curves()
     complete = np.nan_to_num(observed)
-    method = METHODS[name](CURVES)
+    method = FULL_BATCH[name](CURVES)
     state = method.init(START, (times, observed, weights))
     with pytest.raises(ValueError, match="weights: expected one for each entry"):
         method.step(state, (times, complete))
