@@ -15,14 +15,22 @@ LARGEST = 2**28  # entries of a matrix that is formed unasked
 
 
 def select_form(
-    problem: Problem, theta: Any, data: tuple, curvature: str = "auto", *, rank=20, kaufman=None
+    problem: Problem,
+    theta: Any,
+    data: tuple,
+    curvature: str = "auto",
+    *,
+    allowed: tuple[Form, ...] | None = None,
+    rank: int = 20,
+    kaufman: bool | None = None,
 ) -> Form:
-    """The form that this `curvature` of `gnvpro` stands for.
+    """The form that this `curvature` of `gnvpro` stands for; `allowed` are those that are `usable`,
+    where this is known.
 
     Raises ValueError, with those that work, where the features do not allow it.
     """
     inputs, targets = data
-    allowed = usable(problem, theta, inputs)
+    allowed = usable(problem, theta, inputs) if allowed is None else allowed
     asked = Form if curvature == "auto" else (Form[curvature.upper()],)
     forms = tuple(form for form in allowed if form in asked)
     if not forms:

@@ -303,12 +303,17 @@ def gnvpro(
     return Method(init, step, problem, name="gnvpro")
 
 
-def _init(problem, theta, data, key=None, before=None, *, curvature, rank, kaufman, memory, whiten):
+def _init(
+    problem, theta, data, key=None, before=None, form=None,
+    *, curvature, rank, kaufman, memory, whiten,
+):  # fmt: skip
+    """`form` is the one that `curvature` stands for, where this is known."""
     theta, data = automatic((theta, data))
     data = check_data(problem, theta, data, full_batch=True)
     static = {"memory": memory, "whiten": whiten, "kaufman": kaufman}
     if before is None:
-        form = select_form(problem, theta, data, curvature, rank=rank, kaufman=kaufman)
+        if form is None:
+            form = select_form(problem, theta, data, curvature, rank=rank, kaufman=kaufman)
         return _start(problem, theta, data, None, form=form, **static)
     check_state("gnvpro", isinstance(before, State), before)
     fresh = _start(problem, theta, data, before.w, form=before.form.kind, **static)

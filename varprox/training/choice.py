@@ -1,5 +1,6 @@
 """Which methods `fit` runs where it is given a problem."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -25,15 +26,18 @@ FEW = 20
 def default_methods(problem: Problem, theta: Any, data: tuple) -> list[Method]:
     """The methods for a problem, each of which is run where the one before has stalled."""
     data = check_data(problem, theta, data, full_batch=True)
-    _, reverse = derivatives(problem, theta, data[0])
     forms = usable(problem, theta, data[0])
+    # Without a form features may have a derivative in reverse, and couple samples.
+    reverse = derivatives(problem, theta, data[0])[1] if not forms else forms != (Form.FORWARD,)
     # Where samples are coupled pairs are not whitened, and the whole is worth more.
     most = WHOLE if Form.DENSE in forms else MAX_BYTES
     by_gradients = broydenvpro if bytes_of_inverse(theta) <= most else lbfgsvpro
     if reverse and not forms:
         return [by_gradients(problem)]
-    form = select_form(problem, theta, data)
+    form = select_form(problem, theta, data, allowed=forms)
     size = sum(leaf.size for leaf in jax.tree.leaves(theta))
     if reverse and (form is Form.KRYLOV or (form is Form.FORWARD and size > FEW)):
         return [by_gradients(problem)]
-    return [gnvpro(problem), by_gradients(problem)] if reverse else [gnvpro(problem)]
+    method = gnvpro(problem)
+    method = method._replace(init=partial(method.init, form=form))
+    return [method, by_gradients(problem)] if reverse else [method]
