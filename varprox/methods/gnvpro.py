@@ -14,7 +14,7 @@ from varprox.methods.method import Method, Status, check_all, check_state
 from varprox.numerics import trust_region
 from varprox.numerics.krylov import norm
 from varprox.precision import full_products
-from varprox.problem.data import automatic, check_data
+from varprox.problem.data import check_data
 from varprox.problem.model import Problem, check_problem
 from varprox.problem.penalties import tikhonov_weight
 from varprox.reduced.projection import (
@@ -308,8 +308,7 @@ def _init(
     *, curvature, rank, kaufman, memory, whiten,
 ):  # fmt: skip
     """`form` is the one that `curvature` stands for, where this is known."""
-    theta, data = automatic((theta, data))
-    data = check_data(problem, theta, data, full_batch=True)
+    theta, data = check_data(problem, theta, data, full_batch=True)
     static = {"memory": memory, "whiten": whiten, "kaufman": kaufman}
     if before is None:
         if form is None:
@@ -366,7 +365,7 @@ def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
 
 def _step(problem, options, state, data, **static):
     check_state("gnvpro", isinstance(state, State), state)
-    data = check_all(problem, state, automatic(data))
+    data = check_all(problem, state, data)
     return _advance(problem, options, state, data, **static)
 
 

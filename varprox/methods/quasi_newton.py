@@ -15,7 +15,7 @@ from varprox.methods.method import Method, Status, check_all, check_state
 from varprox.numerics.inverse_hessian import Broyden, Pairs, no_pairs, start_broyden
 from varprox.numerics.line_search import ENOUGH, FIRST_ENOUGH, search
 from varprox.precision import full_products
-from varprox.problem.data import automatic, check_data
+from varprox.problem.data import check_data
 from varprox.problem.model import Problem, check_problem
 from varprox.reduced.projection import (
     Projection,
@@ -249,8 +249,7 @@ def _method(problem, tolerance, *, memory, max_bytes):
 
 def _init(problem, theta, data, key=None, projection=None, *, memory, max_bytes):
     """`projection` is one at these weights, from which that under another loss is found faster."""
-    theta, data = automatic((theta, data))
-    data = check_data(problem, theta, data, full_batch=True)
+    theta, data = check_data(problem, theta, data, full_batch=True)
     _check_reverse(problem, theta, data[0])
     if memory is None and (taken := bytes_of_inverse(theta)) > max_bytes:
         raise ValueError(
@@ -342,7 +341,7 @@ def _size(at):
 def _step(problem, tolerance, kind, state, data):
     own = isinstance(state, State) and isinstance(state.inverse, kind)
     check_state({Pairs: "lbfgsvpro", Broyden: "broydenvpro"}[kind], own, state)
-    data = check_all(problem, state, automatic(data))
+    data = check_all(problem, state, data)
     new, info = _advance(problem, tolerance, state, data)
     return new._replace(inverse=new.inverse.after(state.inverse)), info
 

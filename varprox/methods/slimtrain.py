@@ -16,7 +16,7 @@ from varprox.methods.selection import proportional
 from varprox.methods.slimtik import State as Tikhonov
 from varprox.methods.slimtik import centre_and_unit, checked, raised, start_tikhonov, tikhonov_step
 from varprox.precision import full_products
-from varprox.problem.data import automatic, check_data, check_pair, zero_w
+from varprox.problem.data import check_data, check_pair, zero_w
 from varprox.problem.heads import has_bias
 from varprox.problem.model import Problem, Separable, check_problem
 from varprox.problem.prediction import predict
@@ -259,8 +259,7 @@ def _is_key(leaf):
 
 def _init(static, options, theta, data, key=None):
     problem, tikhonov_options = options
-    theta, data = automatic((theta, data))
-    inputs, targets = check_data(problem, theta, data, images=True)
+    theta, (inputs, targets) = check_data(problem, theta, data, images=True)
     head = problem.model.head
     w = zero_w(problem, jax.eval_shape(problem.model.features, theta, inputs), targets)
     theta, targets = jax.tree.map(jnp.asarray, (theta, targets))
@@ -317,7 +316,7 @@ def _epoch(static, options, state, data, *, batch_size):
     """`varprox.methods.minibatches.epoch`; where not all of it was finite, or what it ends with is
     not for one more batch, the last θ that a batch has verified comes back."""
     check_state("slimtrain", isinstance(state, State), state)
-    data = check_pair(automatic(data))
+    data = check_pair(data)
     _check_like(state, data)
     state, infos = epoch(_advance, static, options, state, data, batch_size=batch_size)
     inputs = jax.tree.map(lambda leaf: leaf[:batch_size], data[0])
@@ -338,7 +337,7 @@ def _verified(options, state, inputs, finite):
 
 def _step(static, options, state, batch):
     check_state("slimtrain", isinstance(state, State), state)
-    return _advance(static, options, state, check_pair(automatic(batch)))
+    return _advance(static, options, state, check_pair(batch))
 
 
 @partial(jax.jit, static_argnums=0)

@@ -24,9 +24,9 @@ from varprox.problem.weighted import Targets, Weighted, gapless, plain
 
 def check_data(
     problem: Problem, theta, data, *, images: bool = False, full_batch: bool = False
-) -> tuple[Any, Targets]:
-    """Inputs and targets, `Weighted` where the data have weights. Refuses data that the problem
-    cannot be solved for; passes in silence under trace.
+) -> tuple[Any, tuple[Any, Targets]]:
+    """θ, and the pair of inputs and targets, `Weighted` where the data have weights; both
+    `automatic`. Refuses data that the problem cannot be solved for; passes in silence under trace.
 
     Convolutional heads, and images as targets, are for methods that say they take `images`. A
     `full_batch` method is refused features that learn from the batches they see, to which it shows
@@ -41,6 +41,7 @@ def check_data(
             "problem: expected a model with a dense head; one with a convolutional head is trained "
             "by varprox.slimtrain"
         )
+    theta = automatic(theta)
     data = inputs, targets = check_pair(data)
     dtype = _check_arrays(problem, theta, inputs, targets)
     _check_targets(problem, targets, of_images)
@@ -60,7 +61,7 @@ def check_data(
         _check_weights(problem, targets)
         for _, part in _held(plain(targets)):
             problem.loss.check(part)
-    return data
+    return theta, data
 
 
 def automatic(tree: Any) -> Any:
@@ -95,15 +96,15 @@ def _automatic(leaf):
 
 
 def check_pair(data: Any) -> tuple[Any, Targets]:
-    """Inputs and targets, `Weighted` where weights are a third of the data; TypeError or ValueError
-    where these are no arrays that go together. Looks at no number."""
+    """Inputs and targets, `Weighted` where weights are a third of the data, and `automatic`;
+    TypeError or ValueError where these are no arrays that go together. Looks at no number."""
     if not (isinstance(data, tuple | list) and len(data) in (2, 3)):
         came = f"{type(data).__name__} of {len(data)}" if isinstance(data, tuple | list) else ""
         raise TypeError(
             "data: expected a pair (inputs, targets), or (inputs, targets, weights), got "
             f"{came or kind(data)}"
         )
-    inputs, targets, *weights = data
+    inputs, targets, *weights = automatic(data)
     for leaf in jax.tree.leaves(inputs):
         check_array("inputs", leaf)
     check_array("targets", plain(targets))

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 
 from varprox.precision import full_products
-from varprox.problem.data import automatic, check_data
+from varprox.problem.data import check_data
 from varprox.problem.model import Problem
 from varprox.reduced.objective import w_of_rows
 from varprox.reduced.projection import Projection
@@ -129,8 +129,7 @@ def gauss_newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
         Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, section 3; Golub and
         Pereyra, Inverse Problems 19 (2003) R1.
     """
-    theta, data = automatic((theta, data))
-    data = check_data(problem, theta, data)
+    theta, data = check_data(problem, theta, data)
     return linearise(problem, theta, data)
 
 
@@ -172,8 +171,7 @@ def newton(problem: Problem, theta: Any, data: tuple) -> Curvature:
         Newman, Ruthotto, Hart, van Bloemen Waanders, arXiv:2007.13171, section 3; Golub and
         Pereyra, Inverse Problems 19 (2003) R1.
     """
-    theta, data = automatic((theta, data))
-    data = check_data(problem, theta, data)
+    theta, data = check_data(problem, theta, data)
     return linearise(problem, theta, data, full=True)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from varprox.precision import full_products
-from varprox.problem.data import automatic, check_data
+from varprox.problem.data import check_data
 from varprox.problem.model import Problem, check_problem
 from varprox.reduced.projection import project, start_projection
 from varprox.reduced.w_hessian import hessian_factor, hessian_map, hessian_solver
@@ -129,8 +129,7 @@ def solve_w(problem: Problem, theta: Any, data: tuple) -> jax.Array:
         >>> [round(float(x), 3) for x in w[:, 0]]  # the kernel and the bias
         [3.0, 1.0]
     """
-    theta, data = automatic((theta, data))
-    data = check_data(problem, theta, data)
+    theta, data = check_data(problem, theta, data)
     return _reduced(problem, theta, data)[1]
 
 
@@ -172,8 +171,7 @@ def reduced_objective(problem: Problem) -> Callable:
     check_problem(problem)
 
     def reduced(theta, data):
-        theta, data = automatic((theta, data))
-        data = check_data(problem, theta, data)
+        theta, data = check_data(problem, theta, data)
         return _reduced(problem, theta, data)
 
     return reduced

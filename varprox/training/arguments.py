@@ -145,7 +145,9 @@ def _shapes(tree):
 def check_validation(method: Method, theta: Any, data: tuple, validation: Any) -> tuple:
     """Validation data as `check_data` returns them. Refuses those that are not like the data."""
     try:
-        validation = check_data(method.problem, theta, validation, images=method.epoch is not None)
+        _, validation = check_data(
+            method.problem, theta, validation, images=method.epoch is not None
+        )
     except (TypeError, ValueError) as error:
         raise type(error)(f"validation: {error}") from None
     expected = data[1].shape[1:]

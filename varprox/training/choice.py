@@ -25,7 +25,7 @@ FEW = 20
 
 def default_methods(problem: Problem, theta: Any, data: tuple) -> list[Method]:
     """The methods for a problem, each of which is run where the one before has stalled."""
-    data = check_data(problem, theta, data, full_batch=True)
+    theta, data = check_data(problem, theta, data, full_batch=True)
     forms = usable(problem, theta, data[0])
     # Without a form features may have a derivative in reverse, and couple samples.
     reverse = derivatives(problem, theta, data[0])[1] if not forms else forms != (Form.FORWARD,)

@@ -15,7 +15,7 @@ import numpy as np
 
 from varprox.checks import check_flag, check_integer, check_number
 from varprox.methods.method import Method, Status
-from varprox.problem.data import automatic, check_data
+from varprox.problem.data import check_data
 from varprox.problem.model import Problem
 from varprox.training import storage
 from varprox.training.arguments import (
@@ -166,7 +166,6 @@ def fit(
         [3.] [[2.]] CONVERGED
     """
     check_concrete(theta, data)
-    theta, data, validation = automatic((theta, data, validation))
     methods = default_methods(method, theta, data) if isinstance(method, Problem) else [method]
     if not isinstance(methods[0], Method):
         raise TypeError(
@@ -175,7 +174,7 @@ def fit(
         )
     limits = check_limits("fit", max_work=max_work, max_seconds=max_seconds, epochs=epochs)
     stochastic = methods[0].epoch is not None
-    data = check_data(methods[0].problem, theta, data, images=stochastic)
+    theta, data = check_data(methods[0].problem, theta, data, images=stochastic)
     sets = {"train": data}
     if validation is not None:
         sets["validation"] = check_validation(methods[0], theta, data, validation)

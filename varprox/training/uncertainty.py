@@ -95,8 +95,8 @@ def covariance(problem: Problem, solution: Any, data: tuple) -> Covariance:
             "solution: expected a varprox.Solution or something else with theta and w, got "
             f"{kind(solution)}"
         )
-    theta, w, data = automatic((solution.theta, solution.w, data))
-    data = check_data(problem, theta, data)
+    w = automatic(solution.w)
+    theta, data = check_data(problem, solution.theta, data)
     check_w(problem, theta, w, data)
     forward, reverse = derivatives(problem, theta, data[0])
     if not (forward or reverse):
