@@ -34,9 +34,8 @@ def fit_many(
     All runs take their steps together, in one compiled function. A run that has ended stays as it
     is while others go on. Where most of the time goes into calls and not into arithmetic, this is
     faster than one run after the other: on one core 16 networks with 100 samples and 8 units took a
-    fifth to a twelfth of the time, and half of it under ``gnvpro`` in Krylov spaces; with 200 samples
-    and 16 units they took a half to a seventh. Rounding differs from
-    that of ``fit``.
+    fifth to a twelfth of the time, and half of it under ``gnvpro`` in Krylov spaces; with 200
+    samples and 16 units a half to a seventh. Rounding differs from that of ``fit``.
 
     Arguments:
         method: A ``Method``, such as ``vp.gnvpro(problem)``.
