@@ -109,6 +109,28 @@ def test_a_correction_leaves_an_error_of_third_order(loss, form, x64):
     assert (abs(orders[:, 0] + 2) < 0.1).all() and (orders[:, 1] < -2.8).all()
 
 
+@pytest.mark.parametrize("form", [Form.DENSE, Form.KERNEL, Form.FORWARD])
+def test_a_correction_is_solved_for_with_the_shift_of_its_step(form, x64):
+    """(H + σ R⁻ᵀR⁻¹) a = −(Jᵀ G + α₂ J_Wᵀ W + ∇R − g − H s) with G and W as given."""
+    theta, rng = initial_theta(), np.random.default_rng(0)
+    problem, data, reference = CASE.problem, CASE.data, dense_reference(CASE, theta, CASE.data)
+    flat, _ = ravel_pytree(theta)
+    rows = problem.model.rows(theta, data[0])
+    at = projection_at(problem, theta, data, reference.w)
+    model = make_model(form, problem, theta, rows, reference.w, data, at)
+    zero, shift = jnp.zeros(()), jnp.array(0.3)
+    step = trust_region.Step(rng.normal(size=flat.size), zero + 1, zero > 1, shift, shift)
+    slopes, w = rng.normal(size=data[1].shape), rng.normal(size=reference.w.shape)
+    s, a = model.root(step.step), model.root(model.correct(step, End(slopes, w)))
+
+    there = reference.jacobian.T @ slopes.ravel() + 1e-2 * (flat + s)
+    there += CASE.w_penalty * reference.w_jacobian.T @ w.ravel()
+    root = jax.vmap(model.root, out_axes=1)(jnp.eye(flat.size))
+    shifted = reference.gauss_newton + shift * np.linalg.inv(root @ root.T)
+    error = there - reference.gradient - reference.gauss_newton @ s
+    assert relative(shifted @ a, -error) < 1e-8
+
+
 def test_the_dense_norm_follows_the_diagonal_and_its_mean(x64):
     """And only ever grows."""
     theta, reference = initial_theta(), dense_reference(CASE, initial_theta(), CASE.data)

@@ -20,6 +20,7 @@ from scipy.optimize import least_squares, minimize
 
 import varprox as vp
 from varprox.methods.forms import EVEN, Form, Kernel
+from varprox.methods.gnvpro import PATIENCE
 from varprox.numerics import secant, trust_region
 from varprox.problem.model import objective
 
@@ -172,6 +173,10 @@ def test_newton_takes_over_where_gauss_newton_misjudges_the_curvature(x64):
         assert state.work_units == states[-2].work_units + cost
     newton = [bool(info.newton) for info in infos]
     assert not newton[0] and newton[-1] and newton == sorted(newton)
+    # The start and the hand-over leave the radius to be chosen anew.
+    first = newton.index(True)
+    unset = [k for k, state in enumerate(states) if np.isinf(state.radius)]
+    assert unset[:2] == [0, first] and states[first].low == PATIENCE
     assert states[-1].status == vp.Status.CONVERGED
     norms = [float(info.gradient_norm) for info in infos][newton.index(True) :]
     assert norms[1] < 1e-3 * norms[0] and norms[2] < 1e-9 * norms[1]
