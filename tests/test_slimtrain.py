@@ -4,7 +4,9 @@ Its contract is in test_method.py.
 """
 
 import functools
+import itertools
 import pickle
+from typing import NamedTuple
 
 import chex
 import jax
@@ -152,6 +154,38 @@ def test_an_epoch_is_its_steps(x64):
 def same_weights(state, theta, w):
     chex.assert_trees_all_equal(state.theta, jax.tree.map(jnp.asarray, theta))
     np.testing.assert_array_equal(state.w, w)
+
+
+class At(NamedTuple):
+    key: jax.Array
+    objective: jax.Array
+    status: jax.Array
+    place: jax.Array
+
+
+class Told(NamedTuple):
+    objective: jax.Array
+    finite: jax.Array
+
+
+def tell(fixed, values, state, batch):
+    value = values[state.place]
+    return state._replace(place=state.place + 1), Told(value, jnp.isfinite(value))
+
+
+def test_an_epoch_fails_where_finite_batches_lead_to_others(x64):
+    """All patterns of five batches. The objective is the mean of the finite ones."""
+    key, zero = jax.random.key_data(jax.random.key(0)), jnp.zeros((), jnp.int32)
+    start = At(key, jnp.array(7.0), zero, zero)
+    data = np.zeros((5, 1)), np.zeros((5, 1))
+    for finite in itertools.product([True, False], repeat=5):
+        values = np.where(finite, np.arange(5.0), np.nan)
+        after, infos = minibatches.epoch(tell, None, values, start, data, batch_size=1)
+        np.testing.assert_array_equal(infos.objective, values)
+        pairs = list(itertools.pairwise(finite))
+        fails = pairs.count((True, False)) > pairs.count((True, True)) or not any(finite)
+        assert after.status == (vp.Status.NON_FINITE if fails else vp.Status.RUNNING)
+        assert after.objective == (np.nanmean(values) if any(finite) else 7)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
