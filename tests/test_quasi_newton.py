@@ -373,3 +373,18 @@ def test_a_state_can_be_kept(build, x64):
     one, other = (jax.tree.leaves(method.step(s, data)) for s in (state, kept))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@methods
+@pytest.mark.parametrize("noise, status", [(1e-2, vp.Status.CONVERGED), (1e-4, vp.Status.STALLED)])
+def test_a_run_that_rounding_ends_has_converged_if_half_of_the_digits_are_left(name, noise, status):
+    """In single precision, with a residual of which rounding leaves more than half, or less."""
+    times = np.linspace(0, 2, 30, dtype=np.float32)
+    errors = np.random.default_rng(0).normal(size=times.shape)
+    targets = np.exp(-times) + np.exp(-4 * times) + (noise * errors).astype(np.float32)
+    problem = vp.Problem(vp.Separable(decays, vp.dense(bias=False)), vp.least_squares())
+    method = getattr(vp, name)(problem)
+    start = np.log(np.array([0.5, 6], np.float32))
+    solution = vp.fit(method, start, (times, targets[:, None]), max_work=400)
+    assert solution.status is status
+    np.testing.assert_allclose(np.exp(solution.theta), [1, 4], rtol=20 * noise)
