@@ -138,6 +138,13 @@ def test_an_epoch_is_shuffled_anew_and_fixed_by_its_seed(x64):
     assert counts.min() >= 1  # the one left out was not always the same
 
 
+def test_features_that_do_not_learn_leave_nothing_in_the_state(x64):
+    """Whatever arrays are bound to them."""
+    problem, theta, data = counting_task()
+    still = vp.Problem(vp.Separable(problem.model.features), vp.least_squares())
+    assert vp.slimtrain(still, optax.sgd(0.01)).init(theta, data).learned == []
+
+
 def test_an_epoch_is_its_steps(x64):
     """Run on one batch of everything an epoch is a step, whatever the order."""
     _, method, theta, data = make()
