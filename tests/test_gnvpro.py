@@ -23,6 +23,7 @@ from varprox.methods.forms import EVEN, Form, Kernel
 from varprox.methods.gnvpro import PATIENCE
 from varprox.numerics import secant, trust_region
 from varprox.problem.model import objective
+from varprox.reduced.projection import NO_FACTOR
 
 
 @losses
@@ -71,6 +72,16 @@ forms = pytest.mark.parametrize("name", FORMS)
 def test_the_start_has_the_exact_w(name, loss):
     _, data, (start, *_), *_ = run(name, loss)
     assert relative(start.w, reference(loss, start.theta, data)[1]) < 1e-8
+
+
+@forms
+def test_solves_for_w_start_with_the_factor_of_the_step(name):
+    """So a factor has only been used by the last solve, and by moving on to its rows."""
+    _, _, states, infos, *_ = run(name, "softmax_cross_entropy")
+    used = [int(state.projection.spent) for state in states[1:]]
+    assert max(int(info.w_products) for info in infos) > 0
+    for spent, info in zip(used, infos, strict=True):
+        assert spent in (info.w_products + 1, NO_FACTOR + 1) or not info.accepted
 
 
 @forms
