@@ -33,8 +33,8 @@ def make_model(form, problem, theta, rows, w, data, at, *, rank=1, whiten=False)
 
 @jax.jit
 def steps(problem, theta, data, w):
-    """Of every form the steps s for all radii, and what it measures their length by; the Krylov
-    space is full."""
+    """Of every form the steps s for all radii, what it measures their length by, and the length of
+    θ; the Krylov space is full."""
     rows = problem.model.rows(theta, data[0])
     at = projection_at(problem, theta, data, w)
     size = ravel_pytree(theta)[0].size
@@ -43,7 +43,8 @@ def steps(problem, theta, data, w):
         model = make_model(form, problem, theta, rows, w, data, at, rank=size, whiten=True)
         made = [model.step(jnp.array(radius), jnp.array(0.0)) for radius in RADII]
         root = jax.vmap(model.root, out_axes=1)(jnp.eye(size))
-        found[form] = [step._replace(step=model.root(step.step)) for step in made], root
+        inside = [step._replace(step=model.root(step.step)) for step in made]
+        found[form] = inside, root, model.reach
     return found
 
 
@@ -59,7 +60,7 @@ def test_all_forms_solve_the_same_problem(loss, samples, x64, monkeypatch):
     data = tuple(x[:samples] for x in case.data)
     reference = dense_reference(case, theta, data)
     newton = np.linalg.solve(reference.gauss_newton, -reference.gradient)
-    for (inside, *shorter), root in steps(case.problem, theta, data, reference.w).values():
+    for (inside, *shorter), root, _ in steps(case.problem, theta, data, reference.w).values():
         assert relative(inside.step, newton) < 1e-8
         assert abs(inside.decrease + 0.5 * reference.gradient @ newton) < 1e-8 * inside.decrease
         assert not inside.on_boundary
@@ -109,10 +110,32 @@ def test_a_correction_leaves_an_error_of_third_order(loss, form, x64):
     assert (abs(orders[:, 0] + 2) < 0.1).all() and (orders[:, 1] < -2.8).all()
 
 
+@pytest.mark.parametrize("form", [Form.DENSE, Form.KERNEL, Form.FORWARD])
+def test_a_correction_is_solved_for_with_the_shift_of_its_step(form, x64):
+    """(H + σ R⁻ᵀR⁻¹) a = −(Jᵀ G + α₂ J_Wᵀ W + ∇R − g − H s) with G and W as given."""
+    theta, rng = initial_theta(), np.random.default_rng(0)
+    problem, data, reference = CASE.problem, CASE.data, dense_reference(CASE, theta, CASE.data)
+    flat, _ = ravel_pytree(theta)
+    rows = problem.model.rows(theta, data[0])
+    at = projection_at(problem, theta, data, reference.w)
+    model = make_model(form, problem, theta, rows, reference.w, data, at)
+    zero, shift = jnp.zeros(()), jnp.array(0.3)
+    step = trust_region.Step(rng.normal(size=flat.size), zero + 1, zero > 1, shift, shift)
+    slopes, w = rng.normal(size=data[1].shape), rng.normal(size=reference.w.shape)
+    s, a = model.root(step.step), model.root(model.correct(step, End(slopes, w)))
+
+    there = reference.jacobian.T @ slopes.ravel() + 1e-2 * (flat + s)
+    there += CASE.w_penalty * reference.w_jacobian.T @ w.ravel()
+    root = jax.vmap(model.root, out_axes=1)(jnp.eye(flat.size))
+    shifted = reference.gauss_newton + shift * np.linalg.inv(root @ root.T)
+    error = there - reference.gradient - reference.gauss_newton @ s
+    assert relative(shifted @ a, -error) < 1e-8
+
+
 def test_the_dense_norm_follows_the_diagonal_and_its_mean(x64):
     """And only ever grows."""
     theta, reference = initial_theta(), dense_reference(CASE, initial_theta(), CASE.data)
-    _, root = steps(CASE.problem, theta, CASE.data, reference.w)[Form.DENSE]
+    _, root, _ = steps(CASE.problem, theta, CASE.data, reference.w)[Form.DENSE]
     diagonal = np.diag(reference.gauss_newton)
     expected = (diagonal + EVEN * diagonal.mean()) ** -0.5
     np.testing.assert_allclose(np.diag(root), expected, rtol=1e-8)
@@ -123,6 +146,20 @@ def test_the_dense_norm_follows_the_diagonal_and_its_mean(x64):
         states.append(method.step(states[-1], CASE.data)[0])
     norms = np.array([state.form.diagonal for state in states])
     assert (np.diff(norms, axis=0) >= 0).all() and (norms[-1] > norms[1]).any()
+
+
+def test_theta_is_as_long_as_in_the_variables_of_the_model(x64):
+    """Of whitened variables only a bound is known, by Cauchy and Schwarz."""
+    theta = initial_theta()
+    flat, _ = ravel_pytree(theta)
+    w = dense_reference(CASE, theta, CASE.data).w
+    for form, (_, root, reach) in steps(CASE.problem, theta, CASE.data, w).items():
+        expected = np.linalg.norm(np.linalg.solve(root, flat))
+        if form is Form.KRYLOV:
+            bound = flat @ flat / np.linalg.norm(root.T @ flat)
+            assert bound < expected
+            expected = bound
+        assert abs(reach - expected) < 1e-8 * expected
 
 
 def choose(samples, size, outputs=1, columns=9, penalty=1e-10, allowed=tuple(Form)):

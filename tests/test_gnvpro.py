@@ -20,8 +20,10 @@ from scipy.optimize import least_squares, minimize
 
 import varprox as vp
 from varprox.methods.forms import EVEN, Form, Kernel
+from varprox.methods.gnvpro import PATIENCE
 from varprox.numerics import secant, trust_region
 from varprox.problem.model import objective
+from varprox.reduced.projection import NO_FACTOR
 
 
 @losses
@@ -70,6 +72,16 @@ forms = pytest.mark.parametrize("name", FORMS)
 def test_the_start_has_the_exact_w(name, loss):
     _, data, (start, *_), *_ = run(name, loss)
     assert relative(start.w, reference(loss, start.theta, data)[1]) < 1e-8
+
+
+@forms
+def test_solves_for_w_start_with_the_factor_of_the_step(name):
+    """So a factor has only been used by the last solve, and by moving on to its rows."""
+    _, _, states, infos, *_ = run(name, "softmax_cross_entropy")
+    used = [int(state.projection.spent) for state in states[1:]]
+    assert max(int(info.w_products) for info in infos) > 0
+    for spent, info in zip(used, infos, strict=True):
+        assert spent in (info.w_products + 1, NO_FACTOR + 1) or not info.accepted
 
 
 @forms
@@ -172,6 +184,10 @@ def test_newton_takes_over_where_gauss_newton_misjudges_the_curvature(x64):
         assert state.work_units == states[-2].work_units + cost
     newton = [bool(info.newton) for info in infos]
     assert not newton[0] and newton[-1] and newton == sorted(newton)
+    # The start and the hand-over leave the radius to be chosen anew.
+    first = newton.index(True)
+    unset = [k for k, state in enumerate(states) if np.isinf(state.radius)]
+    assert unset[:2] == [0, first] and states[first].low == PATIENCE
     assert states[-1].status == vp.Status.CONVERGED
     norms = [float(info.gradient_norm) for info in infos][newton.index(True) :]
     assert norms[1] < 1e-3 * norms[0] and norms[2] < 1e-9 * norms[1]

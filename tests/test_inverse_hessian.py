@@ -132,7 +132,8 @@ def test_a_step_that_tells_nothing_leaves_the_inverse(x64):
         np.testing.assert_array_equal(same.left, inverse.left)
         assert same.factor == inverse.factor and not same.empty
         np.testing.assert_allclose(ahead, -root @ root.T @ new, rtol=1e-12)
-    forgotten, ahead = told(inverse, one, descent, new - gradient, new, FALSE, TRUE)
+    written = inverse._replace(root=inverse.root + jnp.ones((4, 4)))  # as updates do in time
+    forgotten, ahead = told(written, one, descent, new - gradient, new, FALSE, TRUE)
     assert forgotten.empty and not forgotten.forgotten and not inverse.empty
     np.testing.assert_allclose(forgotten.root, np.sqrt(inverse.scale) * np.eye(4))
     np.testing.assert_allclose(ahead, -inverse.scale * new)

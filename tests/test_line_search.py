@@ -62,3 +62,18 @@ def test_where_nothing_is_finite_the_start_is_kept(x64):
         lambda t: (jnp.nan * t, jnp.nan * t, t), 0.0, jnp.array(-1.0), jnp.array(1.0), 0.0, ENOUGH
     )
     assert not found.accepted and found.aux == 0 and 10 < found.trials <= 20
+    assert tuple(found.point) == (0, 0, -1)
+
+
+def test_a_cubic_is_minimised_by_the_second_trial(x64):
+    """Where the first is too long: the next is found from values and slopes at both ends."""
+
+    def evaluate(t):
+        of = lambda t: (t - 0.4) ** 2 + 0.3 * (t - 0.4) ** 3  # noqa: E731
+        value, slope = jax.value_and_grad(of)(t)
+        return of(0.0) - value, slope, t
+
+    _, slope, _ = evaluate(jnp.array(0.0))
+    found = search(evaluate, jnp.array(0.0), slope, jnp.array(1.0), jnp.array(0.0), ENOUGH)
+    assert found.accepted and found.trials == 2
+    assert abs(found.point.length - 0.4) < 1e-12 and abs(found.point.slope) < 1e-12

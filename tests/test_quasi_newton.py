@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
-from methods import METHODS, PAIRS, make_problem, run
+from methods import METHODS, PAIRS, make_problem, reference, run
 from problems import Case, dense_reference, features, products
 
 import varprox as vp
@@ -64,6 +64,8 @@ def test_after_a_failure_it_stays_and_then_follows_the_gradient(name, loss, x64)
     jax.tree.map(np.testing.assert_array_equal, stayed.theta, failed.theta)
     moved, info = step(stayed, data)
     assert moved.objective < stayed.objective and info.trials >= 1
+    for state in (stayed, moved):  # with a W that is exact
+        assert abs(state.objective - reference(loss, state.theta, data)[0]) < 1e-13
 
     def direction(old, new):
         change = ravel_pytree(new.theta)[0] - ravel_pytree(old.theta)[0]
@@ -75,6 +77,14 @@ def test_after_a_failure_it_stays_and_then_follows_the_gradient(name, loss, x64)
     np.testing.assert_allclose(direction(stayed, moved), downhill, atol=1e-8)
     # Without a failure the pairs turn the step.
     assert np.linalg.norm(direction(states[6], states[7]) - downhill) > 1e-2
+
+
+def test_w_is_no_more_accurate_than_steps_need():
+    """Of its excess test_method.py has the other bound."""
+    loss = "softmax_cross_entropy"
+    _, data, states, *_ = run("lbfgsvpro", loss)
+    excess = [state.objective - reference(loss, state.theta, data)[0] for state in states[1:6]]
+    assert max(excess) > 1e-10
 
 
 @pytest.mark.parametrize(
@@ -373,3 +383,18 @@ def test_a_state_can_be_kept(build, x64):
     one, other = (jax.tree.leaves(method.step(s, data)) for s in (state, kept))
     for a, b in zip(one, other, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+@methods
+@pytest.mark.parametrize("noise, status", [(1e-2, vp.Status.CONVERGED), (1e-4, vp.Status.STALLED)])
+def test_a_run_that_rounding_ends_has_converged_if_half_of_the_digits_are_left(name, noise, status):
+    """In single precision, with a residual of which rounding leaves more than half, or less."""
+    times = np.linspace(0, 2, 30, dtype=np.float32)
+    errors = np.random.default_rng(0).normal(size=times.shape)
+    targets = np.exp(-times) + np.exp(-4 * times) + (noise * errors).astype(np.float32)
+    problem = vp.Problem(vp.Separable(decays, vp.dense(bias=False)), vp.least_squares())
+    method = getattr(vp, name)(problem)
+    start = np.log(np.array([0.5, 6], np.float32))
+    solution = vp.fit(method, start, (times, targets[:, None]), max_work=400)
+    assert solution.status is status
+    np.testing.assert_allclose(np.exp(solution.theta), [1, 4], rtol=20 * noise)

@@ -48,6 +48,14 @@ def test_recycling_twice_equals_the_formula(kind, x64):
         np.testing.assert_allclose(root @ root, after(before, matrix, space), atol=1e-9)
 
 
+def test_the_inverse_root_takes_the_root_back(x64):
+    matrix, start = operator("definite")
+    recycled, _ = renewed(matrix, start, nothing_yet(SIZE, start), 4)
+    back = np.asarray(jax.vmap(recycled.inverse_root)(root_of(recycled)))
+    np.testing.assert_allclose(back, np.eye(SIZE), atol=1e-9)
+    assert np.abs(root_of(recycled) - np.eye(SIZE)).max() > 0.1
+
+
 def test_a_full_space_leaves_nothing_to_precondition(x64):
     matrix, start = operator("definite")
     recycled, _ = renewed(matrix, start, nothing_yet(SIZE, start), SIZE)

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -520,3 +521,42 @@ def test_the_clock_tells_compiling_from_running():
     assert compiling > 0.2 and 0.1 <= seconds < 0.2
     _, seconds, compiling = timed(waits, x)
     assert compiling == 0 and 0.1 <= seconds < 0.2
+
+
+@pytest.mark.parametrize("stage", ["jaxpr_trace", "jaxpr_to_mlir_module", "backend_compile"])
+def test_every_stage_of_compilation_counts(stage):
+    def works():
+        time.sleep(0.2)
+        told = jax.monitoring.record_event_duration_secs
+        told(f"/jax/core/compile/{stage}_duration", 0.05)
+        told("/jax/something/else_duration", 0.2)
+
+    _, seconds, compiling = timed(works)
+    assert compiling == pytest.approx(0.05) and seconds > 0.14
+
+
+def test_preparation_between_tracing_and_lowering_counts_as_compilation():
+    def works():
+        told = jax.monitoring.record_event_duration_secs
+        time.sleep(0.2)
+        told("/jax/core/compile/jaxpr_trace_duration", 0.05)
+        time.sleep(0.1)
+        told("/jax/core/compile/jaxpr_to_mlir_module_duration", 0.01)
+        time.sleep(0.1)
+        told("/jax/core/compile/jaxpr_trace_duration", 0.01)
+
+    _, seconds, compiling = timed(works)
+    assert compiling >= 0.16 and seconds > 0.2
+
+
+def test_what_another_thread_compiles_is_not_the_callers():
+    def compiles():
+        jax.monitoring.record_event_duration_secs("/jax/core/compile/jaxpr_trace_duration", 0.1)
+
+    def works():
+        time.sleep(0.1)
+        other = threading.Thread(target=compiles)
+        other.start()
+        other.join()
+
+    assert timed(works)[2] == 0

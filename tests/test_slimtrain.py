@@ -4,7 +4,9 @@ Its contract is in test_method.py.
 """
 
 import functools
+import itertools
 import pickle
+from typing import NamedTuple
 
 import chex
 import jax
@@ -136,6 +138,13 @@ def test_an_epoch_is_shuffled_anew_and_fixed_by_its_seed(x64):
     assert counts.min() >= 1  # the one left out was not always the same
 
 
+def test_features_that_do_not_learn_leave_nothing_in_the_state(x64):
+    """Whatever arrays are bound to them."""
+    problem, theta, data = counting_task()
+    still = vp.Problem(vp.Separable(problem.model.features), vp.least_squares())
+    assert vp.slimtrain(still, optax.sgd(0.01)).init(theta, data).learned == []
+
+
 def test_an_epoch_is_its_steps(x64):
     """Run on one batch of everything an epoch is a step, whatever the order."""
     _, method, theta, data = make()
@@ -152,6 +161,38 @@ def test_an_epoch_is_its_steps(x64):
 def same_weights(state, theta, w):
     chex.assert_trees_all_equal(state.theta, jax.tree.map(jnp.asarray, theta))
     np.testing.assert_array_equal(state.w, w)
+
+
+class At(NamedTuple):
+    key: jax.Array
+    objective: jax.Array
+    status: jax.Array
+    place: jax.Array
+
+
+class Told(NamedTuple):
+    objective: jax.Array
+    finite: jax.Array
+
+
+def tell(fixed, values, state, batch):
+    value = values[state.place]
+    return state._replace(place=state.place + 1), Told(value, jnp.isfinite(value))
+
+
+def test_an_epoch_fails_where_finite_batches_lead_to_others(x64):
+    """All patterns of five batches. The objective is the mean of the finite ones."""
+    key, zero = jax.random.key_data(jax.random.key(0)), jnp.zeros((), jnp.int32)
+    start = At(key, jnp.array(7.0), zero, zero)
+    data = np.zeros((5, 1)), np.zeros((5, 1))
+    for finite in itertools.product([True, False], repeat=5):
+        values = np.where(finite, np.arange(5.0), np.nan)
+        after, infos = minibatches.epoch(tell, None, values, start, data, batch_size=1)
+        np.testing.assert_array_equal(infos.objective, values)
+        pairs = list(itertools.pairwise(finite))
+        fails = pairs.count((True, False)) > pairs.count((True, True)) or not any(finite)
+        assert after.status == (vp.Status.NON_FINITE if fails else vp.Status.RUNNING)
+        assert after.objective == (np.nanmean(values) if any(finite) else 7)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])

@@ -420,6 +420,28 @@ def test_an_accepted_step_is_not_corrected(x64):
     assert result.accepted and result.trials == 1 and result.x == 1
 
 
+@pytest.mark.parametrize(
+    "radius, ends",
+    [
+        (1.0, (0.25, 0.5, 1.0, 2.0)),  # on the boundary
+        (4.0, (0.25, 0.5, 4.0, 4.0)),  # inside
+        (np.inf, (0.25, 0.5, 1.0, 2.0)),  # not chosen yet
+    ],
+)
+def test_the_radius_follows_the_gain_ratio_and_the_length_of_the_step(radius, ends, x64):
+    """Which is 1; the step is not taken, is poor, is fair and is good."""
+    for ratio, end in zip((-1.0, 0.2, 0.5, 0.8), ends, strict=True):
+        result = trust_region.search(
+            lambda radius, shift: trust_region.Step(
+                jnp.ones(1), jnp.array(2.0), radius <= 1, shift, shift
+            ),
+            lambda x, found, ratio=ratio: (ratio * found.decrease, x[0]),
+            jnp.zeros(1), jnp.array(0.0), jnp.array(radius), jnp.array(0.0), max_trials=1,
+        )  # fmt: skip
+        assert result.accepted == (ratio > 0) and abs(result.ratio - ratio) < 1e-15
+        assert result.radius == end
+
+
 @pytest.mark.parametrize("correction, trials", [(0.6, 1), (jnp.nan, 1), (0.3, 2)])
 def test_a_failed_or_long_correction_leaves_the_radius_to_shrink(correction, trials, x64):
     """Radii 1, 1/4, … are tried, each with its correction where that is short."""

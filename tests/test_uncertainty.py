@@ -12,6 +12,7 @@ from jax.flatten_util import ravel_pytree
 from problems import LOSSES, Case, initial_theta, loss_hessian, products, relative
 
 import varprox as vp
+from varprox.problem.covariance import deviations
 
 
 def decays(theta, times):
@@ -255,6 +256,14 @@ def test_what_the_data_leave_open_is_infinite_and_nothing_else_is(dtype, x64):
     apart = vp.Separable(lambda theta, x: doubled(theta, x).at[:, 0].multiply(1 + x[:, 0]))
     _, std = vp.predict(problem.with_model(apart), **at_inputs)
     assert np.isinf(std[1:]).all()
+
+
+@pytest.mark.parametrize("spread", [0.3, np.inf])
+def test_what_does_not_depend_on_the_weights_is_certain(spread, x64):
+    """Such as a prediction from features of zero without a bias, whatever the data leave open."""
+    along = np.array([[0.0, 0.0], [2.0, 0.0], [0.0, 1.0]])
+    found = deviations(np.array([0.5, spread]), along)
+    np.testing.assert_allclose(found, [0, 1, spread])
 
 
 def test_weights_may_have_any_units(x64):

@@ -7,7 +7,16 @@ import optax
 import pytest
 import scipy.optimize
 from methods import FULL_BATCH
-from problems import LOSSES, features, initial_theta, make_data, relative
+from problems import (
+    LOSSES,
+    Case,
+    features,
+    initial_theta,
+    make_data,
+    plain_rows,
+    plain_w,
+    relative,
+)
 
 import varprox as vp
 
@@ -46,6 +55,14 @@ def test_weights_of_zero_leave_samples_out(loss, x64):
     found = reduced(problem_of(loss), initial_theta(), (inputs, gaps, weights))
     expected = reduced(problem_of(loss, 16 / 12), initial_theta(), (inputs[kept], targets[kept]))
     assert_scaled(found, expected, 12 / 16)
+
+
+@pytest.mark.parametrize("weights", ["", "samples", "entries"])
+def test_w_without_a_bias_is_that_of_numpy(weights, x64):
+    case = Case("least_squares", bias=False, weights=weights)
+    found = vp.solve_w(case.problem, initial_theta(), case.data)
+    rows = plain_rows(initial_theta(), case.data[0], bias=False)
+    assert relative(found, plain_w(case.loss, rows, case.data[1], case.w_penalty)) < 1e-9
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -147,8 +147,13 @@ def only_whole(theta, inputs):
     return linear(theta, inputs) + jnp.zeros((40, 1), inputs.dtype)
 
 
+def raises(theta, inputs):
+    """As above, with an error."""
+    return linear(theta, inputs.reshape(40, 5))
+
+
 @pytest.mark.parametrize(
-    "samples, fn", [(40, coupled), (127, coupled), (130, coupled), (40, only_whole)]
+    "samples, fn", [(40, coupled), (127, coupled), (130, coupled), (40, only_whole), (40, raises)]
 )
 def test_features_that_need_all_samples_are_left_as_they_are(samples, fn, x64):
     _, theta, _, w, data = make(samples=samples)
