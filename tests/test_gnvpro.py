@@ -23,7 +23,7 @@ from varprox.methods.forms import EVEN, Form, Kernel
 from varprox.methods.gnvpro import PATIENCE
 from varprox.numerics import secant, trust_region
 from varprox.problem.model import objective
-from varprox.reduced.projection import NO_FACTOR
+from varprox.reduced.projection import WORN
 
 
 @losses
@@ -81,7 +81,7 @@ def test_solves_for_w_start_with_the_factor_of_the_step(name):
     used = [int(state.projection.spent) for state in states[1:]]
     assert max(int(info.w_products) for info in infos) > 0
     for spent, info in zip(used, infos, strict=True):
-        assert spent in (info.w_products + 1, NO_FACTOR + 1) or not info.accepted
+        assert spent in (info.w_products + 1, WORN + 1) or not info.accepted
 
 
 @forms
