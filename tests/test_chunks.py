@@ -57,8 +57,8 @@ def deep(theta, inputs):
 
 @pytest.mark.parametrize("name", ["gnvpro-krylov", "lbfgsvpro"])
 def test_memory_grows_by_rows_alone(name, x64):
-    """Ten layers of 16 units: without chunks a step holds all of them, for 8 kB of rows a hundred
-    samples. With chunks each further sample takes some copies of its row and nothing else."""
+    """Ten layers of 16 units. Without chunks each further sample takes what all layers know of it;
+    with chunks it takes some copies of its row, and nothing else."""
     theta = [np.eye(16) for _ in range(10)]
     row = 17 * 8
 

@@ -288,7 +288,7 @@ class _Features:
         """Refuses a network that does not call its head once, or does anything after it, and a head
         with another number of outputs than the targets.
 
-        `varprox.problem.model.check_data` asks for this. In the head's place stands what answers
+        `varprox.problem.data.check_data` asks for this. In the head's place stands what answers
         with numbers of its own, shaped like the head's output: these are to come out, in evaluation
         and in training, whatever θ and the inputs are.
         """

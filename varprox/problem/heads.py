@@ -92,7 +92,7 @@ class Head:
 class DenseHead(Head):
     """A fully connected last layer: see `dense`."""
 
-    bias: bool = True
+    bias: bool
 
     def rows(self, z: jax.Array) -> jax.Array:
         """Design rows (batch, m + 1) of features (batch, m); without bias they are the features."""
