@@ -6,6 +6,7 @@ import jax
 
 from varprox.methods.forms import FORMS, Form, Sizes, takes_kaufman
 from varprox.problem.data import zero_w
+from varprox.problem.hosted import shapes_of
 from varprox.problem.model import Problem
 from varprox.problem.penalties import tikhonov_weight
 from varprox.problem.traits import derivatives, treats_samples_alone
@@ -38,7 +39,7 @@ def select_form(
         instead = f"curvature={' or '.join(names)}" if names else "varprox.broydenvpro"
         why = _why(problem, theta, inputs, curvature, allowed)
         raise ValueError(f"curvature: expected {instead} for features {why}, got {curvature!r}")
-    z = jax.eval_shape(problem.model.features, theta, inputs)
+    z = jax.eval_shape(problem.model.features, theta, shapes_of(inputs))
     w = jax.eval_shape(lambda: zero_w(problem, z, targets))
     kaufman = takes_kaufman(w, kaufman)
     return choose(forms, problem, theta, data, w, rank=rank, kaufman=kaufman)

@@ -22,6 +22,7 @@ from varprox.numerics.recycling import Recycled, nothing_yet, recycle
 from varprox.numerics.secant import Secant
 from varprox.problem.model import Problem
 from varprox.problem.penalties import tikhonov_weight
+from varprox.problem.streamed import rows_and_pullback
 from varprox.reduced.curvature import linearise
 from varprox.reduced.matrix import (
     KEPT_BYTES,
@@ -129,15 +130,10 @@ class ModelForm:
         return at
 
     @staticmethod
-    def rows_at(rows_of: Callable, theta: Any) -> tuple[jax.Array, Callable]:
+    def rows_at(problem: Problem, theta: Any, inputs: Any) -> tuple[Any, Callable]:
         """The rows at θ, and the slope of Σ slopes · (rows W) along a step of θ."""
-        rows, pullback = jax.vjp(rows_of, theta)
-
-        def along(slopes, w, step):
-            (pulled,) = pullback(slopes @ w.T)
-            return ravel_pytree(pulled)[0] @ step
-
-        return rows, along
+        rows, pulled = rows_and_pullback(problem, theta, inputs)
+        return rows, lambda slopes, w, step: ravel_pytree(pulled(slopes, w))[0] @ step
 
 
 @jax.tree_util.register_dataclass
@@ -286,13 +282,13 @@ class Forward(ModelForm):
         return _matrix_model(self, problem, theta, formed, 1 + len(self.diagonal))
 
     @staticmethod
-    def rows_at(rows_of, theta):
+    def rows_at(problem, theta, inputs):
         def along(slopes, w, step):
             _, unravel = ravel_pytree(theta)
-            d_rows = jax.jvp(rows_of, (theta,), (unravel(step),))[1]
-            return jnp.sum(slopes * (d_rows @ w))
+            predictions_at = lambda theta: problem.rows(theta, inputs) @ w  # noqa: E731
+            return jnp.sum(slopes * jax.jvp(predictions_at, (theta,), (unravel(step),))[1])
 
-        return rows_of(theta), along
+        return problem.rows(theta, inputs), along
 
 
 @jax.tree_util.register_dataclass

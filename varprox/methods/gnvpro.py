@@ -21,7 +21,6 @@ from varprox.reduced.projection import (
     Projection,
     is_exact,
     project,
-    rounding_of_predictions,
     start_projection,
 )
 
@@ -44,7 +43,6 @@ class State(NamedTuple):
         w: The last layer W(θ), (columns, outputs).
         projection: W(θ) and what speeds up the next solve for it.
         objective: Φ at these weights.
-        error: The estimated rounding error of a prediction.
         decrease: The decrease of Φ in the last accepted step; Φ itself at the start.
         radius: The trust-region radius for the next step; infinite if it has to be chosen anew.
         shift: The multiplier σ of the last step, for which (H + σ I) s = −g.
@@ -60,7 +58,6 @@ class State(NamedTuple):
     w: jax.Array
     projection: Projection
     objective: jax.Array
-    error: jax.Array  # of a prediction, by rounding
     decrease: jax.Array  # of the objective, in the last accepted step
     radius: jax.Array
     shift: jax.Array  # σ of the last step
@@ -104,7 +101,6 @@ class _Trial(NamedTuple):
     """What is found at a trial point."""
 
     objective: jax.Array
-    error: jax.Array  # of a prediction, by rounding
     projection: Projection
 
 
@@ -334,14 +330,15 @@ def _start(problem, theta, data, w, *, form, memory, whiten, kaufman):
     start = start if w is None else start._replace(w=w, rows=rows)
     projection = project(problem, rows, targets, start)
     kind = FORMS[form]
-    factor = kind.factor(problem, rows, projection.w, targets)
+    factor = projection.factor
+    if not problem.loss.quadratic:
+        factor = kind.factor(problem, rows, projection.w, targets)
     value = projection.value + problem.penalty(theta)
     return State(
         theta=theta,
         w=projection.w,
         projection=kind.trimmed(problem, projection)._replace(factor=factor),
         objective=value,
-        error=_error(problem, rows, projection.w, targets),
         decrease=value,
         radius=jnp.full_like(value, jnp.inf),
         shift=jnp.zeros_like(value),
@@ -388,7 +385,7 @@ def _advance(problem, options, state, data, *, rank, kaufman, w_curvature):
         model.step,
         partial(_trial, problem, state, data, model, start, rounding),
         jnp.zeros_like(theta),
-        _Trial(state.objective, state.error, start),
+        _Trial(state.objective, start),
         radius,
         state.shift,
         max_trials=MAX_TRIALS,
@@ -424,7 +421,6 @@ def _advance(problem, options, state, data, *, rank, kaufman, w_curvature):
         w=ended.projection.w,
         projection=ended.projection,
         objective=ended.objective,
-        error=ended.error,
         decrease=jnp.where(result.accepted, state.objective - ended.objective, state.decrease),
         radius=jnp.where(anew, jnp.inf, result.radius),
         shift=result.shift,
@@ -441,13 +437,9 @@ def _advance(problem, options, state, data, *, rank, kaufman, w_curvature):
 def _rounding(state, targets):
     """Of the objective. The errors of predictions have nothing to do with one another."""
     size = jnp.abs(state.objective)
-    of_predictions = state.error * (jnp.sqrt(2 * size / len(targets)) + state.error)
+    error = ROUNDINGS * state.projection.error
+    of_predictions = error * (jnp.sqrt(2 * size / len(targets)) + error)
     return of_predictions + ROUNDINGS * jnp.finfo(size.dtype).eps * size
-
-
-def _error(problem, rows, w, targets):
-    """How well predictions are known, and with them the objective."""
-    return ROUNDINGS * rounding_of_predictions(problem, rows, w, targets)
 
 
 def _radius_and_reach(state, model):
@@ -467,7 +459,7 @@ def _trial(problem, state, data, model, start, rounding, y, found):
     theta, unravel = ravel_pytree(state.theta)
     step = model.root(y)
     trial = unravel(theta + step)
-    rows, along = state.form.rows_at(lambda theta: problem.rows(theta, inputs), trial)
+    rows, along = state.form.rows_at(problem, trial, inputs)
     tolerance = ACCURACY * jnp.minimum(found.decrease, state.decrease)
     solved = state.form.trimmed(problem, project(problem, rows, targets, start, tolerance))
     value = solved.value + problem.penalty(trial)
@@ -484,7 +476,7 @@ def _trial(problem, state, data, model, start, rounding, y, found):
     # A step that rounding swallows leads nowhere, whatever gradients say.
     moved = jnp.any(theta + step != theta)
     decrease = jnp.where(jnp.isfinite(value) & moved, decrease, jnp.nan)
-    return decrease, _Trial(value, _error(problem, rows, solved.w, targets), solved)
+    return decrease, _Trial(value, solved)
 
 
 def _corrected(correct, found, trial):
@@ -493,7 +485,7 @@ def _corrected(correct, found, trial):
 
 def _status(tolerance, state, model, result, idle, rounding, targets):
     """Why the run ends, if it does; and whether the test of convergence holds."""
-    value, error, _ = result.aux
+    value, error = result.aux.objective, ROUNDINGS * result.aux.projection.error
     size, eps = jnp.abs(state.objective), jnp.finfo(value.dtype).eps
     if tolerance is None:
         tolerance = eps**0.75

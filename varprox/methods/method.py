@@ -5,7 +5,7 @@ from enum import IntEnum
 from typing import Any, NamedTuple
 
 from varprox.checks import is_result, kind
-from varprox.problem.data import check_inputs, check_pair
+from varprox.problem.data import check_inputs, check_pair, where_they_stay
 from varprox.problem.model import Problem
 from varprox.problem.weighted import alike
 
@@ -137,4 +137,4 @@ def check_all(problem: Problem, state: Any, data: Any) -> tuple:
             "weights: expected one for each entry of the targets if, and only if, the data that "
             "init was given had these, got others"
         )
-    return inputs, targets
+    return where_they_stay(problem, inputs), targets

@@ -16,12 +16,13 @@ from varprox.numerics.inverse_hessian import Broyden, Pairs, no_pairs, start_bro
 from varprox.numerics.line_search import ENOUGH, FIRST_ENOUGH, search
 from varprox.precision import full_products
 from varprox.problem.data import check_data
+from varprox.problem.hosted import shapes_of
 from varprox.problem.model import Problem, check_problem
+from varprox.problem.streamed import rows_and_pullback
 from varprox.reduced.projection import (
     Projection,
     is_exact,
     project,
-    rounding_of_predictions,
     start_projection,
     without_span,
 )
@@ -262,9 +263,9 @@ def _init(problem, theta, data, key=None, projection=None, *, memory, max_bytes)
 
 def _check_reverse(problem, theta, inputs):
     """Refuses features without a reverse rule with a TypeError."""
-    total = lambda theta: jnp.sum(problem.rows(theta, inputs))  # noqa: E731
+    total = lambda theta, inputs: jnp.sum(problem.model.rows(theta, inputs))  # noqa: E731
     try:
-        jax.eval_shape(jax.grad(total), theta)
+        jax.eval_shape(jax.grad(total), theta, shapes_of(inputs))
     except Exception as error:
         raise TypeError(
             "features: expected a function that JAX can differentiate in reverse, as quasi-Newton "
@@ -277,8 +278,8 @@ def _check_reverse(problem, theta, inputs):
 @full_products
 def _start(problem, theta, data, start, *, memory):
     if start is None:
-        shaped = jax.eval_shape(problem.model.rows, theta, data[0])
-        start = start_projection(problem, shaped, data[1])
+        shaped = jax.eval_shape(problem.model.rows, theta, shapes_of(data[0]))
+        start = without_span(problem, start_projection(problem, shaped, data[1]))
     at, rows = _evaluate(problem, theta, start, data, relative=ACCURACY)
     size = _size(at)
     gradient, _ = ravel_pytree(at.gradient)
@@ -314,16 +315,14 @@ def _start(problem, theta, data, start, *, memory):
 def _evaluate(problem, theta, start, data, tolerance=0.0, relative=0.0):
     """What belongs to θ, and the rows, by one forward and one reverse pass of the features."""
     inputs, targets = data
-    rows, pullback = jax.vjp(lambda theta: problem.rows(theta, inputs), theta)
+    rows, pulled = rows_and_pullback(problem, theta, inputs)
     projection = project(problem, rows, targets, start, tolerance, relative)
     projection = without_span(problem, projection)
-    w = projection.w
-    (gradient,) = pullback(projection.slopes @ w.T)
+    gradient = pulled(projection.slopes, projection.w)
     penalty, penalty_gradient = jax.value_and_grad(problem.penalty)(theta)
     gradient = jax.tree.map(jnp.add, gradient, penalty_gradient)
     at = _At(theta, projection, projection.value + penalty, gradient, jnp.zeros_like(penalty))
-    error = rounding_of_predictions(problem, rows, w, targets)
-    rounding = error * jnp.linalg.norm(projection.slopes) * len(rows) ** 0.5
+    rounding = projection.error * jnp.linalg.norm(projection.slopes) * len(rows) ** 0.5
     return at._replace(rounding=rounding), rows
 
 

@@ -62,6 +62,16 @@ def fewer(rows: jax.Array) -> jax.Array:
     return jnp.linalg.qr(blocks, mode="r").reshape(-1, rows.shape[1])
 
 
+@full_products
+def compressed(rows: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """At most as many rows as columns, and targets, with the same solutions: R and Qᵀ targets for
+    the rows Q R."""
+    q, top, factor = _factorised(rows)
+    split = targets.reshape(len(q), -1, targets.shape[1])
+    inside = jnp.einsum("bnk,bno->bko", q, split)
+    return factor, jnp.sum(inside if top is None else top.mT @ inside, axis=0)
+
+
 def _factorised(rows):
     """Q (blocks, batch / blocks, k), T (blocks, k, k) and R (k, columns): the rows are the blocks
     Q · T, stacked, times R. These blocks together are orthonormal, as each one of Q is. For a

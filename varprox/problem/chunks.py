@@ -1,31 +1,100 @@
-"""Functions of samples, evaluated for so many of them at a time."""
+"""Samples in blocks that are worked on one after the other, each with as many of every device.
 
+Where the batch is split over devices, each has neighbouring samples: a block of neighbours would be
+one device's work, or be sent to all.
+"""
+
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from varprox.problem.hosted import Hosted
 
 
-def in_chunks(fn: Callable[[Any], jax.Array], inputs: Any, chunk: int | None) -> jax.Array:
-    """`fn` of samples, an array with them along its first axis; `chunk` samples are taken at a
-    time, and all of them if it is None.
+class Blocks(NamedTuple):
+    """Some number of samples in blocks of one size: the last one begins with samples of the one
+    before where they do not divide."""
 
-    What lies between the inputs and the result is not kept for derivatives: they compute it anew,
-    also for so many samples at a time.
-    """
-    if chunk is None or (samples := len(jax.tree.leaves(inputs)[0])) <= chunk:
-        return fn(inputs)
-    chunks, rest = divmod(samples, chunk)
-    whole = samples - rest
+    samples: int
+    size: int  # the samples of a block that belong to one device
 
-    def dealt(x):
-        # In turn, so that samples that are spread over devices are so in every chunk.
-        return jnp.asarray(x)[:whole].reshape(chunk, chunks, *x.shape[1:]).swapaxes(0, 1)
+    @property
+    def devices(self) -> int:
+        """That the samples may be split over."""
+        return _devices(self.samples)
 
-    fn = jax.checkpoint(fn)
-    found = jax.lax.map(fn, jax.tree.map(dealt, inputs))
-    found = found.swapaxes(0, 1).reshape(whole, *found.shape[2:])
-    if rest:
-        found = jnp.concatenate([found, fn(jax.tree.map(lambda x: x[whole:], inputs))])
-    return found
+    @property
+    def number(self) -> int:
+        return -(-self.samples // (self.devices * self.size))
+
+    @property
+    def places(self) -> np.ndarray:
+        """What `take` takes, to loop over."""
+        return np.arange(self.number, dtype=np.int32)
+
+    def take(self, tree: Any, place) -> Any:
+        """The samples of a block, from arrays that have all along their first axis."""
+
+        def of(x):
+            if isinstance(x, Hosted):
+                return x.take(self._indices(place))
+            x = jnp.asarray(x)
+            x = x.reshape(self.devices, -1, *x.shape[1:])
+            part = jax.lax.dynamic_slice_in_dim(x, place * self.size, self.size, axis=1)
+            return part.reshape(-1, *part.shape[2:])
+
+        return jax.tree.map(of, tree, is_leaf=lambda x: isinstance(x, Hosted))
+
+    def new(self, place) -> jax.Array:
+        """Which samples of a block the one before does not have."""
+        within = self._begin(place) + np.arange(self.size, dtype=np.int32)
+        return jnp.tile(within >= place * self.size, self.devices)
+
+    def scan(self, fn: Callable[..., Any], start: Any, *trees: Any) -> tuple[Any, Any]:
+        """Block for block ``so_far, found = fn(so_far, new, *samples)``, with what `take` has of
+        the trees and `new`; at last `so_far`, and for all samples what was found for each.
+
+        What lies between is not kept for derivatives, which compute it anew.
+        """
+
+        @jax.checkpoint
+        def at(so_far, place):
+            return fn(so_far, self.new(place), *self.take(trees, place))
+
+        so_far, found = jax.lax.scan(at, start, self.places)
+        return so_far, jax.tree.map(self._joined, found)
+
+    def _joined(self, parts: jax.Array) -> jax.Array:
+        """What belongs to all samples, from what belongs to those of each block, one after
+        another."""
+        of_device = self.samples // self.devices
+        parts = parts.reshape(self.number, self.devices, self.size, *parts.shape[2:])
+        parts = parts.swapaxes(0, 1)
+        before = parts[:, :-1].reshape(self.devices, -1, *parts.shape[3:])
+        last = parts[:, -1, before.shape[1] - of_device :]
+        return jnp.concatenate([before, last], axis=1).reshape(self.samples, *parts.shape[3:])
+
+    def _begin(self, place):
+        # Where XLA moves a slice to that would go beyond the end.
+        return jnp.minimum(place * self.size, self.samples // self.devices - self.size)
+
+    def _indices(self, place):
+        of_device = self.samples // self.devices
+        within = self._begin(place) + np.arange(self.size, dtype=np.int32)
+        begins = np.arange(self.devices, dtype=np.int32)[:, None] * of_device
+        return (begins + within[None]).reshape(-1)
+
+
+def blocks_of(samples: int, most: int) -> Blocks:
+    """The fewest blocks, of nearly one size, of at most so many samples, or of one per device."""
+    of_device = samples // _devices(samples)
+    number = -(-of_device // max(1, most // _devices(samples)))
+    return Blocks(samples, -(-of_device // number))
+
+
+def _devices(samples):
+    return math.gcd(samples, jax.device_count())

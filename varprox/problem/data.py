@@ -17,9 +17,12 @@ from varprox.checks import (
     library,
 )
 from varprox.problem.heads import ConvHead
+from varprox.problem.hosted import at_hand, leaves_of, on_host
 from varprox.problem.model import Problem, Separable, check_problem
 from varprox.problem.traits import treats_samples_alone
 from varprox.problem.weighted import Targets, Weighted, gapless, plain
+
+PIECE = 2**22  # entries of an array on a disk that are looked at together
 
 
 def check_data(
@@ -42,14 +45,14 @@ def check_data(
             "by varprox.slimtrain"
         )
     theta = automatic(theta)
-    data = inputs, targets = check_pair(data)
+    inputs, targets = check_pair(data)
     dtype = _check_arrays(problem, theta, inputs, targets)
     _check_targets(problem, targets, of_images)
     check_inputs(inputs, targets)
-    leaves = jax.tree.leaves((problem.model, theta, data))
+    leaves = jax.tree.leaves((problem.model, theta, inputs, targets))
     concrete = not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
     if concrete:
-        _check_values(problem.model, theta, data, full_batch)
+        _check_values(problem.model, theta, inputs, targets, full_batch)
     _check_features(problem, theta, inputs, targets, dtype, of_images)
     if concrete and problem.chunk is not None and not treats_samples_alone(problem, theta, inputs):
         raise ValueError(
@@ -61,7 +64,12 @@ def check_data(
         _check_weights(problem, targets)
         for _, part in _held(plain(targets)):
             problem.loss.check(part)
-    return theta, data
+    return theta, (where_they_stay(problem, inputs), targets)
+
+
+def where_they_stay(problem: Problem, inputs: Any) -> Any:
+    """The inputs; those of NumPy are left on the host where chunks are taken of them."""
+    return on_host(inputs) if problem.chunked(inputs) else inputs
 
 
 def automatic(tree: Any) -> Any:
@@ -104,7 +112,8 @@ def check_pair(data: Any) -> tuple[Any, Targets]:
             "data: expected a pair (inputs, targets), or (inputs, targets, weights), got "
             f"{came or kind(data)}"
         )
-    inputs, targets, *weights = automatic(data)
+    inputs, *rest = data
+    inputs, targets, *weights = automatic((at_hand(inputs), *rest))
     for leaf in jax.tree.leaves(inputs):
         check_array("inputs", leaf)
     check_array("targets", plain(targets))
@@ -259,7 +268,7 @@ def _check_targets(problem, targets, of_images):
 def check_inputs(inputs: Any, targets: Any) -> None:
     """Refuses inputs of another number of samples than the targets with a ValueError."""
     batch = len(targets)
-    for leaf in jax.tree.leaves(inputs):
+    for leaf in leaves_of(inputs):
         if jnp.ndim(leaf) == 0 or len(leaf) != batch:
             listed = isinstance(inputs, list) and len(inputs) == batch
             hint = "; jnp.stack(inputs) makes one array of a list of samples" if listed else ""
@@ -315,9 +324,8 @@ def _check_penalties(problem, theta, dtype):
             raise TypeError(f"theta_penalty: expected a floating number, got dtype {value.dtype}")
 
 
-def _check_values(model, theta, data, full_batch):
+def _check_values(model, theta, inputs, targets, full_batch):
     """What needs numbers to be seen, in features that others than the user have made."""
-    inputs, targets = data
     with jax.ensure_compile_time_eval():
         if hasattr(model.features.func, "varprox_check"):
             model.features.func.varprox_check(*model.features.args, theta, inputs, targets)
@@ -351,22 +359,31 @@ def _check_finite(name, leaf):
     dtype = jax.typeof(leaf).dtype
     if isinstance(leaf, jax.core.Tracer) or not jnp.issubdtype(dtype, jnp.inexact):
         return
+    count, first = 0, None
     for begins, part in _held(leaf):
         with np.errstate(over="ignore"):  # where JAX makes single precision of double
             finite = np.isfinite(part.astype(dtype))
         if not finite.all():
             places = np.argwhere(~finite)
-            raise ValueError(
-                f"{name}: expected finite numbers, got {len(places)} NaN or Inf in {dtype}, the "
-                f"first at {(places[0] + begins).tolist()}"
-            )
+            count += len(places)
+            first = (places[0] + begins).tolist() if first is None else first
+    if count:
+        raise ValueError(
+            f"{name}: expected finite numbers, got {count} NaN or Inf in {dtype}, the first at "
+            f"{first}"
+        )
 
 
 def _held(leaf):
-    """The parts of an array that this process holds, all of it where there is no other process, and
-    where each of them begins."""
+    """The parts of an array that this process holds, and where each of them begins. What may lie
+    on a disk is not taken as a whole."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         for shard in leaf.addressable_shards:
             yield [along.start or 0 for along in shard.index], np.asarray(shard.data)
+    elif isinstance(leaf, np.memmap) and leaf.ndim:
+        length = max(1, PIECE * len(leaf) // max(leaf.size, 1))
+        for begin in range(0, len(leaf), length):
+            part = np.asarray(leaf[begin : begin + length])
+            yield [begin, *(leaf.ndim - 1) * [0]], part
     else:
         yield 0, np.asarray(leaf)

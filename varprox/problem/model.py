@@ -22,10 +22,11 @@ from varprox.checks import (
     named,
     shown,
 )
-from varprox.problem.chunks import in_chunks
 from varprox.problem.heads import Head, dense
+from varprox.problem.hosted import leaves_of
 from varprox.problem.losses import Loss
 from varprox.problem.penalties import as_penalty
+from varprox.problem.streamed import Streamed
 
 
 @dataclass(frozen=True, init=False)
@@ -189,9 +190,17 @@ class Problem:
         """The same problem for another model."""
         return Problem(model, self.loss, self.theta_penalty, self.w_penalty, self.chunk)
 
-    def rows(self, theta, inputs) -> jax.Array:
-        """Design rows at θ, (batch, columns), of `chunk` samples at a time."""
-        return in_chunks(lambda inputs: self.model.rows(theta, inputs), inputs, self.chunk)
+    def rows(self, theta, inputs) -> jax.Array | Streamed:
+        """Design rows at θ, (batch, columns), made of `chunk` samples at a time. Under least
+        squares they are not held then; under other losses W takes many products with them."""
+        if not self.chunked(inputs):
+            return self.model.rows(theta, inputs)
+        streamed = Streamed(self.model, theta, inputs, self.chunk)
+        return streamed if self.loss.quadratic else streamed.each(lambda z: z)
+
+    def chunked(self, inputs) -> bool:
+        """Are there more samples than a chunk has?"""
+        return self.chunk is not None and len(leaves_of(inputs)[0]) > self.chunk
 
     def penalty(self, theta) -> jax.Array:
         """R(θ), a scalar of θ's dtype."""

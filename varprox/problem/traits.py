@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from varprox.precision import full_products
+from varprox.problem.hosted import at_hand, leaves_of, shapes_of, taken
 from varprox.problem.model import Problem
 
 
@@ -30,14 +31,18 @@ def treats_samples_alone(problem: Problem, theta, inputs) -> bool:
     Batches of another size are added up in another order, so features may differ by rounding: by
     eps^½ of the largest in their column, which forgives cancellation of half the digits, plus
     eps^¾ of the largest of all, for columns that are nothing but rounding. The cost is a pass over
-    the data and its compilation.
+    the data and its compilation; where they are taken in chunks, one over samples for one chunk.
     """
-    batches = [len(leaf) for leaf in jax.tree.leaves(inputs)]
+    batches = [len(leaf) for leaf in leaves_of(inputs)]
     if not batches:
         return False
-    if batches[0] == 1:
+    batch = batches[0]
+    if batch == 1:
         return True
-    chosen = np.array([0, batches[0] // 2, batches[0] - 1])
+    if problem.chunked(inputs):
+        few = min(batch, max(problem.chunk, 3))
+        inputs, batch = taken(at_hand(inputs), np.arange(few) * (batch - 1) // (few - 1)), few
+    chosen = np.array([0, batch // 2, batch - 1])
     for at in _places(problem.model.features, theta, inputs):
         try:
             with jax.ensure_compile_time_eval():  # a caller's jit may hold all of this as constants
@@ -127,7 +132,7 @@ def derivatives(problem: Problem, theta, inputs) -> tuple[bool, bool]:
         rows, pullback = jax.vjp(lambda theta: model.rows(theta, inputs), theta)
         return pullback(rows)
 
-    types = jax.tree.map(_type, (problem.model, theta, inputs))
+    types = *jax.tree.map(_type, (problem.model, theta)), shapes_of(inputs)
     # That `custom_vjp` has no forward mode is not found before the function is lowered.
     ways = partial(jax.jit(forward).lower, *types), partial(jax.eval_shape, reverse, *types)
     return _succeeds(ways[0]), _succeeds(ways[1])

@@ -28,6 +28,8 @@ import jax.numpy as jnp
 from varprox.precision import full_products
 from varprox.problem.data import check_data
 from varprox.problem.model import Problem
+from varprox.problem.streamed import Streamed, rows_and_pullback
+from varprox.problem.weighted import weighed
 from varprox.reduced.objective import w_of_rows
 from varprox.reduced.projection import Projection
 from varprox.reduced.w_hessian import Factor, hessian_factor, hessian_solver
@@ -192,10 +194,7 @@ def linearise(
     program.
     """
     inputs, targets = data
-    rows_at = lambda theta: problem.rows(theta, inputs)  # noqa: E731
-    rows, forward = jax.linearize(rows_at, theta)
-    transposed = jax.linear_transpose(forward, theta)
-    pullback = lambda cotangent: transposed(cotangent)[0]  # noqa: E731
+    rows, along, pulled = _linear_maps(problem, theta, data)
     w = w_of_rows(problem, rows, targets) if at is None else at.w
     curved = problem.loss.curvature(rows @ w, targets)
     if at is None:
@@ -203,30 +202,31 @@ def linearise(
         factor = hessian_factor(problem, rows, w, targets)
     else:
         residual, factor = at.slopes, at.factor
+    along, pulled = partial(along, w, residual, curved), partial(pulled, w, residual, curved)
     solve = hessian_solver(problem, rows, w, targets, factor)
     penalty_gradient, penalty_product = jax.linearize(jax.grad(problem.penalty), theta)
-    pulled = lambda theta: jax.vjp(rows_at, theta)[1](residual @ w.T)[0]  # noqa: E731
-    feature_curvature = _derivative_if(full, pulled, theta)
+    gradient_at = lambda theta: rows_and_pullback(problem, theta, inputs)[1](residual, w)  # noqa: E731
+    feature_curvature = _derivative_if(full, gradient_at, theta)
 
-    def w_change(d_rows):
-        return -solve(d_rows.T @ residual + rows.T @ curved(d_rows @ w))
+    def w_change(v):
+        _, a, b = along(v)
+        return -solve(a + b)
 
     def jvp(v):
-        d_rows = forward(v)
-        return d_rows @ w + rows @ w_change(d_rows)
+        d_predictions, a, b = along(v)
+        return d_predictions - rows @ solve(a + b)
 
     def vjp(u):
         y = solve(rows.T @ u)
-        return pullback((u - curved(rows @ y)) @ w.T - residual @ y.T)
+        return pulled(u, y, -y)
 
     def product(v):
-        d_rows = forward(v)
-        d_predictions = d_rows @ w
-        by_a, by_b = solve(d_rows.T @ residual), solve(rows.T @ curved(d_predictions))
+        d_predictions, a, b = along(v)
+        by_a, by_b = solve(a), solve(b)
         ahead = jnp.where(full, by_a + by_b, by_b)
         back = jnp.where(full, -by_a - by_b, by_a)
-        cotangent = curved(d_predictions - rows @ ahead) @ w.T + residual @ back.T
-        return _add(pullback(cotangent), feature_curvature(v), penalty_product(v))
+        features = feature_curvature(v)
+        return _add(pulled(curved(d_predictions), ahead, back), features, penalty_product(v))
 
     def published_product(v):
         return _add(vjp(curved(jvp(v))), penalty_product(v))
@@ -237,13 +237,64 @@ def linearise(
     return Curvature(
         value=problem.w_objective(w, rows, targets) + problem.penalty(theta),
         w=w,
-        gradient=_add(pullback(residual @ w.T), penalty_gradient),
+        gradient=_add(pulled(residual), penalty_gradient),
         matvec=full_products(product if w_curvature else either_product),
         jvp=full_products(jvp),
         vjp=full_products(vjp),
-        w_jvp=full_products(lambda v: w_change(forward(v))),
+        w_jvp=full_products(w_change),
         factor=factor,
     )
+
+
+def _linear_maps(problem, theta, data):
+    """The design rows and, in the notation above, two maps that also take W, G and Q: v ↦ (dZ W, a,
+    b), and (u, y, x) ↦ the pullback of (u − Q Z y) Wᵀ + G xᵀ, where y and x may be left out.
+
+    The features are linearised once; where rows are `Streamed`, in each chunk anew.
+    """
+    inputs, targets = data
+    rows = problem.rows(theta, inputs)
+    if isinstance(rows, Streamed):
+        return rows, partial(_along_chunks, rows, targets), partial(_from_chunks, rows, targets)
+    rows, forward = jax.linearize(lambda theta: problem.rows(theta, inputs), theta)
+    transposed = jax.linear_transpose(forward, theta)
+
+    def along(w, residual, curved, v):
+        d_rows = forward(v)
+        d_predictions = d_rows @ w
+        return d_predictions, d_rows.T @ residual, rows.T @ curved(d_predictions)
+
+    def pulled(w, residual, curved, u, y=None, x=None):
+        u = u if y is None else u - curved(rows @ y)
+        return transposed(u @ w.T if x is None else u @ w.T + residual @ x.T)[0]
+
+    return rows, along, pulled
+
+
+def _along_chunks(rows, targets, w, residual, _, v):
+    def add(so_far, new, x, g, c):
+        at = lambda theta: rows.model.rows(theta, x)  # noqa: E731
+        z, d_z = jax.jvp(at, (rows.theta,), (v,))
+        z, d_z = jnp.where(new[:, None], z, 0), jnp.where(new[:, None], d_z, 0)
+        d_predictions = d_z @ w
+        of_block = d_z.T @ g, z.T @ weighed(c, d_predictions / len(rows))
+        return _add(so_far, of_block), d_predictions
+
+    start = jnp.zeros_like(w), jnp.zeros_like(w)
+    (a, b), d_predictions = rows.blocks.scan(add, start, rows.inputs, residual, targets)
+    return d_predictions, a, b
+
+
+def _from_chunks(rows, targets, w, residual, _, u, y=None, x=None):
+    def add(so_far, new, inputs, u, g, c):
+        z, pullback = jax.vjp(lambda theta: rows.model.rows(theta, inputs), rows.theta)
+        u = u if y is None else u - weighed(c, z @ y / len(rows))
+        cotangent = u @ w.T if x is None else u @ w.T + g @ x.T
+        (pulled,) = pullback(jnp.where(new[:, None], cotangent, 0))
+        return _add(so_far, pulled), None
+
+    start = jax.tree.map(jnp.zeros_like, rows.theta)
+    return rows.blocks.scan(add, start, rows.inputs, u, residual, targets)[0]
 
 
 def _derivative_if(needed, fn, x):

@@ -28,9 +28,9 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from varprox.numerics.ridge import fewer
+from varprox.problem.chunks import blocks_of
 from varprox.problem.model import Problem
-from varprox.problem.weighted import Targets, alike, rooted
-from varprox.reduced.blocks import Blocks
+from varprox.problem.weighted import Targets, alike, rooted, rooted_rows
 from varprox.reduced.projection import Projection
 from varprox.reduced.w_hessian import Factor, to_flat
 
@@ -100,9 +100,10 @@ def gauss_newton_matrix(
     keep = keeps_rows(flat, samples, w, kaufman=kaufman, forward=forward)
     # Fewer bytes at a time than those of the matrix are multiplied faster than they are added up.
     held = max(BLOCK_BYTES, flat.size * flat.nbytes)
-    count = 1 if keep else -(-samples // max(1, held // (max(taken, dims) * flat.nbytes)))
-    blocks = Blocks(samples, count)
-    places = np.arange(count, dtype=np.int32)
+    most = samples if keep else held // (max(taken, dims) * flat.nbytes)
+    if problem.chunk is not None and not keep:
+        most = min(most, problem.chunk)
+    blocks = blocks_of(samples, most)
     span = _span(problem, at)
     compressed: Any = None
     if not kaufman:
@@ -132,7 +133,7 @@ def gauss_newton_matrix(
 
     no_a: Any = None if kaufman else zeros(len(compressed), compressed.shape[2] * len(w))
     start = (zeros(), zeros(dims * len(w))), no_a
-    ((gradient, b), a), kept = jax.lax.scan(collect, start, places)
+    ((gradient, b), a), kept = jax.lax.scan(collect, start, blocks.places)
     c = span.inward(b)
     along = span.outward(c)
 
@@ -141,7 +142,7 @@ def gauss_newton_matrix(
         return matrix + _gram(rows.rooted - rows.weights @ along), None
 
     matrix = _gram(jnp.sqrt(problem.w_penalty_like(c)) * span.rooted(c))
-    matrix, _ = jax.lax.scan(add, matrix, kept if keep else places)
+    matrix, _ = jax.lax.scan(add, matrix, kept if keep else blocks.places)
     if not kaufman:
         of_part = lambda part: _gram(span.transposed(a[part] / samples))  # noqa: E731
         matrix = jax.lax.fori_loop(0, used, lambda part, m: m + of_part(part), matrix)
@@ -171,7 +172,7 @@ def gauss_newton_root(
     flat, unravel = ravel_pytree(theta)
     samples = len(data[1])
     span = _span(problem, at)
-    of = problem, theta, data, at, span, Blocks(samples, 1), np.int32(0)
+    of = problem, theta, data, at, span, blocks_of(samples, samples), np.int32(0)
     rows = _rows(*of, kaufman=kaufman, forward=False)
     c = span.inward(rows.weights.T @ rows.rooted)
     parts = [
@@ -194,7 +195,8 @@ class _Span(NamedTuple):
     to rounding; under other losses it is Z, and H says what it spans in the loss's metric.
     """
 
-    z: jax.Array  # (batch, columns), or (batch, outputs, columns)
+    # (batch, columns), or (batch, outputs, columns); None for `Streamed` rows.
+    z: jax.Array | None
     factor: Factor
     orthonormal: bool
 
@@ -216,8 +218,8 @@ class _Span(NamedTuple):
 
 
 def _span(problem, at):
-    quadratic = problem.loss.quadratic
-    return _Span(at.rows if quadratic else at.rows / len(at.rows) ** 0.5, at.factor, quadratic)
+    z = at.rows if problem.loss.quadratic else at.rows / len(at.rows) ** 0.5
+    return _Span(z, at.factor, problem.loss.quadratic)
 
 
 class _Rows(NamedTuple):
@@ -248,7 +250,7 @@ def _rows(problem, theta, data, at, span, blocks, place, *, kaufman, forward):
         return z[0], jax.vmap(lambda unit: ravel_pytree(pullback(unit[None]))[0])(units)
 
     def together(inputs):
-        rows_at = lambda flat: problem.rows(unravel(flat), inputs)  # noqa: E731
+        rows_at = lambda flat: problem.model.rows(unravel(flat), inputs)  # noqa: E731
         along = lambda unit: jax.jvp(rows_at, (flat,), (unit,))[1] @ units.T  # noqa: E731
         pulled = jax.vmap(along, out_axes=2)(jnp.eye(flat.size, dtype=flat.dtype))
         return rows_at(flat), pulled
@@ -262,8 +264,13 @@ def _rows(problem, theta, data, at, span, blocks, place, *, kaufman, forward):
 
     (inputs, targets), slopes, spanned = blocks.take((data, slopes, span.z), place)
     new = blocks.new(place)
-    z, pulled = together(inputs) if forward else jax.vmap(alone)(inputs)
+    parted = jax.vmap(alone)
+    if problem.chunked(inputs):
+        parted = partial(jax.lax.map, alone, batch_size=problem.chunk)
+    z, pulled = together(inputs) if forward else parted(inputs)
     pulled = jnp.where(new[:, None, None], pulled, 0)
+    if spanned is None:
+        spanned = _spanned(span.factor, z, targets) / blocks.samples**0.5
     spanned = spanned if spanned.ndim == 3 else spanned[:, None]
     spanned = jnp.where(new[:, None, None], spanned, 0)
     size = pulled.shape[-1]
@@ -284,6 +291,12 @@ def _rows(problem, theta, data, at, span, blocks, place, *, kaufman, forward):
         rooted=curved.reshape(-1, size) / blocks.samples**0.5,
         weights=weights.reshape(len(z) * len(coordinates), -1),
     )
+
+
+def _spanned(factor, rows, targets):
+    """What `_Span.z` has of these rows, by the factor under least squares."""
+    rows = rooted_rows(targets, rows) @ factor.blocks
+    return rows.swapaxes(0, 1)
 
 
 def _basis(problem, w, targets):

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from varprox.precision import full_products
 from varprox.problem.data import check_data
 from varprox.problem.model import Problem, check_problem
+from varprox.problem.streamed import Streamed
 from varprox.reduced.projection import project, start_projection
 from varprox.reduced.w_hessian import hessian_factor, hessian_map, hessian_solver
 
 
 @jax.custom_jvp
 @full_products
-def w_of_rows(problem: Problem, rows: jax.Array, targets: jax.Array) -> jax.Array:
+def w_of_rows(problem: Problem, rows: jax.Array | Streamed, targets: jax.Array) -> jax.Array:
     """argmin_W Φ to full accuracy, as a differentiable function of rows, targets and penalty.
 
     Forward and reverse derivatives of any order come from the implicit function theorem: along a
@@ -55,7 +56,8 @@ def _turn(problem, factor, rows, d_rows, w, targets):
     Pereyra, SIAM J. Numer. Anal. 10 (1973), theorem 4.3. Its own derivative leaves out that of N
     and of the pseudo-inverse, as `factor` has none.
     """
-    lifted = d_rows.T @ problem.loss.curvature(rows @ w, targets)(rows @ factor.solve(w))
+    curved = problem.loss.curvature(rows @ w, targets)(rows @ factor.solve(w))
+    _, lifted = jax.jvp(lambda rows: rows.T @ curved, (rows,), (d_rows,))
     # The columns of a block are orthogonal, and zero for the null space.
     norms = jnp.linalg.norm(factor.blocks, axis=1, keepdims=True)
     span = factor.blocks / jnp.where(norms > 0, norms, 1)

@@ -14,9 +14,11 @@ from varprox.numerics import trust_region
 from varprox.numerics.ridge import ridge, ridge_of_each
 from varprox.problem.heads import has_bias
 from varprox.problem.model import Problem
+from varprox.problem.streamed import Streamed
 from varprox.problem.weighted import Targets, alike, means, plain, rooted, rooted_rows, shifted
 from varprox.reduced.w_hessian import (
     Factor,
+    compressed_rows,
     factorise,
     hessian_map,
     ridge_factor,
@@ -39,15 +41,16 @@ class Projection(NamedTuple):
     w: jax.Array  # (columns, outputs)
     slopes: jax.Array  # (batch, outputs), of the loss in the predictions, to more digits than W has
     # (batch, columns); (batch, outputs, columns) where each output has weights, and a basis, of its
-    # own; None where no one needs them.
+    # own; None where no one needs them, and for `Streamed` rows.
     rows: jax.Array | None
     factor: Factor
     value: jax.Array  # of Φ without R
+    error: jax.Array  # of a prediction, by rounding: see `rounding_of_predictions`
     products: jax.Array  # spent in the last solve, each one product with rows and one with rowsᵀ
     spent: jax.Array  # since the factor was made
 
 
-def start_projection(problem: Problem, rows, targets) -> Projection:
+def start_projection(problem: Problem, rows: Any, targets: Targets) -> Projection:
     """W = 0 and no factor yet; of rows (batch, columns) only shape and dtype are used."""
     (samples, columns), outputs = rows.shape, targets.shape[1]
     blocks = 1 if problem.loss.quadratic and alike(targets) else outputs
@@ -55,12 +58,13 @@ def start_projection(problem: Problem, rows, targets) -> Projection:
     return Projection(
         jnp.zeros((columns, outputs), rows.dtype),
         jnp.zeros(targets.shape, rows.dtype),
-        jnp.zeros((samples, *each, columns), rows.dtype),
+        None if isinstance(rows, Streamed) else jnp.zeros((samples, *each, columns), rows.dtype),
         Factor(
             jnp.zeros((blocks, columns, columns), rows.dtype),
             jnp.zeros((columns, columns), rows.dtype),
         ),
         jnp.array(jnp.inf, rows.dtype),
+        jnp.zeros((), rows.dtype),
         jnp.zeros((), jnp.int32),
         jnp.int32(WORN),
     )
@@ -102,27 +106,41 @@ def project(
 
 
 def _ridge(problem, rows, targets):
-    scale = len(rows) ** 0.5
+    scale, shape = len(rows) ** 0.5, (rows.shape[1], targets.shape[1])
     offset: Any = 0.0
     if has_bias(problem.model.head):
         mean = means(targets)
-        offset = jnp.zeros((rows.shape[1], len(mean)), rows.dtype).at[-1].set(mean)
+        offset = jnp.zeros(shape, rows.dtype).at[-1].set(mean)
         targets = shifted(targets, mean)
-    weighted, wanted = rooted_rows(targets, rows) / scale, rooted(targets, plain(targets)) / scale
     alpha = problem.w_penalty_like(rows)
     solve = ridge if alike(targets) else ridge_of_each
-    found = solve(weighted, wanted, alpha, offset)
-    basis = found.span.basis
-    value = 0.5 * jnp.sum(found.residual**2) + problem.penalty_on_w(found.w)
+    if isinstance(rows, Streamed):
+        found, basis = solve(*compressed_rows(rows, targets), alpha, offset), None
+        residual, sizes = rows.each(partial(_residual, problem, found.w, offset), targets)
+        residual = residual / scale
+    else:
+        weighted = rooted_rows(targets, rows) / scale
+        found = solve(weighted, rooted(targets, plain(targets)) / scale, alpha, offset)
+        basis = found.span.basis
+        basis = basis if basis.ndim == 2 else basis.swapaxes(0, 1)
+        residual, sizes = found.residual, _sizes(problem, rows, found.w, targets)
     return Projection(
         w=found.w,
-        slopes=rooted(targets, found.residual) / scale,
-        rows=basis if basis.ndim == 2 else basis.swapaxes(0, 1),
+        slopes=rooted(targets, residual) / scale,
+        rows=basis,
         factor=ridge_factor(found.span),
-        value=value,
+        value=0.5 * jnp.sum(residual**2) + problem.penalty_on_w(found.w),
+        error=_rounding(sizes),
         products=jnp.zeros((), jnp.int32),
         spent=jnp.zeros((), jnp.int32),
     )
+
+
+def _residual(problem, w, offset, rows, targets):
+    """Of some samples, whose targets are less what `offset` predicts, and the sizes of the terms of
+    their predictions."""
+    residual = rows @ (w - offset) - plain(targets)
+    return rooted(targets, residual), _sizes(problem, rows, w, targets)
 
 
 class _Point(NamedTuple):
@@ -192,6 +210,7 @@ def _newton(problem, rows, targets, start, tolerance, relative):
         slopes=problem.loss.gradient(rows @ w, targets),
         factor=factor,
         value=at.point.value,
+        error=rounding_of_predictions(problem, rows, w, targets),
         products=products,
         spent=spent + 1,
     )
@@ -270,10 +289,18 @@ def _iteration(task, factor, at):
 def rounding_of_predictions(problem: Problem, rows, w, targets) -> jax.Array:
     """Eps times the size of the terms that predictions are sums of, which cancel where W is large;
     the root of its mean square. The bias takes no part: targets are centred before W is found."""
+    return _rounding(_sizes(problem, rows, w, targets))
+
+
+def _sizes(problem, rows, w, targets):
+    """Of the terms of each prediction, (batch, outputs)."""
     if has_bias(problem.model.head):
         rows, w = rows[:, :-1], w[:-1]
-    sizes = rooted(targets, jnp.abs(rows) @ jnp.abs(w))
-    return jnp.finfo(w.dtype).eps * jnp.sqrt(jnp.mean(jnp.sum(sizes**2, axis=1)))
+    return rooted(targets, jnp.abs(rows) @ jnp.abs(w))
+
+
+def _rounding(sizes):
+    return jnp.finfo(sizes.dtype).eps * jnp.sqrt(jnp.mean(jnp.sum(sizes**2, axis=1)))
 
 
 def is_exact(value: jax.Array, targets: Targets) -> jax.Array:

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varprox.numerics.ridge import Span, span
+from varprox.numerics.ridge import Span, compressed, span
+from varprox.problem.chunks import blocks_of
 from varprox.problem.model import Problem
-from varprox.problem.weighted import rooted_rows
-from varprox.reduced.blocks import Blocks
+from varprox.problem.streamed import Streamed
+from varprox.problem.weighted import Targets, alike, plain, rooted, rooted_rows
 
 CHUNK = 512  # samples of a device
 DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
@@ -103,7 +104,10 @@ def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Fac
     Pines the first steps of LBFGSvpro took a fifth more products with them.
     """
     if problem.loss.quadratic:
-        weighted = rooted_rows(targets, rows) / len(rows) ** 0.5
+        if isinstance(rows, Streamed):
+            weighted, _ = compressed_rows(rows, targets)
+        else:
+            weighted = rooted_rows(targets, rows) / len(rows) ** 0.5
         spanned = span if weighted.ndim == 2 else jax.vmap(span, (0, None))
         return ridge_factor(spanned(weighted, problem.w_penalty_like(rows)))
     blocks = w_hessian(problem, rows, w, targets, whole)
@@ -123,6 +127,30 @@ def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Fac
     return Factor(inverse.mT, jnp.eye(len(w), dtype=w.dtype))
 
 
+def compressed_rows(rows: Streamed, targets: Targets) -> tuple[jax.Array, jax.Array]:
+    """Fewer rows and targets, for which least squares has the same W: triangular factors, merged
+    chunk by chunk. Both are divided by the root of the number of samples and times those of the
+    weights; the rows are (outputs, columns, columns) where each output has weights of its own."""
+    (samples, columns), outputs = rows.shape, targets.shape[1]
+
+    def merge(rows, wanted, more_rows, more_wanted):
+        more_rows, more_wanted = compressed(more_rows, more_wanted)
+        rows = jnp.concatenate([rows, more_rows])
+        return compressed(rows, jnp.concatenate([wanted, more_wanted]))
+
+    def add(so_far, z, c):
+        more = rooted_rows(c, z) / samples**0.5, rooted(c, plain(c)) / samples**0.5
+        if alike(c):
+            return merge(*so_far, *more)
+        more_rows, more_wanted = more
+        return jax.vmap(merge)(*so_far, more_rows, more_wanted.T[:, :, None])
+
+    each, wanted = ((), outputs) if alike(targets) else ((outputs,), 1)
+    start = (jnp.zeros((*each, columns, n), rows.dtype) for n in (columns, wanted))
+    factor, wanted = rows.total(add, tuple(start), targets)
+    return factor, wanted if alike(targets) else wanted[:, :, 0].T
+
+
 def w_hessian(problem: Problem, rows, w, targets, whole: bool) -> jax.Array:
     """∇²_W Φ at `w` without the penalty: in the blocks of a `Factor`.
 
@@ -134,8 +162,7 @@ def w_hessian(problem: Problem, rows, w, targets, whole: bool) -> jax.Array:
     units = jnp.eye(outputs, dtype=w.dtype)[:, None, :]
     i, j = np.tril_indices(outputs) if whole else (np.arange(outputs),) * 2
     k, l = np.tril_indices(columns)  # noqa: E741
-    chunks = Blocks(len(rows), 1)
-    chunks = chunks._replace(number=-(-chunks.size // CHUNK))
+    chunks = blocks_of(len(rows), CHUNK * jax.device_count())
 
     def add(total, place):
         z, c = chunks.take((rows, targets), place)
@@ -145,7 +172,7 @@ def w_hessian(problem: Problem, rows, w, targets, whole: bool) -> jax.Array:
         return total + q[i, :, j] @ (z[:, k] * z[:, l]), None
 
     total = jnp.zeros((len(i), len(k)), w.dtype)
-    total, _ = jax.lax.scan(add, total, np.arange(chunks.number, dtype=np.int32))
+    total, _ = jax.lax.scan(add, total, chunks.places)
     total = total * (chunks.devices * chunks.size / len(rows))
     of_columns = _entries(k, l)
     if not whole:

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from varprox.numerics.krylov import after
+from varprox.problem.hosted import taken
 from varprox.problem.model import Problem
+from varprox.problem.streamed import Streamed
 
 BUCKETS, SAMPLES = 64, 1024  # of the sketch, at most
 LONGEST = 256  # axis that is whitened
@@ -40,7 +42,7 @@ class Whitening(NamedTuple):
 
 
 def whitening(
-    problem: Problem, theta: Any, rows: jax.Array, w: jax.Array, data: tuple
+    problem: Problem, theta: Any, rows: jax.Array | Streamed, w: jax.Array, data: tuple
 ) -> Whitening:
     """M for the Gauss–Newton matrix at θ with W held fixed; `rows` are those at θ, by which the
     samples are put in order.
@@ -61,18 +63,20 @@ def whitening(
     """
     for_order, for_signs = jax.random.split(jax.random.key(0))
     # An order of the samples that does not depend on how they are given.
-    order = jnp.argsort(rows @ jax.random.normal(for_order, rows.shape[1:], rows.dtype))
+    columns = rows.shape[1]
+    order = jnp.argsort((rows @ jax.random.normal(for_order, (columns, 1), rows.dtype))[:, 0])
     buckets = min(BUCKETS, len(rows))
     size = min(SAMPLES, len(rows)) // buckets
     chosen = order[np.arange(size * buckets) * len(rows) // (size * buckets)]
     signs = jax.random.rademacher(for_signs, (buckets, size, data[1].shape[1]), rows.dtype)
 
     def split(x):
-        return jnp.asarray(x)[chosen].reshape(size, buckets, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(size, buckets, *x.shape[1:]).swapaxes(0, 1)
 
-    parts = jax.tree.map(split, data)
-    if not _can_be_parted(problem, theta, parts[0], (size, rows.shape[1])):
+    parts = jax.tree.map(split, taken(data, chosen))
+    if not _can_be_parted(problem, theta, parts[0], (size, columns)):
         return _identity(theta)
+    rows = rows.of(chosen) if isinstance(rows, Streamed) else rows[chosen]
     near = jnp.finfo(rows.dtype).eps ** 0.5 * jnp.max(jnp.abs(rows))
 
     def add(carry, bucket):
