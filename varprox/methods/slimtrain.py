@@ -259,7 +259,7 @@ def _is_key(leaf):
 
 def _init(static, options, theta, data, key=None):
     problem, tikhonov_options = options
-    theta, (inputs, targets) = check_data(problem, theta, data, images=True)
+    theta, (inputs, targets) = check_data(problem, theta, data, stochastic=True)
     head = problem.model.head
     w = zero_w(problem, jax.eval_shape(problem.model.features, theta, inputs), targets)
     theta, targets = jax.tree.map(jnp.asarray, (theta, targets))

@@ -17,7 +17,7 @@ from varprox.checks import (
     library,
 )
 from varprox.problem.heads import ConvHead
-from varprox.problem.hosted import at_hand, leaves_of, on_host
+from varprox.problem.hosted import at_hand, leaves_of, on_host, shapes_of
 from varprox.problem.model import Problem, Separable, check_problem
 from varprox.problem.traits import treats_samples_alone
 from varprox.problem.weighted import Targets, Weighted, gapless, plain
@@ -26,20 +26,21 @@ PIECE = 2**22  # entries of an array on a disk that are looked at together
 
 
 def check_data(
-    problem: Problem, theta, data, *, images: bool = False, full_batch: bool = False
+    problem: Problem, theta, data, *, stochastic: bool = False, full_batch: bool = False
 ) -> tuple[Any, tuple[Any, Targets]]:
     """θ, and the pair of inputs and targets, `Weighted` where the data have weights; both
     `automatic`. Refuses data that the problem cannot be solved for; passes in silence under trace.
 
-    Convolutional heads, and images as targets, are for methods that say they take `images`. A
-    `full_batch` method is refused features that learn from the batches they see, to which it shows
-    none. Where the function of the features' `Partial` has a `varprox_check(*args, theta, inputs,
-    targets)`, it is called with the arguments there. Raises TypeError or ValueError naming the
-    argument, what was expected and what came.
+    Convolutional heads, and images as targets, are for `stochastic` methods. For all else inputs of
+    NumPy stay on the host where the problem takes them in chunks. A `full_batch` method is refused
+    features that learn from the batches they see, to which it shows none. Where the function of the
+    features' `Partial` has a `varprox_check(*args, theta, inputs, targets)`, it is called with the
+    arguments there. Raises TypeError or ValueError naming the argument, what was expected and what
+    came.
     """
     check_problem(problem)
     of_images = isinstance(problem.model.head, ConvHead)
-    if of_images and not images:
+    if of_images and not stochastic:
         raise TypeError(
             "problem: expected a model with a dense head; one with a convolutional head is trained "
             "by varprox.slimtrain"
@@ -64,7 +65,7 @@ def check_data(
         _check_weights(problem, targets)
         for _, part in _held(plain(targets)):
             problem.loss.check(part)
-    return theta, (where_they_stay(problem, inputs), targets)
+    return theta, (inputs if stochastic else where_they_stay(problem, inputs), targets)
 
 
 def where_they_stay(problem: Problem, inputs: Any) -> Any:
@@ -180,7 +181,9 @@ def _floating(leaf):
 def check_w(problem: Problem, theta, w, data) -> None:
     """Refuses what is not W for data that have been checked."""
     check_array("w", w)
-    expected = jax.eval_shape(lambda theta: _w_like(problem, theta, data), theta)
+    inputs, targets = data
+    z = jax.eval_shape(problem.model.features, theta, shapes_of(inputs))
+    expected = jax.eval_shape(lambda: zero_w(problem, z, targets))
     if jnp.shape(w) != expected.shape:
         raise ValueError(
             f"w: expected shape {expected.shape}, as the rows and the targets ask for, got "
@@ -189,11 +192,6 @@ def check_w(problem: Problem, theta, w, data) -> None:
     if jnp.result_type(w) != expected.dtype:
         raise TypeError(f"w: expected dtype {expected.dtype}, that of theta, got {w.dtype}")
     _check_finite("w", w)
-
-
-def _w_like(problem, theta, data):
-    inputs, targets = data
-    return zero_w(problem, problem.model.features(theta, inputs), targets)
 
 
 def _check_arrays(problem, theta, inputs, targets):

@@ -13,8 +13,10 @@ from varprox.checks import (
     shown,
 )
 from varprox.precision import full_products
+from varprox.problem.chunks import blocks_of
 from varprox.problem.covariance import Covariance, deviations, times_derivative
-from varprox.problem.data import automatic, weights
+from varprox.problem.data import automatic, weights, where_they_stay
+from varprox.problem.hosted import at_hand, leaves_of, shapes_of
 from varprox.problem.model import Problem, check_problem
 from varprox.problem.traits import derivatives
 
@@ -26,7 +28,8 @@ def predict(
     """The predictions of a problem's model at given weights, and how far the data determine them.
 
     Arguments:
-        problem: The `Problem`; only its model matters.
+        problem: The `Problem`; only its model matters, and its `chunk`: so many samples are
+            evaluated at a time.
         theta: The nonlinear weights θ, a pytree as the features take it.
         w: The weights W of the last layer, (columns, outputs), in the dtype of the features.
         inputs: Inputs as the features take them, with the samples along the first axis.
@@ -59,12 +62,18 @@ def predict(
         (5, 1)
     """
     check_problem(problem)
-    theta, w, inputs = automatic((theta, w, inputs))
+    theta, w, inputs = automatic((theta, w, at_hand(inputs)))
     for name, leaves in ("theta", weights(theta)), ("w", [w]), ("inputs", jax.tree.leaves(inputs)):
         for leaf in leaves:
             check_array(name, leaf)
     head = problem.model.head
-    z = called("features", problem.model.features, theta=theta, inputs=inputs)
+    chunked = bool(jax.tree.leaves(inputs)) and problem.chunked(inputs)
+    features = problem.model.features
+    if chunked:
+        shapes = partial(jax.eval_shape, features)
+        z = called("features", shapes, theta=theta, inputs=shapes_of(inputs))
+    else:
+        z = called("features", features, theta=theta, inputs=inputs)
     if jnp.ndim(z) < 2:
         raise ValueError(
             f"inputs: expected a batch, for which features are (batch, m), got features of shape "
@@ -77,12 +86,28 @@ def predict(
         )
     if jnp.result_type(w) != z.dtype:
         raise TypeError(f"w: expected dtype {z.dtype}, that of the features, got {w.dtype}")
-    predictions = head.apply(z, w)
+    if chunked:
+        predictions = _in_chunks(problem, theta, w, where_they_stay(problem, inputs))
+        predictions = jax.block_until_ready(predictions)  # while there are arrays to read
+    else:
+        predictions = head.apply(z, w)
     if covariance is None:
         return predictions
     _check_covariance(covariance, sum(map(np.size, jax.tree.leaves((theta, w)))))
     forward, _ = derivatives(problem, theta, inputs)
     return predictions, _deviations(problem.model, theta, w, inputs, covariance, forward=forward)
+
+
+@jax.jit
+@full_products
+def _in_chunks(problem, theta, w, inputs):
+    """Predictions of a chunk of samples at a time."""
+    model = problem.model
+
+    def of_block(so_far, _, x):
+        return so_far, model.head.apply(model.features(theta, x), w)
+
+    return blocks_of(len(leaves_of(inputs)[0]), problem.chunk).scan(of_block, None, inputs)[1]
 
 
 @partial(jax.jit, static_argnames="forward")

@@ -49,24 +49,27 @@ class Streamed:
     def T(self) -> "_Transposed":
         return _Transposed(self)
 
+    def scan(self, fn: Callable[..., Any], start: Any, *trees: Any) -> tuple[Any, Any]:
+        """`Blocks.scan` of a function that takes the rows of some samples in place of inputs."""
+
+        def of_block(so_far, new, x, *rest):
+            return fn(so_far, new, self.model.rows(self.theta, x), *rest)
+
+        return self.blocks.scan(of_block, start, self.inputs, *trees)
+
     def each(self, fn: Callable[..., Any], *trees: Any) -> Any:
         """`fn` of the rows of some samples, and of what else belongs to them, for all samples."""
-
-        def of_block(so_far, _, x, *rest):
-            return so_far, fn(self.model.rows(self.theta, x), *rest)
-
-        return self.blocks.scan(of_block, None, self.inputs, *trees)[1]
+        return self.scan(lambda so_far, _, *parts: (so_far, fn(*parts)), None, *trees)[1]
 
     def total(self, fn: Callable[..., Any], start: Any, *trees: Any) -> Any:
         """`start`, and then what `fn` makes of this, of the rows of some samples, and of what else
         belongs to them; all of it is zero for samples that come again."""
 
-        def of_block(so_far, new, x, *rest):
-            parts = self.model.rows(self.theta, x), *rest
+        def add(so_far, new, *parts):
             once = lambda part: jnp.where(new[:, None], part, 0)  # noqa: E731
             return fn(so_far, *jax.tree.map(once, parts)), None
 
-        return self.blocks.scan(of_block, start, self.inputs, *trees)[0]
+        return self.scan(add, start, *trees)[0]
 
     def of(self, indices: jax.Array) -> jax.Array:
         """Those of some samples."""

@@ -116,8 +116,7 @@ def _ridge(problem, rows, targets):
     solve = ridge if alike(targets) else ridge_of_each
     if isinstance(rows, Streamed):
         found, basis = solve(*compressed_rows(rows, targets), alpha, offset), None
-        residual, sizes = rows.each(partial(_residual, problem, found.w, offset), targets)
-        residual = residual / scale
+        residual, sizes = _streamed_residual(problem, rows, targets, found, offset)
     else:
         weighted = rooted_rows(targets, rows) / scale
         found = solve(weighted, rooted(targets, plain(targets)) / scale, alpha, offset)
@@ -136,11 +135,25 @@ def _ridge(problem, rows, targets):
     )
 
 
-def _residual(problem, w, offset, rows, targets):
-    """Of some samples, whose targets are less what `offset` predicts, and the sizes of the terms of
-    their predictions."""
-    residual = rows @ (w - offset) - plain(targets)
-    return rooted(targets, residual), _sizes(problem, rows, w, targets)
+def _streamed_residual(problem, rows, targets, found, offset):
+    """The residual for rows that are not held, as `ridge` has it, and the sizes of the terms of the
+    predictions; targets are less what `offset` predicts.
+
+    Rows times W are known to rounding of their products only, and of what that leaves in the span
+    of the rows derivatives would make much. A step of refinement takes it away: the residual moves
+    along with W to where the gradient in W, as it was found, vanishes.
+    """
+    scale = len(rows) ** 0.5
+
+    def look(gradient, new, z, c):
+        residual = rooted(c, z @ (found.w - offset) - plain(c)) / scale
+        slopes = jnp.where(new[:, None], rooted(c, residual) / scale, 0)
+        return gradient + z.T @ slopes, (residual, _sizes(problem, z, found.w, c))
+
+    gradient, (residual, sizes) = rows.scan(look, problem.w_penalty_like(rows) * found.w, targets)
+    change = ridge_factor(found.span).solve(gradient)
+    refine = lambda z, residual, c: residual - rooted(c, z @ change) / scale  # noqa: E731
+    return rows.each(refine, residual, targets), sizes
 
 
 class _Point(NamedTuple):

@@ -146,7 +146,7 @@ def check_validation(method: Method, theta: Any, data: tuple, validation: Any) -
     """Validation data as `check_data` returns them. Refuses those that are not like the data."""
     try:
         _, validation = check_data(
-            method.problem, theta, validation, images=method.epoch is not None
+            method.problem, theta, validation, stochastic=method.epoch is not None
         )
     except (TypeError, ValueError) as error:
         raise type(error)(f"validation: {error}") from None

@@ -16,6 +16,7 @@ import numpy as np
 from varprox.checks import check_flag, check_integer, check_number
 from varprox.methods.method import Method, Status
 from varprox.problem.data import check_data
+from varprox.problem.hosted import shapes_of
 from varprox.problem.model import Problem
 from varprox.training import storage
 from varprox.training.arguments import (
@@ -33,7 +34,7 @@ from varprox.training.choice import default_methods
 from varprox.training.clock import timed
 from varprox.training.evaluation import evaluations, problem_at, row_of
 from varprox.training.history import History
-from varprox.training.solution import Best, Solution, load, shapes
+from varprox.training.solution import Best, Solution, load
 from varprox.training.threads import one_blas_thread
 
 BAR, COLUMNS = "{percentage:3.0f}%|{bar:10}| {elapsed} {desc}", 80
@@ -174,7 +175,7 @@ def fit(
         )
     limits = check_limits("fit", max_work=max_work, max_seconds=max_seconds, epochs=epochs)
     stochastic = methods[0].epoch is not None
-    theta, data = check_data(methods[0].problem, theta, data, images=stochastic)
+    theta, data = check_data(methods[0].problem, theta, data, stochastic=stochastic)
     sets = {"train": data}
     if validation is not None:
         sets["validation"] = check_validation(methods[0], theta, data, validation)
@@ -311,7 +312,7 @@ class _Run:
             self.state,
             self.method.name,
             self.best,
-            shapes(self.asked.data[0]),
+            shapes_of(self.asked.data[0]),
         )
 
     def _hand_over(self):

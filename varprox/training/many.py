@@ -10,10 +10,11 @@ import numpy as np
 from varprox.checks import check_flag, check_integer
 from varprox.methods.method import Method, Status
 from varprox.problem.data import automatic, check_data
+from varprox.problem.hosted import shapes_of
 from varprox.training.arguments import check_concrete, check_limits, epoch_or_step
 from varprox.training.clock import timed
 from varprox.training.evaluation import penalties, problem_at
-from varprox.training.solution import Solution, shapes
+from varprox.training.solution import Solution
 from varprox.training.threads import one_blas_thread
 
 
@@ -83,9 +84,10 @@ def fit_many(
     limits = check_limits("fit_many", max_work=max_work, epochs=epochs)
     epoch_or_step(method, batch_size)  # refuses a size of batches that does not suit the method
     count = _runs(thetas, data if own_data else ())
+    stochastic = method.epoch is not None
     for run in range(count if own_data else 1):
         of_run = _member(data, run) if own_data else data
-        check_data(method.problem, _member(thetas, run), of_run, images=method.epoch is not None)
+        check_data(method.problem, _member(thetas, run), of_run, stochastic=stochastic)
 
     keys = jax.random.split(jax.random.key(check_integer("seed", seed, least=0)), count)
     begin, step = _compiled(method.init, method.epoch or method.step, batch_size, own_data)
@@ -104,7 +106,7 @@ def fit_many(
         means = {k: np.asarray(v).reshape(count, -1).mean(1) for k, v in info._asdict().items()}
         rows.append(means | _row(method, state) | {"seconds": np.full(count, seconds)})
     of_run = _member(data, 0) if own_data else data
-    inputs = shapes(of_run[0])
+    inputs = shapes_of(of_run[0])
     return [
         _solution(method, _member(state, run), rows[: ends[run] + 1], run, compile_seconds, inputs)
         for run in range(count)

@@ -247,11 +247,6 @@ def load(folder: str | os.PathLike, problem: Problem, theta: Any = None) -> Solu
     )
 
 
-def shapes(inputs: Any) -> Any:
-    """What a solution keeps of the inputs."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), inputs)
-
-
 def _check_features(problem, tree, inputs, folder):
     """Refuses a problem whose features do not go with the weights that were saved."""
     model = problem.model
