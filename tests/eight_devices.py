@@ -30,8 +30,9 @@ def features(theta, inputs):
     return jnp.tanh(inputs @ theta)
 
 
-def make(loss):
-    return vp.Problem(vp.Separable(features), loss, theta_penalty=1e-3, w_penalty=1e-3)
+def make(loss, chunk=None):
+    model = vp.Separable(features)
+    return vp.Problem(model, loss, theta_penalty=1e-3, w_penalty=1e-3, chunk=chunk)
 
 
 SQUARES, ENTROPY = make(vp.least_squares()), make(vp.softmax_cross_entropy())
@@ -43,6 +44,7 @@ METHODS = {
     "lbfgsvpro": vp.lbfgsvpro(SQUARES),
     "broydenvpro": vp.broydenvpro(SQUARES),
     "entropy": vp.gnvpro(ENTROPY, curvature="krylov", rank=4, memory=2),
+    "chunks": vp.lbfgsvpro(make(vp.least_squares(), chunk=300)),
     "slimtrain": vp.slimtrain(SQUARES, optax.sgd(1e-2)),
 }
 

@@ -16,7 +16,16 @@ from repository import ROOT
 pytestmark = pytest.mark.xdist_group("devices")  # whose processes take long, and run once
 
 HERE = Path(__file__).parent
-FULL_BATCH = ("krylov", "dense", "kernel", "forward", "lbfgsvpro", "broydenvpro", "entropy")
+FULL_BATCH = (
+    "krylov",
+    "dense",
+    "kernel",
+    "forward",
+    "lbfgsvpro",
+    "broydenvpro",
+    "entropy",
+    "chunks",
+)
 
 
 def start(config, devices, script, *arguments):

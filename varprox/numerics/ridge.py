@@ -33,6 +33,15 @@ class Span(NamedTuple):
         *each, _, _, columns = self.q.shape
         return (self.q @ self.turn).reshape(*each, -1, columns)
 
+    def inward(self, x: jax.Array) -> jax.Array:
+        """Uᵀ x (columns, outputs), for x (batch, outputs)."""
+        x = x.reshape(len(self.q), -1, x.shape[1])
+        return jnp.sum(self.turn.mT @ jnp.einsum("bnk,bno->bko", self.q, x), axis=0)
+
+    def outward(self, y: jax.Array) -> jax.Array:
+        """U y (batch, outputs), for y (columns, outputs)."""
+        return (self.q @ (self.turn @ y)).reshape(-1, y.shape[1])
+
 
 class Ridge(NamedTuple):
     """The minimiser of ½‖rows w − targets‖² + ½ α ‖w‖²."""
@@ -110,20 +119,25 @@ def ridge(rows: jax.Array, targets: jax.Array, alpha, offset: jax.Array | float 
     minimum-norm solution.
 
     The residual is formed without w: where the rows are ill-conditioned w is large, and rows times
-    w is known to rounding of their products only. `offset` (columns, outputs) is for what is large
-    beside the rest of the targets, and known to be spanned by the rows, such as their mean.
+    w is known to rounding of their products only. What rounding leaves of the residual in the span
+    of the rows is projected out once more, as derivatives may be large there: in single precision
+    GNvpro's dense form ends 1.3 to 2 times lower by it on Peaks. `offset` (columns, outputs) is for
+    what is large beside the rest of the targets, and known to be spanned by the rows, such as their
+    mean.
     """
     found = span(rows, alpha)
-    split = targets.reshape(len(found.q), -1, targets.shape[1])
-    inside = jnp.sum(found.turn.mT @ jnp.einsum("bnk,bno->bko", found.q, split), axis=0)
+    inside = found.inward(targets)
     if jnp.ndim(offset):
         norms = jnp.linalg.norm(found.inverse_root, axis=0, keepdims=True)
         axes = found.inverse_root / jnp.where(norms > 0, norms, 1)
         inside = inside - alpha * (found.inverse_root.T @ offset)
         # Of the minimum norm is only what the rows determine.
         offset = jnp.where(jnp.all(norms > 0), offset, axes @ (axes.T @ offset))
-    residual = (found.q @ (found.turn @ inside)).reshape(targets.shape) - targets
-    return Ridge(offset + found.inverse_root @ inside, residual, found)
+    residual = found.outward(inside) - targets
+    w = offset + found.inverse_root @ inside
+    left = found.inward(residual) + alpha * (found.inverse_root.T @ w)
+    residual = residual - found.outward(left)
+    return Ridge(w - found.inverse_root @ left, residual, found)
 
 
 def ridge_of_each(rows: jax.Array, targets: jax.Array, alpha, offset) -> Ridge:

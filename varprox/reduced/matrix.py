@@ -295,8 +295,7 @@ def _rows(problem, theta, data, at, span, blocks, place, *, kaufman, forward):
 
 def _spanned(factor, rows, targets):
     """What `_Span.z` has of these rows, by the factor under least squares."""
-    rows = rooted_rows(targets, rows) @ factor.blocks
-    return rows.swapaxes(0, 1)
+    return (rooted_rows(targets, rows @ factor.basis) @ factor.blocks).swapaxes(0, 1)
 
 
 def _basis(problem, w, targets):

@@ -18,10 +18,10 @@ from varprox.problem.streamed import Streamed
 from varprox.problem.weighted import Targets, alike, means, plain, rooted, rooted_rows, shifted
 from varprox.reduced.w_hessian import (
     Factor,
-    compressed_rows,
     factorise,
     hessian_map,
     ridge_factor,
+    streamed_ridge,
     to_flat,
     to_w,
 )
@@ -115,45 +115,48 @@ def _ridge(problem, rows, targets):
     alpha = problem.w_penalty_like(rows)
     solve = ridge if alike(targets) else ridge_of_each
     if isinstance(rows, Streamed):
-        found, basis = solve(*compressed_rows(rows, targets), alpha, offset), None
-        residual, sizes = _streamed_residual(problem, rows, targets, found, offset)
+        w, v, factor = streamed_ridge(problem, rows, targets, offset)
+        residual, sizes = _streamed_residual(problem, rows, targets, w, v, factor)
+        basis = None
     else:
+        alpha = problem.w_penalty_like(rows)
+        solve = ridge if alike(targets) else ridge_of_each
         weighted = rooted_rows(targets, rows) / scale
-        found = solve(weighted, rooted(targets, plain(targets)) / scale, alpha, offset)
-        basis = found.span.basis
+        w, residual, found = solve(weighted, rooted(targets, plain(targets)) / scale, alpha, offset)
+        basis, factor = found.basis, ridge_factor(found)
         basis = basis if basis.ndim == 2 else basis.swapaxes(0, 1)
-        residual, sizes = found.residual, _sizes(problem, rows, found.w, targets)
+        sizes = _sizes(problem, rows, w, targets)
     return Projection(
-        w=found.w,
+        w=w,
         slopes=rooted(targets, residual) / scale,
         rows=basis,
-        factor=ridge_factor(found.span),
-        value=0.5 * jnp.sum(residual**2) + problem.penalty_on_w(found.w),
+        factor=factor,
+        value=0.5 * jnp.sum(residual**2) + problem.penalty_on_w(w),
         error=_rounding(sizes),
         products=jnp.zeros((), jnp.int32),
         spent=jnp.zeros((), jnp.int32),
     )
 
 
-def _streamed_residual(problem, rows, targets, found, offset):
-    """The residual for rows that are not held, as `ridge` has it, and the sizes of the terms of the
-    predictions; targets are less what `offset` predicts.
-
-    Rows times W are known to rounding of their products only, and of what that leaves in the span
-    of the rows derivatives would make much. A step of refinement takes it away: the residual moves
-    along with W to where the gradient in W, as it was found, vanishes.
-    """
-    scale = len(rows) ** 0.5
+def _streamed_residual(problem, rows, targets, w, v, factor):
+    """The residual for rows that are not held, as `ridge` has it and as refined, and the sizes of
+    the terms of the predictions."""
+    scale, basis = len(rows) ** 0.5, factor.basis
 
     def look(gradient, new, z, c):
-        residual = rooted(c, z @ (found.w - offset) - plain(c)) / scale
+        y = z @ basis
+        residual = rooted(c, y @ v - plain(c)) / scale
         slopes = jnp.where(new[:, None], rooted(c, residual) / scale, 0)
-        return gradient + z.T @ slopes, (residual, _sizes(problem, z, found.w, c))
+        return gradient + y.T @ slopes, residual
 
-    gradient, (residual, sizes) = rows.scan(look, problem.w_penalty_like(rows) * found.w, targets)
-    change = ridge_factor(found.span).solve(gradient)
-    refine = lambda z, residual, c: residual - rooted(c, z @ change) / scale  # noqa: E731
-    return rows.each(refine, residual, targets), sizes
+    gradient, residual = rows.scan(look, problem.w_penalty_like(w) * (basis.T @ w), targets)
+    left = factor._replace(basis=jnp.eye(len(basis), dtype=basis.dtype)).solve(gradient)
+
+    def refine(z, residual, c):
+        residual = residual - rooted(c, (z @ basis) @ left) / scale
+        return residual, _sizes(problem, z, w, c)
+
+    return rows.each(refine, residual, targets)
 
 
 class _Point(NamedTuple):

@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from varprox.numerics.ridge import Span, compressed, span
+from varprox.numerics.ridge import Span, compressed, fewer, ridge, ridge_of_each, span
 from varprox.problem.chunks import blocks_of
 from varprox.problem.model import Problem
 from varprox.problem.streamed import Streamed
-from varprox.problem.weighted import Targets, alike, plain, rooted, rooted_rows
+from varprox.problem.weighted import Targets, alike, plain, rooted, rooted_rows, weights_of
 
 CHUNK = 512  # samples of a device
 DENSE_LIMIT = 2048  # entries of W up to which its Hessian is factorised as a whole
@@ -66,6 +66,10 @@ def hessian_map(problem: Problem, rows, w, targets) -> Callable[[jax.Array], jax
 def hessian_factor(problem: Problem, rows, w, targets) -> Factor:
     """What `hessian_solver` needs: the factor of the whole Hessian, or of its blocks if W is
     large."""
+    if isinstance(rows, Streamed):
+        _, _, factor = streamed_ridge(problem, rows, targets)
+        u, s, _ = jnp.linalg.svd(factor.basis[None] @ factor.blocks)
+        return Factor(u * s[:, None], jnp.eye(len(w), dtype=w.dtype))
     return factorise(problem, rows, w, targets, whole=w.size <= DENSE_LIMIT)
 
 
@@ -104,10 +108,7 @@ def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Fac
     Pines the first steps of LBFGSvpro took a fifth more products with them.
     """
     if problem.loss.quadratic:
-        if isinstance(rows, Streamed):
-            weighted, _ = compressed_rows(rows, targets)
-        else:
-            weighted = rooted_rows(targets, rows) / len(rows) ** 0.5
+        weighted = rooted_rows(targets, rows) / len(rows) ** 0.5
         spanned = span if weighted.ndim == 2 else jax.vmap(span, (0, None))
         return ridge_factor(spanned(weighted, problem.w_penalty_like(rows)))
     blocks = w_hessian(problem, rows, w, targets, whole)
@@ -127,28 +128,52 @@ def factorise(problem: Problem, rows, w, targets, *, whole: bool = False) -> Fac
     return Factor(inverse.mT, jnp.eye(len(w), dtype=w.dtype))
 
 
-def compressed_rows(rows: Streamed, targets: Targets) -> tuple[jax.Array, jax.Array]:
-    """Fewer rows and targets, for which least squares has the same W: triangular factors, merged
-    chunk by chunk. Both are divided by the root of the number of samples and times those of the
-    weights; the rows are (outputs, columns, columns) where each output has weights of its own."""
+def streamed_ridge(
+    problem: Problem, rows: Streamed, targets: Targets, offset: jax.Array | float = 0.0
+) -> tuple[jax.Array, jax.Array, Factor]:
+    """Least squares for rows that are not held: W, V and the factor, where W = offset + basis V in
+    the factor's basis. The targets are less what the offset predicts.
+
+    A triangular factor of the rows, merged chunk by chunk, gives a basis in which they are nearly
+    orthonormal. Only rows times this basis are solved for, so that the residual, these times V, is
+    known to rounding of the targets, as from orthogonal factors, however large W is. Source, for
+    the second factorisation: Yamamoto, Nakatsukasa, Yanagisawa, Fukaya, ETNA 44 (2015).
+    """
     (samples, columns), outputs = rows.shape, targets.shape[1]
+    alpha = problem.w_penalty_like(rows)
+    offset = jnp.broadcast_to(jnp.asarray(offset, rows.dtype), (columns, outputs))
 
-    def merge(rows, wanted, more_rows, more_wanted):
-        more_rows, more_wanted = compressed(more_rows, more_wanted)
-        rows = jnp.concatenate([rows, more_rows])
-        return compressed(rows, jnp.concatenate([wanted, more_wanted]))
+    def merge(factor, wanted, *more):
+        more = compressed(*more)
+        return compressed(*map(jnp.concatenate, zip((factor, wanted), more, strict=True)))
 
-    def add(so_far, z, c):
-        more = rooted_rows(c, z) / samples**0.5, rooted(c, plain(c)) / samples**0.5
+    def first(factor, z, c):
+        weight = jnp.mean(weights_of(c), axis=1, keepdims=True)
+        z = fewer(jnp.sqrt(weight) * z) / samples**0.5
+        return jnp.linalg.qr(jnp.concatenate([factor, z]), mode="r")
+
+    def second(so_far, z, c):
+        rows = rooted_rows(c, z @ basis) / samples**0.5
+        wanted = rooted(c, plain(c)) / samples**0.5
         if alike(c):
-            return merge(*so_far, *more)
-        more_rows, more_wanted = more
-        return jax.vmap(merge)(*so_far, more_rows, more_wanted.T[:, :, None])
+            return merge(*so_far, rows, wanted)
+        return jax.vmap(merge)(*so_far, rows, wanted.T[:, :, None])
 
-    each, wanted = ((), outputs) if alike(targets) else ((outputs,), 1)
-    start = (jnp.zeros((*each, columns, n), rows.dtype) for n in (columns, wanted))
-    factor, wanted = rows.total(add, tuple(start), targets)
-    return factor, wanted if alike(targets) else wanted[:, :, 0].T
+    factor = rows.total(first, jnp.zeros((columns, columns), rows.dtype), targets)
+    basis = span(factor, alpha).inverse_root
+    norms = jnp.linalg.norm(basis, axis=0, keepdims=True)
+    axes = basis / jnp.where(norms > 0, norms, 1)
+    # Of the minimum norm is only what the rows determine.
+    offset = jnp.where(jnp.all(norms > 0), offset, axes @ (axes.T @ offset))
+    start = jnp.sqrt(alpha) * basis, -jnp.sqrt(alpha) * offset
+    if alike(targets):
+        found = ridge(*rows.total(second, start, targets), 0)
+    else:
+        each = jnp.broadcast_to(start[0], (outputs, columns, columns)), start[1].T[:, :, None]
+        rows, wanted = rows.total(second, each, targets)
+        found = ridge_of_each(rows, wanted[:, :, 0].T, 0, 0.0)
+    root = found.span.inverse_root.reshape(-1, columns, columns)
+    return offset + basis @ found.w, found.w, Factor(root, basis)
 
 
 def w_hessian(problem: Problem, rows, w, targets, whole: bool) -> jax.Array:
