@@ -29,7 +29,8 @@ class Recycled(NamedTuple):
 
 
 def nothing_yet(memory: int, like: jax.Array) -> Recycled:
-    """P = I for vectors such as `like`, with room for `memory` directions."""
+    """P = I for vectors such as `like`, with room for `memory` directions, or for all there are."""
+    memory = min(memory, like.size)
     return Recycled(jnp.zeros((memory, like.size), like.dtype), jnp.zeros(memory, like.dtype))
 
 
@@ -53,12 +54,13 @@ def recycle(old: Recycled, space: KrylovSpace) -> Recycled:
     flattened = jnp.where(used & (curvature > least), 1 - least / curvature, 0)
     added = jnp.sqrt(flattened)[:, None] * jax.vmap(old.root)(directions)
 
-    # Together they are Bᵀ B, whose eigenpairs follow from the small matrix B Bᵀ.
+    # Together they are Bᵀ B, whose eigenpairs are also those of B Bᵀ.
     together = jnp.concatenate([jnp.sqrt(old.shrinkage)[:, None] * old.basis, added])
-    shrinkage, q = jnp.linalg.eigh(together @ together.T)
-    memory = len(old.shrinkage)
-    shrinkage, q = shrinkage[len(shrinkage) - memory :], q[:, len(shrinkage) - memory :]
+    wide = len(together) < together.shape[1]
+    shrinkage, q = jnp.linalg.eigh(together @ together.T if wide else together.T @ together)
+    first = len(shrinkage) - len(old.shrinkage)
+    shrinkage, q = shrinkage[first:], q[:, first:]
     known = shrinkage > 1e3 * eps
-    basis = (q.T @ together) / jnp.sqrt(jnp.where(known, shrinkage, 1))[:, None]
+    basis = (q.T @ together) / jnp.sqrt(jnp.where(known, shrinkage, 1))[:, None] if wide else q.T
     # Rounding blurs how little of a direction is left.
     return Recycled(basis, jnp.where(known, jnp.minimum(shrinkage, 1 - eps**0.5), 0))
