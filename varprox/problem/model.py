@@ -125,11 +125,16 @@ class Problem:
         w_penalty: A finite number ≥ 0, by default 0. It penalises the bias like the rest of W. It
             may be 0 under least squares: W(θ) is then the minimum-norm solution. Other losses may
             have no minimiser without a penalty on W, and need a positive number.
-        chunk: The number of samples for which full-batch methods evaluate the features at a time,
-            an integer ≥ 1; None, the default, takes all together. Only design rows are kept then,
-            and derivatives compute anew what lies before them: for deep features and many samples
-            this takes far less memory, for one more forward pass with each reverse pass and with
-            each product. It needs features that treat each sample alone.
+        chunk: The number of samples that full-batch methods and `predict` take at a time, an
+            integer ≥ 1; None, the default, takes all together. The features must treat each sample
+            alone. Under least squares nothing of more samples is held then but the data and some
+            arrays of the size of the targets: whatever needs the features evaluates them anew. On a
+            CPU a step is often faster, on an accelerator it takes more passes. Under other losses,
+            whose W takes many products with the design rows, some copies of these are held. Inputs
+            that are NumPy arrays, such as a `numpy.memmap`, stay where they are, and every chunk is
+            read in its turn; they must last as long as the steps that read them. Where they fit on
+            the device, `jax.numpy.asarray` puts them there, which is faster. In any case the forms
+            ``"kernel"`` and ``"forward"`` of `gnvpro` hold their own rows, which are larger.
 
     Raises:
         TypeError: If `model` is not a `Separable`, if `loss` is not a loss, or if a penalty is
