@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# By their addresses, for as long as somebody else holds them.
+# By their addresses, and for as long as somebody else holds them.
 _ARRAYS: Mapping[int, np.ndarray] = weakref.WeakValueDictionary()
 
 
@@ -23,7 +23,7 @@ class Hosted:
     def __init__(self, array: np.ndarray) -> None:
         _ARRAYS[id(array)] = array  # type: ignore[index]
         self.array: np.ndarray | None = array  # which it keeps alive, as long as it is not traced
-        self.key: Any = np.array(divmod(id(array), 2**32), np.uint32)
+        self.key: Any = np.array(divmod(id(array), 2**32), np.uint32)  # the address, in halves
         self.shape, self.dtype = array.shape, jax.dtypes.canonicalize_dtype(array.dtype)
 
     def tree_flatten(self):

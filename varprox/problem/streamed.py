@@ -89,8 +89,11 @@ def rows_and_pullback(problem: Any, theta: Any, inputs: Any) -> tuple[Any, Calla
     """The design rows of a problem at θ, and (u, W) ↦ the pullback to θ of u Wᵀ, for u shaped like
     the predictions."""
     if problem.loss.quadratic and problem.chunked(inputs):
-        predictions = lambda theta, w: problem.rows(theta, inputs) @ w  # noqa: E731
-        pulled = lambda u, w: jax.vjp(lambda theta: predictions(theta, w), theta)[1](u)[0]  # noqa: E731
+
+        def pulled(u, w):
+            predictions_at = lambda theta: problem.rows(theta, inputs) @ w  # noqa: E731
+            return jax.vjp(predictions_at, theta)[1](u)[0]
+
         return problem.rows(theta, inputs), pulled
     rows, pullback = jax.vjp(lambda theta: problem.rows(theta, inputs), theta)
     return rows, lambda u, w: pullback(u @ w.T)[0]
