@@ -86,7 +86,7 @@ def at_rate(rate: float, method: Method) -> Method:
 
 
 def _init(problem, optimizer, start, theta, data, key):
-    check_data(problem, theta, data, images=True)
+    check_data(problem, theta, data, stochastic=True)
     drawing, key = jax.random.split(key)
     w = start(problem, theta, data, drawing)
     theta, w = jax.tree.map(jnp.asarray, (theta, w))

@@ -41,23 +41,36 @@ def test_a_run_in_chunks_is_the_run(name, x64):
     np.testing.assert_allclose(streamed.history["objective"], objective, rtol=1e-10)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 16, 40])
-@pytest.mark.parametrize("loss", ["least_squares", "softmax_cross_entropy"])
+@jax.jit
+def reduced(problem, theta, data):
+    return jax.value_and_grad(vp.reduced_objective(problem), has_aux=True)(theta, data)
+
+
+@pytest.mark.parametrize(
+    "loss, chunk", [*(("least_squares", n) for n in (1, 4, 16, 40)), ("softmax_cross_entropy", 5)]
+)
 def test_chunks_of_any_size_give_the_same_objective_and_derivatives(loss, chunk, x64):
     data = make_data(loss, 3)
     theta, along = initial_theta(), direction()
-
-    @jax.jit
-    def at(problem, theta):
-        return jax.value_and_grad(vp.reduced_objective(problem), has_aux=True)(theta, data)
-
-    expected = at(problem_of(loss, None), theta)
-    found = at(problem_of(loss, chunk), theta)
+    expected = reduced(problem_of(loss, None), theta, data)
+    found = reduced(problem_of(loss, chunk), theta, data)
     for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
     slope = sum(map(np.vdot, *map(jax.tree.leaves, (found[1], along))))
     problem = problem_of(loss, chunk)
-    assert_taylor(lambda h: at(problem, move(theta, h, along))[0][0], slope)
+    assert_taylor(lambda h: reduced(problem, move(theta, h, along), data)[0][0], slope)
+
+
+@jax.jit
+def derivatives(problem, theta, data, along, u):
+    """What there is at θ, along a direction, and of a `u` shaped like the targets."""
+    found = [vp.solve_w(problem, theta, data)]
+    for make in (vp.gauss_newton, vp.newton):
+        at = make(problem, theta, data)
+        found += [at.value, at.gradient, at.matvec(along), at.w_jvp(along)]
+        found += [at.jvp(along), at.vjp(u)]
+    gradient = jax.grad(lambda theta: vp.reduced_objective(problem)(theta, data)[0])
+    return [*found, jax.jvp(gradient, (theta,), (along,))[1]]
 
 
 @pytest.mark.parametrize("weights", [None, "samples", "entries"])
@@ -68,20 +81,10 @@ def test_curvature_and_second_derivatives_are_the_same(weights, x64):
     data = inputs, targets
     if weights:
         data = *data, rng.choice([0.0, 0.5, 2.0], shapes[weights], p=[0.2, 0.4, 0.4])
-    theta, along = initial_theta(), direction()
-    u = rng.normal(size=targets.shape)
-
-    def all_of(problem):
-        found = [vp.solve_w(problem, theta, data)]
-        for make in (vp.gauss_newton, vp.newton):
-            at = make(problem, theta, data)
-            found += [at.value, at.gradient, at.matvec(along), at.w_jvp(along)]
-            found += [at.jvp(along), at.vjp(u)]
-        gradient = jax.grad(lambda theta: vp.reduced_objective(problem)(theta, data)[0])
-        found += [jax.jvp(gradient, (theta,), (along,))[1]]
-        return jax.tree.leaves(found)
-
-    whole, parts = all_of(problem_of("least_squares", None)), all_of(problem_of("least_squares", 5))
+    at = initial_theta(), data, direction(), rng.normal(size=targets.shape)
+    whole, parts = (
+        jax.tree.leaves(derivatives(problem_of("least_squares", chunk), *at)) for chunk in (None, 5)
+    )
     assert max(relative(one, other) for one, other in zip(parts, whole, strict=True)) < 1e-9
 
 

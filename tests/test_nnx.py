@@ -317,7 +317,7 @@ def test_networks_with_convolutional_heads_are_checked(kind):
         net.after = after
         theta, model = split(net)
         data = images(), jnp.zeros_like(net(images()))
-        check_data(vp.Problem(model, vp.least_squares()), theta, data, images=True)
+        check_data(vp.Problem(model, vp.least_squares()), theta, data, stochastic=True)
 
     check(lambda out: out)
     for after in (jax.nn.relu, lambda out: out.max(-1, keepdims=True), lambda out: out[:, :-1]):

@@ -15,6 +15,8 @@ from varprox.problem.data import check_data
 from varprox.training.evaluation import loss_of, penalties, predictions_of
 from varprox.training.solution import Solution
 
+ROUNDINGS = 100  # times the square of what rounding does to a prediction, in an objective
+
 
 def check_concrete(theta: Any, data: Any) -> None:
     """Refuses arrays that are traced with a TypeError."""
@@ -128,8 +130,11 @@ def check_state(method: Method, theta: Any, data: tuple, state: Any) -> None:
     zero = float(loss_of(method.problem, jnp.zeros_like(predictions), targets))
     then = float(state.objective)
     # Where the rows are badly conditioned, rounding may move predictions by √eps of the targets,
-    # and the objective by twice the geometric mean of itself and of eps times that for W = 0.
+    # and the objective by twice the geometric mean of itself and of eps times that for W = 0; where
+    # W is large, by more.
     rounding = float(jnp.finfo(predictions.dtype).eps) * max(map(abs, (zero, now, then)))
+    if hasattr(state, "projection"):
+        rounding += ROUNDINGS * float(state.projection.error) ** 2
     tolerance = 2 * math.sqrt(rounding * max(abs(now), abs(then))) + rounding
     if not (math.isfinite(now) and abs(now - then) <= tolerance):
         raise ValueError(
