@@ -398,6 +398,7 @@ def move(theta, step, along):
     return jax.tree.map(lambda a, b: a + np.asarray(step, a.dtype) * b, theta, along)
 
 
+@jax.jit
 def projection_at(problem, theta, data, w):
     """What the methods know of W(θ), which is `w`, with its exact factor."""
     inputs, targets = data

@@ -120,11 +120,17 @@ def test_blocks_of_any_size_give_the_same_matrix(samples, x64, monkeypatch):
     w = vp.solve_w(*of)
     monkeypatch.setattr(jacobian, "KEPT_BYTES", 0)
     monkeypatch.setattr(jacobian, "BLOCK_BYTES", samples * len(w) * ravel_pytree(theta)[0].nbytes)
-    formed = gauss_newton_matrix(*of, projection_at(*of, w), kaufman=False)
+
+    @jax.jit
+    def made(*of):
+        formed = gauss_newton_matrix(*of, kaufman=False)
+        assert formed.transposed is None
+        return formed.gradient, formed.matrix
+
+    gradient, matrix = made(*of, projection_at(*of, w))
     reference = dense_reference(case, theta, case.data)
-    assert formed.transposed is None
-    assert relative(formed.gradient, reference.gradient) < 1e-8
-    assert relative(formed.matrix, reference.gauss_newton) < 1e-8
+    assert relative(gradient, reference.gradient) < 1e-8
+    assert relative(matrix, reference.gauss_newton) < 1e-8
 
 
 @pytest.mark.parametrize("samples", [16, 5])
@@ -143,7 +149,7 @@ def test_slopes_are_compressed_to_their_rank(samples, x64, monkeypatch):
     parts, used = jacobian._compressed(MANY[0].problem, w, at.slopes, targets, size)
     assert len(parts) == -(-min(samples, 7) // 2) and used == 1
 
-    compressed = gauss_newton_matrix(*of, at, kaufman=False).matrix
+    compressed = jax.jit(lambda *of: gauss_newton_matrix(*of, kaufman=False).matrix)(*of, at)
     reference = dense_reference(MANY[0], theta, (inputs, targets))
     assert relative(compressed, reference.gauss_newton) < 1e-8
 
@@ -216,8 +222,14 @@ def test_the_matrix_is_semidefinite_where_it_would_cancel(dtype, x64):
     theta = np.array([0.3, 0.7, 1.5], dtype)
     problem = vp.Problem(vp.Separable(nearly_equal, vp.dense(bias=False)), vp.least_squares())
     rows = problem.model.rows(theta, inputs)
-    at = project(problem, rows, targets, start_projection(problem, rows, targets))
-    found = gauss_newton_matrix(problem, theta, (inputs, targets), at, kaufman=True).matrix
+
+    @jax.jit
+    def made(problem, theta, data):
+        rows = problem.model.rows(theta, data[0])
+        at = project(problem, rows, data[1], start_projection(problem, rows, data[1]))
+        return at, gauss_newton_matrix(problem, theta, data, at, kaufman=True).matrix
+
+    at, found = made(problem, theta, (inputs, targets))
     eigenvalues = np.linalg.eigvalsh(np.asarray(found, float))
     assert eigenvalues[0] > -4 * np.finfo(dtype).eps * eigenvalues[-1]
     if dtype == np.float64:
