@@ -38,7 +38,8 @@ def after(root, matrix, space):
 @pytest.mark.parametrize("kind", KINDS)
 def test_recycling_twice_equals_the_formula(kind, x64):
     matrix, start = operator(kind)
-    recycled = nothing_yet(SIZE, start)
+    recycled = nothing_yet(SIZE + 9, start)  # room for more than there are
+    assert recycled.basis.shape == (SIZE, SIZE)
     np.testing.assert_array_equal(root_of(recycled), np.eye(SIZE))
     for _ in range(2):
         before = root_of(recycled)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from varprox.numerics.ridge import ridge, span
+from varprox.numerics.ridge import compressed, ridge, span
 
 COLUMNS, OUTPUTS = 5, 2
 
@@ -57,6 +57,31 @@ def test_the_residual_has_more_digits_than_w():
     formed = rows @ np.asarray(found.w) - targets
     inside, formed_inside = (np.abs(q.T @ np.asarray(r)) for r in (found.residual, formed))
     assert inside[:-1].max() < 1e-5 < 1e-4 < formed_inside.max()
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1e-6])
+def test_a_small_residual_is_orthogonal_to_its_own_rounding(alpha):
+    """And not to that of the targets, which is a thousand times larger."""
+    rows = graded(np.float32)
+    noise = np.random.default_rng(0).normal(size=(40, 1))
+    targets = (rows @ np.ones((COLUMNS, 1)) + 1e-3 * noise).astype(np.float32)
+    found = solve(rows, targets, np.float32(alpha))
+    basis, root = np.asarray(found.span.basis, float), np.asarray(found.span.inverse_root, float)
+    left = basis.T @ np.asarray(found.residual, float) + alpha * root.T @ np.asarray(found.w, float)
+    size = np.linalg.norm(found.residual) + alpha * np.linalg.norm(root.T @ np.asarray(found.w))
+    assert np.abs(left).max() < 4 * np.finfo(np.float32).eps * size
+    assert size < 1e-2 * np.linalg.norm(targets)
+
+
+@pytest.mark.parametrize("samples", [30, 5, 3])
+def test_fewer_rows_have_the_same_solutions(samples, x64):
+    rows, targets = make(samples)
+    fewer, wanted = compressed(rows, targets)
+    assert fewer.shape == (min(samples, COLUMNS), COLUMNS)
+    for alpha in (0.0, 0.1):
+        np.testing.assert_allclose(
+            solve(fewer, wanted, alpha).w, solve(rows, targets, alpha).w, rtol=1e-9
+        )
 
 
 @pytest.mark.parametrize("samples", [30, 5, 3])

@@ -134,7 +134,8 @@ class Problem:
             that are NumPy arrays, such as a `numpy.memmap`, stay where they are, and every chunk is
             read in its turn; they must last as long as the steps that read them. Where they fit on
             the device, `jax.numpy.asarray` puts them there, which is faster. In any case the forms
-            ``"kernel"`` and ``"forward"`` of `gnvpro` hold their own rows, which are larger.
+            ``"kernel"`` and ``"forward"`` of `gnvpro` hold their own rows, which are larger. Work
+            units count the passes of a run without chunks.
 
     Raises:
         TypeError: If `model` is not a `Separable`, if `loss` is not a loss, or if a penalty is
