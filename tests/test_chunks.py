@@ -163,7 +163,7 @@ def test_arrays_that_are_gone_are_told(x64):
     del left
     gc.collect()
     with pytest.raises(Exception, match="inputs: expected arrays that last as long as"):
-        jax.block_until_ready(jax.tree.unflatten(structure, leaves).take(jnp.arange(2)))
+        jax.block_until_ready(jax.tree.unflatten(structure, leaves).take(jnp.arange(2), 2))
 
 
 def deep(theta, inputs):

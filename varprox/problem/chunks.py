@@ -32,6 +32,10 @@ class Blocks(NamedTuple):
         return -(-self.samples // (self.devices * self.size))
 
     @property
+    def _of_device(self) -> int:
+        return self.samples // self.devices
+
+    @property
     def places(self) -> np.ndarray:
         """What `take` takes, to loop over."""
         return np.arange(self.number, dtype=np.int32)
@@ -41,7 +45,7 @@ class Blocks(NamedTuple):
 
         def of(x):
             if isinstance(x, Hosted):
-                return x.take(self._indices(place))
+                return x.take(place, self.devices * self.size, self._indices)
             x = jnp.asarray(x)
             x = x.reshape(self.devices, -1, *x.shape[1:])
             part = jax.lax.dynamic_slice_in_dim(x, place * self.size, self.size, axis=1)
@@ -71,22 +75,21 @@ class Blocks(NamedTuple):
     def _joined(self, parts: jax.Array) -> jax.Array:
         """What belongs to all samples, from what belongs to those of each block, one after
         another."""
-        of_device = self.samples // self.devices
         parts = parts.reshape(self.number, self.devices, self.size, *parts.shape[2:])
         parts = parts.swapaxes(0, 1)
         before = parts[:, :-1].reshape(self.devices, -1, *parts.shape[3:])
-        last = parts[:, -1, before.shape[1] - of_device :]
+        last = parts[:, -1, before.shape[1] - self._of_device :]
         return jnp.concatenate([before, last], axis=1).reshape(self.samples, *parts.shape[3:])
 
     def _begin(self, place):
         # Where XLA moves a slice to that would go beyond the end.
-        return jnp.minimum(place * self.size, self.samples // self.devices - self.size)
+        return jnp.minimum(place * self.size, self._of_device - self.size)
 
     def _indices(self, place):
-        of_device = self.samples // self.devices
-        within = self._begin(place) + np.arange(self.size, dtype=np.int32)
-        begins = np.arange(self.devices, dtype=np.int32)[:, None] * of_device
-        return (begins + within[None]).reshape(-1)
+        """Of a block, on the host."""
+        begin = min(int(place) * self.size, self._of_device - self.size)
+        begins = np.arange(self.devices) * self._of_device + begin
+        return (begins[:, None] + np.arange(self.size)).reshape(-1)
 
 
 def blocks_of(samples: int, most: int) -> Blocks:

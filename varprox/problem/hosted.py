@@ -4,8 +4,7 @@ A compiled function is given a key in place of such an array, and asks the host 
 """
 
 import weakref
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,24 +42,26 @@ class Hosted:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def take(self, indices: jax.Array) -> jax.Array:
-        """These samples."""
-        shape = len(indices), *self.shape[1:]
+    def take(self, which: jax.Array, number: int, indices: Callable = np.asarray) -> jax.Array:
+        """So many samples, at the places that `indices` makes of `which` on the host."""
+        shape = number, *self.shape[1:]
         # Callbacks run in threads that know nothing of `jax.enable_x64`: halves tell no precision.
         halves = self.dtype.itemsize == 8
         like = jax.ShapeDtypeStruct((*shape, 2), np.uint32) if halves else None
         like = like or jax.ShapeDtypeStruct(shape, self.dtype)
-        read = partial(_read, self.dtype, like.dtype, like.shape)
-        found = jax.pure_callback(read, like, self.key, indices, vmap_method="sequential")
+
+        def read(key, which):
+            part = _found(key)[_slice(indices(which))]
+            return np.ascontiguousarray(part, self.dtype).view(like.dtype).reshape(like.shape)
+
+        found = jax.pure_callback(read, like, self.key, which, vmap_method="sequential")
         return jax.lax.bitcast_convert_type(found, self.dtype) if halves else found
 
 
-def _read(dtype, sent, shape, key, indices):
-    array, indices = _found(key), np.asarray(indices)
-    first, last = indices[0], indices[-1]
-    in_a_row = last - first == len(indices) - 1 and np.all(np.diff(indices) == 1)
-    part = array[first : last + 1] if in_a_row else array[indices]
-    return np.ascontiguousarray(part, dtype).view(sent).reshape(shape)
+def _slice(indices):
+    """The same as a slice, which is read faster, where they are in a row."""
+    first, last = int(indices[0]), int(indices[-1])
+    return slice(first, last + 1) if np.all(np.diff(indices) == 1) else indices
 
 
 def _found(key):
@@ -98,7 +99,7 @@ def taken(inputs: Any, indices: jax.Array) -> Any:
     """Samples of the inputs, by their places."""
 
     def of(x):
-        return x.take(indices) if _hosted(x) else jnp.asarray(x)[indices]
+        return x.take(indices, len(indices)) if _hosted(x) else jnp.asarray(x)[indices]
 
     return jax.tree.map(of, inputs, is_leaf=_hosted)
 
