@@ -44,16 +44,17 @@ def test_the_search_ends_at_a_point_of_wolfe(name, x64):
             assert other.trials == found.trials
 
 
-def test_where_values_are_noise_the_slopes_decide():
+@pytest.mark.parametrize("length", np.float32([0.5, 1, 4]))
+def test_where_values_are_noise_the_slopes_decide(length):
     """In single precision, near the minimum of what is known to eps only."""
-    length = jnp.float32(1)
 
     def evaluate(t):
-        return jnp.float32(-2e-7), 1e-9 * (t - 1), t
+        return jnp.float32(-2e-7), 1e-9 * (t / length - 1), t
 
     slope, zero = jnp.float32(-1e-9), jnp.float32(0)
     found = search(evaluate, zero, slope, length, jnp.float32(3e-7), jnp.float32(ENOUGH))
-    assert found.accepted and found.trials == 1 and found.point.gain == 0.5e-9
+    assert found.accepted and found.trials == 1
+    assert found.point.gain == np.float32(0.5e-9) * length
     assert not search(evaluate, zero, slope, length, zero, jnp.float32(ENOUGH)).accepted
 
 
