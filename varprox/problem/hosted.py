@@ -42,7 +42,7 @@ class Hosted:
     def __len__(self) -> int:
         return self.shape[0]
 
-    def take(self, which: jax.Array, number: int, indices: Callable = np.asarray) -> jax.Array:
+    def take(self, which: Any, number: int, indices: Callable = np.asarray) -> jax.Array:
         """So many samples, at the places that `indices` makes of `which` on the host."""
         shape = number, *self.shape[1:]
         # Callbacks run in threads that know nothing of `jax.enable_x64`: halves tell no precision.
@@ -95,7 +95,7 @@ def leaves_of(inputs: Any) -> list:
     return jax.tree.leaves(inputs, is_leaf=_hosted)
 
 
-def taken(inputs: Any, indices: jax.Array) -> Any:
+def taken(inputs: Any, indices: jax.Array | np.ndarray) -> Any:
     """Samples of the inputs, by their places."""
 
     def of(x):

@@ -199,7 +199,7 @@ class Problem:
     def rows(self, theta, inputs) -> jax.Array | Streamed:
         """Design rows at θ, (batch, columns), made of `chunk` samples at a time. Under least
         squares they are not held then; under other losses W takes many products with them."""
-        if not self.chunked(inputs):
+        if self.chunk is None or not self.chunked(inputs):
             return self.model.rows(theta, inputs)
         streamed = Streamed(self.model, theta, inputs, self.chunk)
         return streamed if self.loss.quadratic else streamed.each(lambda z: z)

@@ -39,7 +39,7 @@ def treats_samples_alone(problem: Problem, theta, inputs) -> bool:
     batch = batches[0]
     if batch == 1:
         return True
-    if problem.chunked(inputs):
+    if problem.chunk is not None and problem.chunked(inputs):
         few = min(batch, max(problem.chunk, 3))
         inputs, batch = taken(at_hand(inputs), np.arange(few) * (batch - 1) // (few - 1)), few
     chosen = np.array([0, batch // 2, batch - 1])

@@ -170,8 +170,8 @@ def streamed_ridge(
         found = ridge(*rows.total(second, start, targets), 0)
     else:
         each = jnp.broadcast_to(start[0], (outputs, columns, columns)), start[1].T[:, :, None]
-        rows, wanted = rows.total(second, each, targets)
-        found = ridge_of_each(rows, wanted[:, :, 0].T, 0, 0.0)
+        merged, wanted = rows.total(second, each, targets)
+        found = ridge_of_each(merged, wanted[:, :, 0].T, 0, 0.0)
     root = found.span.inverse_root.reshape(-1, columns, columns)
     return offset + basis @ found.w, found.w, Factor(root, basis)
 
