@@ -23,7 +23,7 @@ class Hosted:
         _ARRAYS[id(array)] = array  # type: ignore[index]
         self.array: np.ndarray | None = array  # which it keeps alive, as long as it is not traced
         self.key: Any = np.array(divmod(id(array), 2**32), np.uint32)  # the address, in halves
-        self.shape, self.dtype = array.shape, jax.dtypes.canonicalize_dtype(array.dtype)
+        self.shape, self.dtype = array.shape, jax.typeof(array).dtype
 
     def tree_flatten(self):
         return [self.key], (self.shape, self.dtype)
