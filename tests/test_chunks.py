@@ -199,9 +199,12 @@ def test_features_that_couple_samples_are_refused(x64):
         z = features(theta, inputs)
         return z - z.mean(axis=0, keepdims=True)
 
-    data = make_data("least_squares", 2)
+    inputs, targets = make_data("least_squares", 2)
     with pytest.raises(ValueError, match="chunk: expected None for features that depend on"):
-        vp.solve_w(problem_of("least_squares", 5, coupled), initial_theta(), data)
+        vp.solve_w(problem_of("least_squares", 5, coupled), initial_theta(), (inputs, targets))
+    of_none = problem_of("least_squares", 5, lambda theta, _: features(theta, inputs))
+    with pytest.raises(ValueError, match="chunk: expected None for features that depend on"):
+        vp.solve_w(of_none, initial_theta(), (None, targets))
 
 
 @pytest.mark.parametrize("chunk", [0, 2.5, "all", True])

@@ -206,7 +206,7 @@ class Problem:
 
     def chunked(self, inputs) -> bool:
         """Are there more samples than a chunk has?"""
-        return self.chunk is not None and len(leaves_of(inputs)[0]) > self.chunk
+        return self.chunk is not None and any(len(x) > self.chunk for x in leaves_of(inputs))
 
     def penalty(self, theta) -> jax.Array:
         """R(θ), a scalar of θ's dtype."""

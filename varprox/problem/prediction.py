@@ -67,8 +67,7 @@ def predict(
         for leaf in leaves:
             check_array(name, leaf)
     head = problem.model.head
-    chunked = bool(jax.tree.leaves(inputs)) and problem.chunked(inputs)
-    features = problem.model.features
+    features, chunked = problem.model.features, problem.chunked(inputs)
     if chunked:
         shapes = partial(jax.eval_shape, features)
         z = called("features", shapes, theta=theta, inputs=shapes_of(inputs))
